@@ -1,0 +1,5111 @@
+#!/usr/bin/env python3
+"""MiniFlow: a workflow engine in one file, with nothing but Python's standard library.
+
+Copy this file beside your scripts.  Write a flow as JSON (flows/NAME.json), put the scripts it names into
+tasks/, and run it:
+
+    python3 miniflow.py init            a working example to start from
+    python3 miniflow.py run sample_flow
+
+The same from Python: `from miniflow import MiniFlow`.  The README has the whole reference.
+
+
+How it is built
+---------------
+
+    flows/etl.json --parse_flow--> Flow --make_plan--> Plan --> Run ---------+--> journal (disk)
+                                     |                  |      ^  |          '--> console
+                                check_flow          exporters, |  | due(run, now, slots)
+                                                      graph    |  v
+                                                     apply(event) + drive --> Start, Stop, Settle, Finish
+                                                               ^      |
+                                                               '--- World   (processes; the clock)
+
+Five types, five tenses.  A Flow is what the author wrote.  A Plan is what will happen.  An Event is a fact:
+it is appended to the journal first, then it is true.  A Run is the sum of its events and changes through
+apply() alone, so that replaying the journal rebuilds it exactly.  An Action is what is due now.
+
+Two laws, both held by tests.  A section mentions only names bound above it.  And one line crosses the file:
+nothing above it touches the clock, the disk, processes, the network, the environment or chance, so that all
+of it can be tested in microseconds, simulated and replayed.
+
+Contents
+--------
+
+     1. ERRORS: what can go wrong, by whose fault, with which exit code?
+     2. MODEL: what did the author write?
+     3. JSON TEXT: what does this text say, and where exactly is it wrong?
+     4. VALUES: what do params and ${{ templates }} stand for?
+     5. CHECKING: what is wrong with the meaning of a flow?
+     6. JSON FRONT END: how does a flow become JSON, and JSON a flow?
+     7. PLAN: in which order will what happen?
+     8. EVENTS AND RUN: what has happened, and what does it add up to?
+     9. SCHEDULER: given a run and the time, what should be done now?
+    10. STATE: how is a run written down, and read back?
+    11. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
+    12. EXPORTERS: how does a plan look in other languages?
+    --- the line: all above is pure ---
+    13. STORE: where do runs live, and how do they survive?
+    14. PROCESSES: how are attempts started, watched and ended?
+    15. RUNNER: how is one run driven to its end?
+    16. REPORTING: how is it told to a person?
+    17. LIBRARY: what does a Python program use?
+    18. COMMAND LINE: what can be typed?
+
+
+Licence (MIT)
+-------------
+
+Copyright (c) 2026 the MiniFlow authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without
+limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the
+Software, and to permit persons to whom the Software is furnished to do so, subject to the following
+conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions
+of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED
+TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL
+THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
+DEALINGS IN THE SOFTWARE.
+"""
+from __future__ import annotations
+
+# What everything uses.
+import heapq
+import json
+import re
+import zlib
+from datetime import datetime, timedelta, timezone
+from typing import (
+    Any, Callable, Collection, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
+    Optional, Sequence, Set, Tuple, Type, Union,
+)
+
+# What is used below the line.  What is slow to import (argparse, subprocess, difflib, …) is imported where
+# it is used, so that --version and list do not pay for it.
+import errno
+import os
+import signal
+import stat
+import sys
+import time
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # 1. ERRORS
+    "MiniFlowError", "UsageError", "FlowError", "NotFound", "FlowNotFound", "FlowFailed", "RunLocked",
+    "StateError",
+    # 2. MODEL
+    "Flow", "Task", "Script", "Command", "Retry", "Param",
+    # 5. CHECKING
+    "check_flow",
+    # 6. JSON FRONT END
+    "parse_flow", "flow_schema",
+    # 7. PLAN
+    "Plan", "Selection", "make_plan",
+    # 8. EVENTS AND RUN
+    "Run", "TaskRun", "Attempt",
+    # 9. SCHEDULER
+    "due", "next_wake", "drive",
+    # 17. LIBRARY
+    "MiniFlow",
+    # 18. COMMAND LINE
+    "main",
+]
+
+
+# ============================================================================
+# == 1. ERRORS: what can go wrong, by whose fault, with which exit code?
+# ============================================================================
+# Every error that a user can cause or mend is a MiniFlowError: one message that says where, what (with the
+# value) and what would be right.  Only main() turns one into text and an exit code.  Anything else that is
+# raised is a bug in MiniFlow, ends with exit code 70 and shows its traceback.  A task that fails is an event,
+# not an error.
+
+class MiniFlowError(Exception):
+    """The base of every error that a user can cause or mend; shown as text, never as a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(MiniFlowError, ValueError):
+    """The command line or an argument asks for something that makes no sense."""
+
+    exit_code = 2
+
+
+class FlowError(MiniFlowError, ValueError):
+    """A flow is invalid; `problems` holds all that is wrong with it, a line each, with its place."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems: Tuple[str, ...] = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class NotFound(MiniFlowError, LookupError):
+    """There is no such flow, run or task."""
+
+    exit_code = 3
+
+
+class FlowNotFound(NotFound, FileNotFoundError):
+    """There is no flow of that name."""
+
+
+class FlowFailed(MiniFlowError):
+    """A run did not end in success; `run` is the Run."""
+
+    def __init__(self, message: str, run: Any) -> None:
+        super().__init__(message)
+        self.run = run
+
+
+class RunLocked(MiniFlowError):
+    """Another engine is working on the run."""
+
+    exit_code = 4
+
+
+class StateError(MiniFlowError):
+    """State can't be written, or can't be read (EX_IOERR of sysexits.h)."""
+
+    exit_code = 74
+
+
+def near(name: str, names: Collection[str]) -> str:
+    """Return ", did you mean X?" for the closest of `names`, or nothing; of thousands none is looked for."""
+    import difflib
+    close = difflib.get_close_matches(name, list(names), 1) if len(names) <= 2000 else []
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def shown(value: Any, width: int = 60) -> str:
+    """Return `value` as JSON text for a message: ASCII, on one line, cut to `width`."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+
+# ============================================================================
+# == 2. MODEL: what did the author write?
+# ============================================================================
+# Plain immutable values, the same whichever front end made them.  A Flow holds Tasks; a Task has one action,
+# says what it waits for (`depends_on` and a trigger rule) and when a failure of it is tried again (Retry).
+#
+# They are NamedTuples: importing dataclasses would cost every start of the program 10 ms.  Templates stay in
+# them as the text that the author wrote, so that a Flow can be compared with another and written down again.
+#
+# Stored words (statuses, trigger rules) are never renamed: they stand in the files of runs long past.  They
+# are plain strings and no enum for the same reason: what is in memory is what is in the file.
+
+PENDING, RUNNING, RETRYING = "pending", "running", "retrying"
+SUCCESS, CACHED, SKIPPED = "success", "cached", "skipped"
+FAILED, UPSTREAM_FAILED, CANCELLED = "failed", "upstream_failed", "cancelled"
+INTERRUPTED = "interrupted"  # of a run or an attempt whose engine died; never an end of a task
+
+#: Every state of a task.
+TASK_STATES = (PENDING, RUNNING, RETRYING, SUCCESS, CACHED, SKIPPED, FAILED, UPSTREAM_FAILED, CANCELLED)
+#: The states that a task does not leave.
+SETTLED = frozenset(TASK_STATES[3:])
+#: Every state of a run.
+RUN_STATES = (RUNNING, SUCCESS, FAILED, CANCELLED, INTERRUPTED)
+
+#: The value of a param that has no default.
+MISSING: Any = type("MISSING", (), {"__repr__": lambda self: "MISSING", "__slots__": ()})()
+
+
+class Counts(NamedTuple):
+    """How the upstream of a task ended: how many of each kind."""
+
+    success: int
+    skipped: int
+    failed: int
+
+
+#: Trigger rule -> what becomes of a task once all its upstream has settled: it runs, or ends as named.
+#: Airflow's meanings (airflow.ti_deps.deps.trigger_rule_dep); a task without upstream always runs.
+TRIGGER_RULES: Dict[str, Callable[[Counts], str]] = {
+    "all_success": lambda up: UPSTREAM_FAILED if up.failed else SKIPPED if up.skipped else RUNNING,
+    "all_done": lambda up: RUNNING,
+    "all_failed": lambda up: SKIPPED if up.success or up.skipped else RUNNING,
+    "one_success": lambda up: RUNNING if up.success else UPSTREAM_FAILED if up.failed else SKIPPED,
+    "one_failed": lambda up: RUNNING if up.failed else SKIPPED,
+    "none_failed": lambda up: UPSTREAM_FAILED if up.failed else RUNNING,
+    "none_failed_min_one_success":
+        lambda up: UPSTREAM_FAILED if up.failed else RUNNING if up.success else SKIPPED,
+    "none_skipped": lambda up: SKIPPED if up.skipped else RUNNING,
+    "always": lambda up: RUNNING,
+}
+
+
+class Param(NamedTuple):
+    """One declared param of a flow: what may be given for it."""
+
+    type: Optional[str] = None
+    default: Any = MISSING
+    required: bool = False
+    enum: Optional[Tuple[Any, ...]] = None
+    min: Optional[float] = None
+    max: Optional[float] = None
+    pattern: Optional[str] = None
+    description: str = ""
+
+
+class Script(NamedTuple):
+    """An action: a Python file below the tasks directory."""
+
+    path: str
+    args: Any = ()                             # a tuple, or a dict of options
+    python: Optional[str] = None
+    stdin: Optional[str] = None
+
+
+class Command(NamedTuple):
+    """An action: a shell string, or an argument vector that no shell sees."""
+
+    command: Union[str, Tuple[str, ...]]
+    args: Any = ()
+    stdin: Optional[str] = None
+
+
+Action = Union[Script, Command]
+
+
+def chance(*names: Any) -> float:
+    """Return a number from 0 to 1 that looks random and is always the same for the same names."""
+    return zlib.crc32("\0".join(map(str, names)).encode()) / 2**32
+
+
+class Retry(NamedTuple):
+    """When a failed attempt is followed by another, and after how long; times in seconds."""
+
+    max_retries: int = 0
+    backoff_s: float = 0
+    max_backoff_s: float = 3600
+    jitter: float = 0
+    retry_on: Optional[Tuple[Union[int, str], ...]] = None
+
+    def wait_s(self, attempt: int, chance: float) -> float:
+        """Return the wait after failed attempt `attempt` (from 1); `chance` (0 to 1) is for the jitter."""
+        wait = min(float(self.max_backoff_s), self.backoff_s * 2.0 ** min(attempt - 1, 64))
+        return wait * (1 - self.jitter) + wait * self.jitter * chance
+
+    def covers(self, code: Union[int, str, None], final: bool) -> bool:
+        """Tell whether a failure with `code` is retried; a `final` one only where retry_on names it."""
+        if self.retry_on is None:
+            return not final
+        return code in self.retry_on
+
+
+class Task(NamedTuple):
+    """One node of a flow."""
+
+    id: str
+    action: Action
+    depends_on: Tuple[str, ...] = ()
+    env: Mapping[str, Any] = {}
+    cwd: Optional[str] = None
+    retry: Retry = Retry()
+    timeout_s: Optional[float] = None
+    grace_s: float = 5
+    trigger_rule: str = "all_success"
+    allow_failure: bool = False
+    priority: int = 0
+    tags: Tuple[str, ...] = ()
+    description: str = ""
+
+
+class Flow(NamedTuple):
+    """A definition: tasks and how they hang together.  `params` is None where any param is taken."""
+
+    name: str
+    tasks: Tuple[Task, ...]
+    description: str = ""
+    version: str = ""
+    tags: Tuple[str, ...] = ()
+    params: Optional[Mapping[str, Param]] = None
+    env: Mapping[str, Any] = {}
+    max_parallel: Optional[int] = None
+    fail_fast: bool = False
+
+
+# ============================================================================
+# == 3. JSON TEXT: what does this text say, and where exactly is it wrong?
+# ============================================================================
+# Two readers that agree.  json.loads, made strict by hooks, reads what is right at C speed.  Only when it
+# refuses, or when something later turns out to be wrong, does the Reader go through the text slowly, tell
+# everything that is wrong at once, and say at which line and column a member stands.  Strict means more than
+# RFC 8259 asks: no duplicate keys, no NaN or Infinity (also not as 1e999), no lone surrogates, no NUL,
+# nothing nested deeper than MAX_DEPTH, no number of more than MAX_DIGITS digits.
+
+MAX_DEPTH = 64
+MAX_DIGITS = 308
+MAX_BYTES = 32 * 2**20
+MAX_PROBLEMS = 100
+
+Path = Tuple[Union[str, int], ...]
+
+
+class Problem(NamedTuple):
+    """Something wrong at `path` of a document: what it is, and what would be right."""
+
+    path: Path
+    what: str
+
+
+def format_path(path: Path) -> str:
+    """Return `path` the way JSON tools write it: tasks[2].env.HOME."""
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        elif re.fullmatch(r"[A-Za-z0-9_$-]+", step):
+            text += f".{step}" if text else step
+        else:
+            text += f"[{shown(step)}]"
+    return text
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"')
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_WORD = re.compile(r"[A-Za-z_+-]*[A-Za-z0-9_]*")
+_WORDS = {"true": True, "false": False, "null": None}
+
+
+class _Halt(Exception):
+    """The text can't be read any further."""
+
+
+class Reader:
+    """Reads JSON text slowly and strictly: `value`, all `problems`, the `places` of `wanted` paths."""
+
+    def __init__(self, text: str, wanted: FrozenSet[Path] = frozenset()) -> None:
+        self.text, self.at, self.wanted = text, 0, wanted
+        self.problems: List[Tuple[int, Path, str]] = []
+        self.places: Dict[Path, int] = {}
+        self.value: Any = None
+        try:
+            self.value = self._read((), 0)
+            self._skip()
+            if self.at < len(text):
+                self._halt((), f"{shown(text[self.at:self.at + 10])} after the end of the JSON value; "
+                               "remove it")
+        except _Halt:
+            pass
+
+    def _skip(self) -> str:
+        """Go on to the next token; return its first character, or nothing at the end."""
+        self.at = _SPACE.match(self.text, self.at).end()            # type: ignore[union-attr]
+        return self.text[self.at:self.at + 1]
+
+    def _note(self, at: int, path: Path, what: str) -> None:
+        """Remember a problem and go on."""
+        self.problems.append((at, path, what))
+
+    def _halt(self, path: Path, what: str) -> None:
+        """Remember a problem behind which nothing can be understood."""
+        self._note(self.at, path, what)
+        raise _Halt
+
+    def _read(self, path: Path, depth: int) -> Any:
+        """Read the value at `path`."""
+        char = self._skip()
+        if path in self.wanted:
+            self.places.setdefault(path, self.at)
+        if depth >= MAX_DEPTH and char in ("{", "["):
+            self._halt((), f"nested deeper than {MAX_DEPTH} levels; flatten it")
+        if char == "{":
+            return self._object(path, depth)
+        if char == "[":
+            return self._array(path, depth)
+        if char == '"':
+            return self._string(path)
+        return self._scalar(path)
+
+    def _object(self, path: Path, depth: int) -> Dict[str, Any]:
+        members: Dict[str, Any] = {}
+        self.at += 1
+        if self._skip() == "}":
+            self.at += 1
+            return members
+        while True:
+            if self._skip() != '"':
+                self._halt(path, self._expected("a member's name in double quotes"))
+            at = self.at
+            name = self._string(path)
+            if path + (name,) in self.wanted:
+                self.places.setdefault(path + (name,), at)
+            if name in members:
+                self._note(at, path + (name,), "given twice in one object; keep one")
+            if self._skip() != ":":
+                self._halt(path + (name,), self._expected("a colon"))
+            self.at += 1
+            members[name] = self._read(path + (name,), depth + 1)
+            if not self._more(path, "}"):
+                return members
+
+    def _array(self, path: Path, depth: int) -> List[Any]:
+        items: List[Any] = []
+        self.at += 1
+        if self._skip() == "]":
+            self.at += 1
+            return items
+        while True:
+            items.append(self._read(path + (len(items),), depth + 1))
+            if not self._more(path, "]"):
+                return items
+
+    def _more(self, path: Path, end: str) -> bool:
+        """Read what follows a member or an item; tell whether another one does."""
+        char = self._skip()
+        if char not in (",", end) or not char:
+            self._halt(path, self._expected(f"a comma or {end}"))
+        self.at += 1
+        if char == "," and self._skip() == end:
+            self._halt(path, f"a comma before {end}; remove the comma")
+        return char == ","
+
+    def _string(self, path: Path) -> str:
+        """Read a string; the standard library decodes its escapes."""
+        match = _STRING.match(self.text, self.at)
+        if not match:
+            rest = self.text[self.at + 1:].split("\n")[0]
+            self._halt(path, f"a string that is not closed, or holds a control character or a bad escape: "
+                             f"{shown(rest, 40)}")
+        assert match
+        text: str = json.loads(match[0])
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            self._note(self.at, path, f"half of a surrogate pair in {shown(text)}; write the whole character")
+        if "\0" in text:
+            self._note(self.at, path, f"a NUL character in {shown(text)}; remove it")
+        self.at = match.end()
+        return text
+
+    def _scalar(self, path: Path) -> Any:
+        """Read a number, true, false or null."""
+        at, number = self.at, _NUMBER.match(self.text, self.at)
+        word = _WORD.match(self.text, self.at)
+        assert word
+        if number and number.end() >= word.end():
+            self.at = number.end()
+            if len(number[0]) > MAX_DIGITS:
+                self._note(at, path, f"a number of more than {MAX_DIGITS} digits; give it as a string")
+                return 0
+            value = json.loads(number[0])
+            if value in (float("inf"), float("-inf")):
+                self._note(at, path, f"{number[0]} is too large for a number; give it as a string")
+            return value
+        if word[0] in _WORDS:
+            self.at = word.end()
+            return _WORDS[word[0]]
+        if word[0].lstrip("+-") in ("NaN", "Infinity"):
+            self.at = word.end()
+            self._note(at, path, f"{word[0]} is not JSON; give a number, a string or null")
+            return 0
+        self._halt(path, self._expected("a JSON value"))
+
+    def _expected(self, what: str) -> str:
+        """Return what to say where something else should stand."""
+        rest = self.text[self.at:self.at + 12].split("\n")[0]
+        end = "line" if self.at < len(self.text) else "text"
+        return f"expected {what}, got {shown(rest) if rest else 'the end of the ' + end}"
+
+
+def _strict_object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """For json.loads: an object, unless a key comes twice in it."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("duplicate keys")
+    return members
+
+
+def _strict_float(text: str) -> float:
+    """For json.loads: a number with a fraction or an exponent, unless it is too large for a float."""
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is infinite")
+    return value
+
+
+def _strict_constant(name: str) -> Any:
+    """For json.loads: NaN and the infinities, which are no JSON."""
+    raise ValueError(f"{name} is not JSON")
+
+
+_SUSPECT = re.compile(r"\\u(?:0000|[dD][89a-fA-F])|[0-9]{%d}" % MAX_DIGITS)
+_IN_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+
+
+def _is_shallow(text: str) -> bool:
+    """Tell whether `text` is nested at most MAX_DEPTH deep, without reading it: brackets outside strings."""
+    depth = deepest = 0
+    for char in re.sub(r"[^\[\]{}]+", "", _IN_STRINGS.sub("", text)):
+        depth += 1 if char in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest <= MAX_DEPTH
+
+
+def _format_rows(where: str, text: str, rows: List[Tuple[int, Path, str]]) -> List[str]:
+    """Return rows of (offset, path, what) as lines, in the order of the text, at most MAX_PROBLEMS."""
+    lines = []
+    rows = sorted(set(rows), key=lambda row: (row[0], row[2]))
+    for at, path, what in rows[:MAX_PROBLEMS]:
+        line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+        lines.append(f"{where}:{line}:{column}: {format_path(path)}{': ' if path else ''}{what}")
+    if len(rows) > MAX_PROBLEMS:
+        lines.append(f"{where}: and {len(rows) - MAX_PROBLEMS} more problems like these")
+    return lines
+
+
+class Document(NamedTuple):
+    """A JSON text, where it came from, and the value that it stands for."""
+
+    where: str
+    text: str
+    value: Any
+
+    def error(self, problems: Iterable[Problem]) -> FlowError:
+        """Return a FlowError with a line for each problem: file:line:column: path: what."""
+        found = list(problems)
+        paths = {problem.path: self._known(problem.path) for problem in found}
+        places = Reader(self.text, frozenset(paths.values())).places
+        rows = [(places.get(paths[p.path], 0), paths[p.path], p.what) for p in found]
+        return FlowError(_format_rows(self.where, self.text, rows))
+
+    def _known(self, path: Path) -> Path:
+        """Return `path`, or where its value really stands: in `defaults`, or the nearest member around it."""
+        if len(path) > 2 and path[0] == "tasks" and not self._holds(path[:3]):
+            inherited = ("defaults",) + path[2:]
+            if self._holds(inherited):
+                return inherited
+        while path and not self._holds(path):
+            path = path[:-1]
+        return path
+
+    def _holds(self, path: Path) -> bool:
+        """Tell whether the document has a value at `path`."""
+        value = self.value
+        for step in path:
+            try:
+                value = value[step]
+            except (KeyError, IndexError, TypeError):
+                return False
+        return True
+
+
+def _decode(content: bytes, where: str) -> str:
+    """Return UTF-8 as text, less a byte order mark; raise FlowError with the place of a byte that is none."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = content.count(b"\n", 0, exc.start) + 1
+        column = exc.start - content.rfind(b"\n", 0, exc.start)
+        raise FlowError([f"{where}:{line}:{column}: byte 0x{content[exc.start]:02x} is not UTF-8; "
+                         "save the file as UTF-8"]) from None
+
+
+def parse_json(content: Union[bytes, str], where: str, limit: int = MAX_BYTES) -> Document:
+    """Read JSON strictly; raise FlowError with every problem and its place if it is not sound."""
+    if len(content) > limit:
+        raise FlowError([f"{where}: {len(content)} bytes, more than the {limit} that are read; split it up"])
+    if isinstance(content, bytes):
+        content = _decode(content, where)
+    if not _SUSPECT.search(content) and _is_shallow(content):
+        try:
+            return Document(where, content, json.loads(content, object_pairs_hook=_strict_object,
+                                                       parse_float=_strict_float,
+                                                       parse_constant=_strict_constant))
+        except (ValueError, RecursionError):
+            pass                                # the Reader finds out what and where
+    reader = Reader(content)
+    if reader.problems:
+        raise FlowError(_format_rows(where, content, reader.problems))
+    return Document(where, content, reader.value)
+
+
+# -- schemas: a subset of JSON Schema, checked here and published by flow_schema() --
+
+Schema = Dict[str, Any]
+
+_TYPES: Dict[str, Callable[[Any], bool]] = {
+    "string": lambda v: isinstance(v, str),
+    "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "number": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
+    "boolean": lambda v: isinstance(v, bool),
+    "array": lambda v: isinstance(v, list),
+    "object": lambda v: isinstance(v, dict),
+    "null": lambda v: v is None,
+}
+
+
+def describe_schema(schema: Schema) -> str:
+    """Return what `schema` accepts, in words: "an integer of at least 0"."""
+    if "title" in schema:
+        return str(schema["title"])
+    if "anyOf" in schema:
+        return " or ".join(describe_schema(branch) for branch in schema["anyOf"])
+    if "enum" in schema:
+        return "one of " + ", ".join(shown(v) for v in schema["enum"])
+    if "type" not in schema:
+        return "any JSON value"
+    kind = schema["type"]
+    words = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    if kind == "array" and "items" in schema:
+        words += " of which each is " + describe_schema(schema["items"])
+    if "minimum" in schema and "maximum" in schema:
+        words += f" from {schema['minimum']} to {schema['maximum']}"
+    elif "minimum" in schema:
+        words += f" of at least {schema['minimum']}"
+    elif "maximum" in schema:
+        words += f" of at most {schema['maximum']}"
+    if "pattern" in schema:
+        words += f" that matches {schema['pattern']}"
+    return words
+
+
+def accepts(schema: Schema, value: Any) -> bool:
+    """Tell whether `value` itself, leaving aside what is inside it, is what `schema` describes."""
+    if "anyOf" in schema:
+        return any(accepts(branch, value) for branch in schema["anyOf"])
+    if "type" in schema and not _TYPES[schema["type"]](value):
+        return False
+    if "enum" in schema and not any(value == v and isinstance(value, bool) == isinstance(v, bool)
+                                    for v in schema["enum"]):
+        return False
+    if isinstance(value, str):
+        return bool(len(value) >= schema.get("minLength", 0)
+                and len(value) <= schema.get("maxLength", len(value))
+                and ("pattern" not in schema or re.search(schema["pattern"], value) is not None))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
+    if isinstance(value, list):
+        return bool(len(value) >= schema.get("minItems", 0))
+    return True
+
+
+def check_schema(schema: Schema, value: Any, path: Path, problems: List[Problem]) -> None:
+    """Append to `problems` whatever about `value`, at `path`, is not as `schema` says."""
+    if not accepts(schema, value):
+        problems.append(Problem(path, f"expected {describe_schema(schema)}, got {shown(value)}"))
+        return
+    for branch in schema.get("anyOf", ()):
+        if accepts(branch, value):
+            check_schema(branch, value, path, problems)
+            return
+    if isinstance(value, list) and "items" in schema:
+        for n, item in enumerate(value):
+            check_schema(schema["items"], item, path + (n,), problems)
+    if not isinstance(value, dict):
+        return
+    known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+    for name, member in value.items():
+        if name in known or isinstance(others, dict):
+            check_schema(known.get(name, others), member, path + (name,), problems)
+        elif others is False:
+            hint = near(name, known) if len(problems) < MAX_PROBLEMS else ""
+            problems.append(Problem(path + (name,), "unknown field" + (
+                hint or "; remove it (miniflow schema lists the fields)")))
+    for name in schema.get("required", ()):
+        if name not in value:
+            problems.append(Problem(path, f"{name} is missing; give {describe_schema(known[name])}"))
+
+
+# ============================================================================
+# == 4. VALUES: what do params and ${{ templates }} stand for?
+# ============================================================================
+# A template is a path of names, nothing more: there is nothing in it that could be executed.  It is looked up
+# when an attempt starts, and its value goes on as data: into one element of an argument vector, one variable,
+# one file name.  It never reaches a shell's text, where it would become code; check_flow refuses it there.
+
+_TEMPLATE = re.compile(r"\$\$\{\{|\$\{\{(.*?)\}\}|\$\{\{", re.S)
+_STEP = re.compile(r"""\.([A-Za-z0-9_-]+)|\[([0-9]{1,9})\]|\["([^"\\]*)"\]|\['([^'\\]*)'\]""")
+_ROOT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+#: What a template may begin with, and what has to follow.
+ROOTS = {"params": "params.NAME", "ctx": "ctx.KEY", "run": "run.id or run.scheduled_time", "env": "env.NAME",
+         "tasks": "tasks.ID.outputs, tasks.ID.outputs.KEY or tasks.ID.status"}
+_RUN_KEYS = ("id", "scheduled_time")
+
+
+class Ref(NamedTuple):
+    """What one ${{ … }} refers to: a path whose first step is one of ROOTS."""
+
+    path: Path
+
+    @property
+    def text(self) -> str:
+        """The reference as the author may have written it."""
+        return format_path(self.path)
+
+
+def _normal_path(path: List[Union[str, int]], source: str) -> Path:
+    """Join the id of a task that holds dots, and see that the path says what its root needs."""
+    root = path[0]
+    if root == "tasks":
+        end = next((n for n in range(2, len(path)) if path[n] in ("outputs", "status")), None)
+        if end is not None and all(isinstance(s, str) for s in path[1:end]):
+            whole = ("tasks", ".".join(str(s) for s in path[1:end]), *path[end:])
+            if whole[2] == "outputs" or len(whole) == 3:
+                return whole
+    elif len(path) > 1 and isinstance(path[1], str):
+        if root in ("params", "ctx") or len(path) == 2 and (root == "env" or path[1] in _RUN_KEYS):
+            return tuple(path)
+    raise ValueError(f"${{{{ {source[:60]} }}}} names no value; write {ROOTS[str(root)]}")
+
+
+def parse_ref(text: str) -> Ref:
+    """Read the inside of a template; raise ValueError that says what would be right."""
+    source = text.strip()
+    root = _ROOT.match(source)
+    if not root or root[0] not in ROOTS:
+        name = root[0] if root else source
+        raise ValueError(f"unknown name {shown(name)} in ${{{{ {source[:60]} }}}}"
+                         + (near(name, ROOTS) or f"; use one of {', '.join(ROOTS)}"))
+    path: List[Union[str, int]] = [root[0]]
+    at = root.end()
+    while at < len(source):
+        step = _STEP.match(source, at)
+        if not step:
+            raise ValueError(f"{shown(source[at:])} in ${{{{ {source[:60]} }}}} is not a path; "
+                             "write .name, [0] or [\"name\"]")
+        path.append(int(step[2]) if step[2] else
+                    next(s for s in (step[1], step[3], step[4]) if s is not None))
+        at = step.end()
+    return Ref(_normal_path(path, source))
+
+
+def parse_template(text: str) -> Tuple[Union[str, Ref], ...]:
+    """Split `text` into literal strings and Refs; raise ValueError for a template that can't be read."""
+    parts: List[Union[str, Ref]] = []
+    at = 0
+    for match in _TEMPLATE.finditer(text):
+        parts.append(text[at:match.start()])
+        if match[0] == "$${{":
+            parts.append("${{")
+        elif match[1] is None:
+            raise ValueError(f"{shown(text[match.start():])} has no }}}}; close it, "
+                             f"or write $${{{{ for ${{{{ itself")
+        else:
+            parts.append(parse_ref(match[1]))
+        at = match.end()
+    parts.append(text[at:])
+    return tuple(part for part in parts if part != "")
+
+
+def refs(text: Any) -> List[Ref]:
+    """Return what the templates in `text` refer to; raise ValueError for one that can't be read."""
+    if not isinstance(text, str) or "${{" not in text:
+        return []
+    return [part for part in parse_template(text) if isinstance(part, Ref)]
+
+
+def to_text(value: Any) -> str:
+    """Return `value` as a task gets it: a string as it is, everything else as its JSON text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+class Values(NamedTuple):
+    """All that templates may read, for one attempt; `tasks` gives a task's status and outputs by its id."""
+
+    params: Mapping[str, Any]
+    ctx: Mapping[str, Any]
+    run: Mapping[str, Any]
+    env: Mapping[str, str]
+    tasks: Callable[[str], Mapping[str, Any]]
+
+
+def lookup(ref: Ref, values: Values) -> Any:
+    """Return the value of `ref`; raise LookupError that says what is there instead."""
+    root, path = str(ref.path[0]), ref.path[1:]
+    value: Any = values.tasks(str(path[0])) if root == "tasks" else getattr(values, root)
+    for step in path[1:] if root == "tasks" else path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            there = shown(sorted(value), 200) if isinstance(value, Mapping) and root != "env" else ""
+            raise LookupError(f"{ref.text}: there is no {shown(step)}"
+                              + (f" in {there}" if there else "")
+                              + ("; set it, or give it in env" if root == "env" else "")) from None
+    return value
+
+
+def render(text: Any, values: Values) -> Any:
+    """Return `text` with its templates replaced; one that stands alone keeps its value's type."""
+    if not isinstance(text, str) or "${{" not in text:
+        return text
+    parts = parse_template(text)
+    if len(parts) == 1 and isinstance(parts[0], Ref):
+        return lookup(parts[0], values)
+    return "".join(part if isinstance(part, str) else to_text(lookup(part, values)) for part in parts)
+
+
+def templates(task: Task) -> Iterator[Tuple[Path, str]]:
+    """Yield every string of `task` in which templates are looked up, with its path below the task."""
+    action = task.action
+    if isinstance(action, Command) and not isinstance(action.command, str):
+        for n, word in enumerate(action.command):
+            yield ("command", n), word
+    args = action.args
+    for key, value in args.items() if isinstance(args, dict) else enumerate(args):
+        for n, item in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(item, str):
+                yield (("args", key, n) if isinstance(value, list) else ("args", key)), item
+    for name, value in task.env.items():
+        if isinstance(value, str):
+            yield ("env", name), value
+    for field, text in (("cwd", task.cwd), ("stdin", action.stdin)):
+        if text is not None:
+            yield (field,), text
+
+
+# -- params --
+
+PARAM_TYPES = ("string", "integer", "number", "boolean", "array", "object")
+
+
+def param_schema(param: Param) -> Schema:
+    """Return the JSON Schema of what may be given for `param`."""
+    schema: Schema = {}
+    for word in ("type", "pattern"):
+        if getattr(param, word) is not None:
+            schema[word] = getattr(param, word)
+    if param.enum is not None:
+        schema["enum"] = list(param.enum)
+    lengths = {"string": ("minLength", "maxLength"), "array": ("minItems", "maxItems")}
+    low, high = lengths.get(param.type or "", ("minimum", "maximum"))
+    if param.min is not None:
+        schema[low] = param.min
+    if param.max is not None:
+        schema[high] = param.max
+    return schema
+
+
+def _same_kind(param: Param) -> str:
+    """Return the declared type, else the type of the default, which says as much to whoever types a value."""
+    if param.type:
+        return param.type
+    for kind in ("boolean", "number", "array", "object"):
+        if _TYPES[kind](param.default):
+            return kind
+    return "string"
+
+
+def parse_param(name: str, text: str, param: Param) -> Any:
+    """Convert the text of --param NAME=TEXT as `param` declares; raise UsageError if it does not fit."""
+    kind = _same_kind(param)
+    if kind == "string":
+        return text
+    try:
+        value = parse_json(text.strip(), name).value
+    except FlowError:
+        value = MISSING
+    if value is MISSING or not _TYPES[kind](value):
+        example = {"integer": "7", "number": "0.5", "boolean": "true or false", "array": '["a", 1]',
+                   "object": '{"a": 1}'}[kind]
+        raise UsageError(f"--param {name}: expected {describe_schema({'type': kind})}"
+                         f"{'' if param.type else f' as its default {shown(param.default)} is one'}, "
+                         f"got {shown(text)}; give {example}")
+    return value
+
+
+def _unset_params(flow: Flow, params: Mapping[str, Any]) -> List[str]:
+    """Return a message for each param that a template needs and that has no value."""
+    missing: Dict[str, str] = {}
+    sources = [("env", text) for text in flow.env.values()]
+    sources += [(f"task {task.id}", text) for task in flow.tasks for _, text in templates(task)]
+    for place, text in sources:
+        for ref in refs(text):
+            name = str(ref.path[1])
+            required = flow.params is not None and name in flow.params and flow.params[name].required
+            if ref.path[0] == "params" and name not in params and not required:
+                missing.setdefault(name, place)
+    return [f"params.{name}: {place} needs it and nobody gave it; give --param {name}=VALUE"
+            for name, place in missing.items()]
+
+
+def param_variable(name: str) -> str:
+    """Return the part of an environment variable's name that stands for param `name`."""
+    return re.sub(r"[^A-Z0-9_]", "_", name.upper())
+
+
+def _clashing(names: Iterable[str]) -> List[Tuple[str, str]]:
+    """Return the pairs of names that would be one environment variable."""
+    seen: Dict[str, str] = {}
+    return [(seen[v], name) for name in names for v in [param_variable(name)]
+            if seen.setdefault(v, name) != name]
+
+
+def complete_params(flow: Flow, given: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the params of a run: `given` and the defaults; raise UsageError with all that does not fit."""
+    declared = flow.params
+    if declared is None:
+        declared = {name: Param() for name in given}
+    problems: List[str] = []
+    for name in given:
+        if name not in declared:
+            problems.append(f"params.{name}: flow {flow.name} has no such param"
+                            + (near(name, declared) or f"; it has {', '.join(declared) or 'none'}"))
+    result: Dict[str, Any] = {}
+    for name, param in declared.items():
+        value = given.get(name, param.default)
+        if value is MISSING:
+            if param.required:
+                problems.append(f"params.{name}: is required; give --param {name}=VALUE")
+            continue
+        found: List[Problem] = []
+        check_schema(param_schema(param), value, ("params", name), found)
+        problems += [f"{format_path(p.path)}: {p.what}" for p in found]
+        result[name] = value
+    problems += _unset_params(flow, result)
+    for first, second in _clashing(result):
+        problems.append(f"params.{second}: {first} is MINIFLOW_PARAM_{param_variable(first)} as well; "
+                        "rename one")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return result
+
+
+# ============================================================================
+# == 5. CHECKING: what is wrong with the meaning of a flow?
+# ============================================================================
+# The shape of a flow (fields, types) is each front end's business and is checked from its table of fields.
+# What the fields mean together is checked here, once, for all front ends, and everything that is wrong is
+# found at once.
+#
+# Every check yields Problems whose path is that of the flow file.  Costs are linear in tasks and edges, also
+# where everything is wrong: hints for misspelt names, which are dear, stop when more than MAX_PROBLEMS have
+# been found.  Whether a template may read a task is found by one search downwards from each task that is
+# read, bounded by the last reader in topological order; a search upwards from each reader would be quadratic.
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+#: Variables that every attempt gets from MiniFlow, and that a flow therefore can't set.
+OWN_VARIABLES = ("MINIFLOW_RUN_ID", "MINIFLOW_FLOW", "MINIFLOW_TASK", "MINIFLOW_ATTEMPT", "MINIFLOW_CONTEXT",
+                 "MINIFLOW_OUTPUT", "GITHUB_OUTPUT", "TMP_DIR")
+
+
+def topological_order(upstream: Mapping[str, Sequence[str]]) -> List[str]:
+    """Return the keys, each after its upstream, ties by their order; those in or behind a cycle lack.
+
+    This is Kahn's algorithm with a heap.  graphlib would give the ties no order that the author can foresee.
+    """
+    number = {key: n for n, key in enumerate(upstream)}
+    waits = {key: len(set(up) & number.keys()) for key, up in upstream.items()}
+    downstream: Dict[str, List[str]] = {key: [] for key in upstream}
+    for key, up in upstream.items():
+        for name in set(up) & number.keys():
+            downstream[name].append(key)
+    keys, ready, order = list(upstream), [number[key] for key, count in waits.items() if not count], []
+    heapq.heapify(ready)
+    while ready:
+        key = keys[heapq.heappop(ready)]
+        order.append(key)
+        for name in downstream[key]:
+            waits[name] -= 1
+            if not waits[name]:
+                heapq.heappush(ready, number[name])
+    return order
+
+
+def find_cycles(upstream: Mapping[str, Sequence[str]]) -> List[List[str]]:
+    """Return cycles that share no key, each from one of its keys downstream round to the same key again."""
+    left = dict.fromkeys(upstream)
+    for key in topological_order(upstream):
+        del left[key]
+    cycles: List[List[str]] = []
+    seen: Set[str] = set()
+    for start in left:
+        walk: Dict[str, None] = {}
+        key = start
+        while key not in walk and key not in seen:
+            walk[key] = None
+            key = next(name for name in upstream[key] if name in left)
+        if key in walk:
+            steps = list(walk)
+            cycles.append([key] + steps[:steps.index(key):-1] + [key])
+        seen.update(walk)
+    return cycles
+
+
+def _check_graph(flow: Flow) -> Iterator[Problem]:
+    """Yield what is wrong with ids and dependencies: twice the same, unknown ones, cycles."""
+    first: Dict[str, int] = {}
+    for n, task in enumerate(flow.tasks):
+        if first.setdefault(task.id, n) != n:
+            yield Problem(("tasks", n, "id"), f"{task.id} is the id of tasks[{first[task.id]}] already; "
+                          "rename one")
+    unknown = 0
+    for n, task in enumerate(flow.tasks):
+        for k, name in enumerate(task.depends_on):
+            place: Path = ("tasks", n, "depends_on", k)
+            if name not in first:
+                unknown += 1
+                hint = near(name, first) if unknown <= MAX_PROBLEMS else ""
+                yield Problem(place, f"no task {shown(name)} in this flow{hint}")
+            elif name in task.depends_on[:k]:
+                yield Problem(place, f"{name} is listed twice; once is enough")
+    for cycle in find_cycles({task.id: task.depends_on for task in flow.tasks}):
+        steps = cycle if len(cycle) <= 20 else cycle[:10] + [f"({len(cycle) - 15} more)"] + cycle[-5:]
+        yield Problem(("tasks", first[cycle[0]], "depends_on"),
+                      f"a cycle: {' -> '.join(steps)}; remove one of these dependencies")
+
+
+def _check_env(env: Mapping[str, Any], path: Path) -> Iterator[Problem]:
+    """Yield what is wrong with the names of environment variables."""
+    for name in env:
+        if not _VARIABLE.fullmatch(name):
+            yield Problem(path + (name,), "not a name of a variable; use letters, digits and _")
+        elif name in OWN_VARIABLES or name.startswith("MINIFLOW_PARAM_"):
+            yield Problem(path + (name,), "MiniFlow sets this variable itself; use another name")
+
+
+def _check_action(task: Task, path: Path) -> Iterator[Problem]:
+    """Yield what is wrong with what a task executes, and with when it is retried."""
+    action = task.action
+    if isinstance(action, Command) and isinstance(action.command, str):
+        if any(match[0] != "$${{" for match in _TEMPLATE.finditer(action.command)):
+            yield Problem(path + ("command",), "a template in a shell string would run its value as code; "
+                          "use $MINIFLOW_PARAM_NAME, an env entry, args ($1, $2, …) or an array command")
+    if isinstance(action.args, dict):
+        for key in action.args:
+            if not _OPTION.fullmatch(key):
+                yield Problem(path + ("args", key), "not a name of an option; "
+                              "write it without leading dashes and =")
+    for n, code in enumerate(task.retry.retry_on or ()):
+        if isinstance(code, str) and code != "timeout":
+            yield Problem(path + ("retry_on", n), f"{shown(code)} is neither an exit code nor \"timeout\"")
+
+
+def _check_ref(ref: Ref, flow: Flow, roots: Iterable[str]) -> Optional[str]:
+    """Return what is wrong with `ref` by itself, if anything."""
+    root = str(ref.path[0])
+    if root not in roots:
+        return f"{ref.text} can't be used here; only {', '.join(roots)} can"
+    if root == "params" and flow.params is not None and ref.path[1] not in flow.params:
+        name = str(ref.path[1])
+        return (f"{ref.text}: the flow has no param {shown(name)}"
+                + (near(name, flow.params) or f"; it has {', '.join(flow.params) or 'none'}"))
+    return None
+
+
+def _check_upstream_refs(flow: Flow, wanted: Dict[str, List[Tuple[int, Path, Ref]]]) -> Iterator[Problem]:
+    """Check that each task read by a template is upstream of its reader: one search down from each."""
+    ids = {task.id for task in flow.tasks}
+    order = topological_order({task.id: task.depends_on for task in flow.tasks})
+    rank = {key: n for n, key in enumerate(order)}
+    downstream: Dict[str, List[str]] = {}
+    for task in flow.tasks if wanted else ():
+        for name in task.depends_on:
+            downstream.setdefault(name, []).append(task.id)
+    for name, readers in wanted.items():
+        last = max(rank.get(flow.tasks[n].id, -1) for n, _, _ in readers)
+        reached, todo = set(), [name]
+        while todo:
+            for below in downstream.get(todo.pop(), ()):
+                if below not in reached and rank.get(below, last + 1) <= last:
+                    reached.add(below)
+                    todo.append(below)
+        for n, place, ref in readers:
+            if name not in ids:
+                yield Problem(place, f"{ref.text}: no task {shown(name)} in this flow{near(name, ids)}")
+            elif flow.tasks[n].id not in reached and flow.tasks[n].id in rank:
+                yield Problem(place, f"{ref.text}: {name} is not upstream of {flow.tasks[n].id}; "
+                                     f"add {shown(name)} to its depends_on")
+
+
+def _check_text(text: Any, flow: Flow, place: Path, roots: Iterable[str]) -> Iterator[Problem]:
+    """Yield what is wrong with the templates of one string, of which each begins with one of `roots`."""
+    try:
+        found = refs(text)
+    except ValueError as exc:
+        yield Problem(place, str(exc))
+        return
+    for ref in found:
+        what = _check_ref(ref, flow, roots)
+        if what:
+            yield Problem(place, what)
+
+
+def _check_templates(flow: Flow) -> Iterator[Problem]:
+    """Yield what is wrong with all templates of a flow."""
+    for name, value in flow.env.items():
+        yield from _check_text(value, flow, ("env", name), ("params", "run", "env"))
+    wanted: Dict[str, List[Tuple[int, Path, Ref]]] = {}
+    for n, task in enumerate(flow.tasks):
+        for path, text in templates(task):
+            place: Path = ("tasks", n) + path
+            problems = list(_check_text(text, flow, place, ROOTS))
+            yield from problems
+            for ref in refs(text) if not problems else ():
+                if ref.path[0] == "tasks":
+                    wanted.setdefault(str(ref.path[1]), []).append((n, place, ref))
+    yield from _check_upstream_refs(flow, wanted)
+
+
+def _check_params(params: Mapping[str, Param]) -> Iterator[Problem]:
+    """Yield what is wrong with the declarations of params, their defaults among them."""
+    for name, param in params.items():
+        place: Path = ("params", name)
+        if param.pattern is not None:
+            try:
+                re.compile(param.pattern)
+            except re.error as exc:
+                yield Problem(place + ("pattern",), f"{shown(param.pattern)} is no regular expression: {exc}")
+                continue
+            if param.type != "string":
+                yield Problem(place + ("pattern",), "only a param of type string can have a pattern")
+        if param.min is not None and param.max is not None and param.min > param.max:
+            yield Problem(place + ("min",), f"{shown(param.min)} is more than max, {shown(param.max)}")
+        if param.default is not MISSING:
+            problems: List[Problem] = []
+            check_schema(param_schema(param), param.default, place, problems)
+            yield from (Problem(p.path, f"the default does not fit: {p.what}") for p in problems)
+    for first, second in _clashing(params):
+        yield Problem(("params", second), f"{first} is MINIFLOW_PARAM_{param_variable(first)} as well; "
+                          "rename one")
+
+
+def check_flow(flow: Flow) -> List[Problem]:
+    """Return all that is wrong with the meaning of `flow`; an empty list means that it can run."""
+    problems = list(_check_params(flow.params or {}))
+    problems += _check_env(flow.env, ("env",))
+    for n, task in enumerate(flow.tasks):
+        problems += _check_action(task, ("tasks", n))
+        problems += _check_env(task.env, ("tasks", n, "env"))
+    problems += _check_graph(flow)
+    problems += _check_templates(flow)
+    return problems
+
+
+# ============================================================================
+# == 6. JSON FRONT END: how does a flow become JSON, and JSON a flow?
+# ============================================================================
+# The tables below are the one place where a field of the flow file is defined: reading, checking, writing and
+# the published schema all follow them.
+#
+# A field is reported and left out where it is wrong, and the rest of its task is made all the same: so the
+# meaning of what is right can be checked in the same go, and no error hides another.  A task without a sound
+# action gets a stand-in that no run will ever see, because a flow with problems never leaves parse_flow.
+
+class Field(NamedTuple):
+    """One field of the flow file."""
+
+    name: str
+    schema: Schema
+    doc: str
+    required: bool = False
+
+
+_NAME: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$(?!\n)", "maxLength": 128,
+                 "title": "a name of letters, digits, _, . and -, not starting with . or -, "
+                          "of at most 128 characters"}
+_STR: Schema = {"type": "string"}
+_STRS: Schema = {"type": "array", "items": _STR, "title": "an array of strings"}
+_BOOL: Schema = {"type": "boolean"}
+_SECONDS: Schema = {"type": "number", "minimum": 0, "maximum": 315360000}
+_LIMIT: Schema = {"type": "number", "minimum": 0.001, "maximum": 315360000}
+_VALUE: Schema = {"anyOf": [_STR, {"type": "number"}, _BOOL], "title": "a string, a number or a boolean"}
+_ENV: Schema = {"type": "object", "additionalProperties": _VALUE, "title": "an object of strings"}
+_OPTIONS: Schema = {"type": "object", "additionalProperties": {
+    "anyOf": [_STR, {"type": "number"}, _BOOL, {"type": "null"}, {"type": "array", "items": _VALUE}],
+    "title": "a string, a number, a boolean, null or an array of these"}}
+_ARGS: Schema = {"anyOf": [{"type": "array", "items": _VALUE}, _OPTIONS], "title": "an array or an object"}
+_COMMAND: Schema = {"anyOf": [{"type": "string", "minLength": 1},
+                              {"type": "array", "items": _STR, "minItems": 1}],
+                    "title": "a shell string, or a non-empty array of strings"}
+_RETRY_ON: Schema = {"type": "array", "items": {
+    "anyOf": [{"type": "integer", "minimum": 1, "maximum": 255}, _STR],
+    "title": "an exit code from 1 to 255 or \"timeout\""}}
+
+PARAM_FIELDS = (
+    Field("type", {"type": "string", "enum": list(PARAM_TYPES)}, "what kind of value it takes"),
+    Field("default", {}, "its value where none is given"),
+    Field("required", _BOOL, "true: a run can't start without it"),
+    Field("enum", {"type": "array", "minItems": 1, "title": "a non-empty array"},
+          "the values that it may have"),
+    Field("min", {"type": "number"}, "the least number, or length of a string or array"),
+    Field("max", {"type": "number"}, "the largest number, or length of a string or array"),
+    Field("pattern", _STR, "a regular expression that a string must match somewhere"),
+    Field("description", _STR, "shown to whoever starts the flow"),
+)
+
+ACTION_FIELDS = (
+    Field("script", {"type": "string", "minLength": 1,
+                     "title": "a path of a Python file below the tasks directory"},
+          "Python file below the tasks directory, to be run"),
+    Field("command", _COMMAND, "a string for /bin/sh -c, or an array that is run without a shell"),
+)
+
+TASK_FIELDS = (
+    Field("id", _NAME, "the task's name, unique in the flow", required=True),
+    *ACTION_FIELDS,
+    Field("description", _STR, "shown by list and graph"),
+    Field("tags", _STRS, "run --tags takes the tasks with a tag and what they need"),
+    Field("depends_on", _STRS, "ids of the tasks that it waits for"),
+    Field("args", _ARGS, "arguments: an array as it is, or an object of options"),
+    Field("env", _ENV, "environment variables"),
+    Field("cwd", _STR, "working directory, relative to where MiniFlow was started"),
+    Field("python", {"type": "string", "minLength": 1}, "the interpreter for script"),
+    Field("stdin", _STR, "text for standard input, which is empty otherwise"),
+    Field("max_retries", {"type": "integer", "minimum": 0, "maximum": 1000000}, "attempts after the first"),
+    Field("backoff_s", _SECONDS, "seconds before attempt 2, doubled before each further one"),
+    Field("max_backoff_s", _SECONDS, "the longest wait between attempts, in seconds"),
+    Field("jitter", {"type": "number", "minimum": 0, "maximum": 1}, "the share of the wait that is random"),
+    Field("retry_on", _RETRY_ON, "exit codes, or \"timeout\", that are retried; default: all"),
+    Field("timeout_s", _LIMIT, "seconds that an attempt may take"),
+    Field("grace_s", _SECONDS, "seconds between SIGTERM and SIGKILL"),
+    Field("trigger_rule", {"type": "string", "enum": list(TRIGGER_RULES)},
+          "how its upstream must have ended"),
+    Field("allow_failure", _BOOL, "true: its failure counts as success"),
+    Field("priority", {"type": "integer", "minimum": -1000000, "maximum": 1000000}, "higher starts first"),
+)
+#: Fields that `defaults` can't give, and those that fit one action only.
+_NOT_INHERITED = frozenset(["id", "depends_on"] + [field.name for field in ACTION_FIELDS])
+_FOR_ACTION = {"python": "script"}
+_RETRY_FIELDS = Retry._fields
+
+
+def object_schema(fields: Sequence[Field], without: Iterable[str] = ()) -> Schema:
+    """Return the JSON Schema of an object that has `fields`, less those named in `without`."""
+    kept = [field for field in fields if field.name not in without]
+    schema: Schema = {"type": "object", "additionalProperties": False, "properties": {
+        field.name: {**field.schema, "description": field.doc} for field in kept}}
+    required = [field.name for field in kept if field.required]
+    return {**schema, "required": required} if required else schema
+
+
+_PARAM_SCHEMA = object_schema(PARAM_FIELDS)
+_TASK_SCHEMA = object_schema(TASK_FIELDS)
+_DEFAULTS_SCHEMA = object_schema(TASK_FIELDS, _NOT_INHERITED)
+
+FLOW_FIELDS = (
+    Field("$schema", {}, "ignored; for editors"),
+    Field("name", _NAME, "the flow's name", required=True),
+    Field("description", _STR, "what the flow is for"),
+    Field("version", _STR, "the flow's own version"),
+    Field("tags", _STRS, "shown by list and graph"),
+    Field("params", {"type": "object"}, "name to default value, or to a declaration"),
+    Field("env", _ENV, "environment variables of every task"),
+    Field("defaults", _DEFAULTS_SCHEMA, "fields that every task inherits"),
+    Field("max_parallel", {"type": "integer", "minimum": 1, "maximum": 100000}, "tasks at once"),
+    Field("fail_fast", _BOOL, "true: start nothing more after the first failure"),
+    Field("tasks", {"type": "array", "minItems": 1, "items": _TASK_SCHEMA,
+                    "title": "a non-empty array of tasks"},
+          "the tasks", required=True),
+)
+_FLOW_SCHEMA = object_schema(FLOW_FIELDS)
+
+
+def flow_schema() -> Schema:
+    """Return the JSON Schema (draft 2020-12) of the flow file, for editors."""
+    schema = object_schema(FLOW_FIELDS)
+    schema["properties"]["params"]["additionalProperties"] = {
+        "anyOf": [_PARAM_SCHEMA, {"title": "a default value"}]}
+    task = schema["properties"]["tasks"]["items"] = dict(_TASK_SCHEMA)
+    task["oneOf"] = [{"required": [field.name]} for field in ACTION_FIELDS]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "MiniFlow flow", **schema}
+
+
+def _sound(schema: Schema, raw: Mapping[str, Any], path: Path, problems: List[Problem]) -> Dict[str, Any]:
+    """Check the object `raw` and return its sound members, so that checking can go on with them."""
+    found: List[Problem] = []
+    check_schema(schema, raw, path, found)
+    problems += found
+    bad = {problem.path[len(path)] for problem in found if len(problem.path) > len(path)}
+    return {name: value for name, value in raw.items() if name not in bad}
+
+
+def _make_params(raw: Any, problems: List[Problem]) -> Optional[Dict[str, Param]]:
+    """Return the declared params of the raw `params`; what is wrong with their shape goes to `problems`."""
+    if not isinstance(raw, dict):
+        return None
+    params = {}
+    for name, value in raw.items():
+        if isinstance(value, dict) and value.keys() & {"type", "default", "required", "enum"}:
+            value = _sound(_PARAM_SCHEMA, value, ("params", name), problems)
+            if "enum" in value:
+                value = {**value, "enum": tuple(value["enum"])}
+            params[name] = Param(**value)
+        else:
+            params[name] = Param(default=value)
+    return params
+
+
+def _frozen(value: Any) -> Any:
+    """Return an array as a tuple, anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def make_task(fields: Mapping[str, Any]) -> Task:
+    """Make a Task from sound fields of the flow file, one action among them."""
+    def pick(names: Iterable[str]) -> Dict[str, Any]:
+        return {name: _frozen(fields[name]) for name in names if name in fields}
+
+    action: Action
+    if "script" in fields:
+        action = Script(fields["script"], **pick(("args", "python", "stdin")))
+    else:
+        action = Command(_frozen(fields["command"]), **pick(("args", "stdin")))
+    return Task(action=action, retry=Retry(**pick(_RETRY_FIELDS)),
+                **pick(name for name in Task._fields if name not in ("action", "retry")))
+
+
+def _read_task(raw: Any, place: Path, defaults: Dict[str, Any], problems: List[Problem]) -> Optional[Task]:
+    """Make a Task of the raw one at `place`; what is wrong is appended to `problems` and left out."""
+    if not isinstance(raw, dict):
+        return None                             # reported with the array of tasks
+    fields = _sound(_TASK_SCHEMA, raw, place, problems)
+    given = [field.name for field in ACTION_FIELDS if field.name in raw]
+    names = ", ".join(field.name for field in ACTION_FIELDS)
+    if not given:
+        problems.append(Problem(place, f"the task does nothing; give one of {names}"))
+    elif len(given) > 1:
+        problems.append(Problem(place + (given[1],), f"a second action beside {given[0]}; "
+                                f"give only one of {names}"))
+    for name, owner in _FOR_ACTION.items():
+        if name in raw and owner not in given:
+            problems.append(Problem(place + (name,), f"goes with {owner} only; remove it"))
+    if "id" not in fields:
+        return None
+    inherited = {name: value for name, value in defaults.items()
+                 if name not in _FOR_ACTION or _FOR_ACTION[name] in given}
+    if "env" in inherited and "env" in fields:
+        fields["env"] = {**inherited["env"], **fields["env"]}
+    fields = {**inherited, **fields}
+    if not fields.keys() & {field.name for field in ACTION_FIELDS}:
+        fields["command"] = "exit 70"            # stands in for what was reported, so that checking can go on
+    return make_task(fields)
+
+
+def read_flow(raw: Any, problems: List[Problem]) -> Optional[Flow]:
+    """Make a Flow from the JSON value `raw`, and append all that is wrong with its shape to `problems`."""
+    if not isinstance(raw, dict):
+        problems.append(Problem((), f"expected an object with name and tasks, got {shown(raw)}"))
+        return None
+    whole = {**_FLOW_SCHEMA, "properties": {**_FLOW_SCHEMA["properties"], "tasks": {
+        "type": "array", "minItems": 1, "items": {"type": "object", "title": "a task: an object"},
+        "title": "a non-empty array of tasks"}}}
+    fields = _sound(whole, raw, (), problems)
+    defaults = raw.get("defaults")
+    if isinstance(defaults, dict):
+        defaults = _sound(_DEFAULTS_SCHEMA, defaults, ("defaults",), [])
+    raw_tasks = raw.get("tasks")
+    tasks = [_read_task(task, ("tasks", n), defaults or {}, problems)
+             for n, task in enumerate(raw_tasks if isinstance(raw_tasks, list) else [])]
+    if None in tasks:                            # keep the numbers of the others: they are their places
+        blank = Task("", Command("exit 70"))
+        tasks = [task or blank._replace(id=f" {n}") for n, task in enumerate(tasks)]
+    simple = {name: _frozen(fields[name]) for name in Flow._fields
+              if name in fields and name not in ("params", "tasks")}
+    simple.setdefault("name", "unnamed")
+    return Flow(tasks=tuple(t for t in tasks if t), params=_make_params(fields.get("params"), problems),
+                **simple)
+
+
+def parse_flow(content: Union[bytes, str], where: str,
+               script_problem: Callable[[str], Optional[str]] = lambda path: None) -> Flow:
+    """Read a flow file; raise FlowError with all that is wrong with it, each with its place in `where`.
+
+    `script_problem` tells what is wrong with a script's path, which only somebody who sees the disk can know.
+    """
+    document = parse_json(content, where)
+    problems: List[Problem] = []
+    flow = read_flow(document.value, problems)
+    if flow:
+        problems += check_flow(flow)
+        for n, task in enumerate(flow.tasks):
+            what = script_problem(task.action.path) if isinstance(task.action, Script) else None
+            if what:
+                problems.append(Problem(("tasks", n, "script"), what))
+    if problems or not flow:
+        raise document.error(problems)
+    return flow
+
+
+def task_to_json(task: Task) -> Dict[str, Any]:
+    """Return the fields of `task` as in a flow file, without those that have their default value."""
+    members: Dict[str, Any] = {"id": task.id}
+    name = "script" if isinstance(task.action, Script) else "command"
+    members[name] = task.action[0]
+    parts: Tuple[Tuple[Any, Any], ...] = ((task, Task("", task.action)), (task.action, type(task.action)("")),
+                                          (task.retry, Retry()))
+    for part, plain in parts:
+        for field in part._fields:
+            value = getattr(part, field)
+            if field not in ("id", "action", "retry", "path", "command") and value != getattr(plain, field):
+                members[field] = value
+    return members
+
+
+def flow_to_json(flow: Flow) -> Dict[str, Any]:
+    """Return `flow` as the JSON value of a flow file, with defaults spread over the tasks."""
+    plain = Flow("", ())
+    members = {field: getattr(flow, field) for field in Flow._fields
+               if field not in ("tasks", "params") and getattr(flow, field) != getattr(plain, field)}
+    if flow.params is not None:
+        members["params"] = {
+            name: {key: value for key, value in param._asdict().items()
+                   if value is not MISSING and value != getattr(Param(), key)} or {"required": False}
+            for name, param in flow.params.items()}
+    return {**members, "tasks": [task_to_json(task) for task in flow.tasks]}
+
+
+# ============================================================================
+# == 7. PLAN: in which order will what happen?
+# ============================================================================
+# A Plan is worked out once, before anything starts, and never changes.  What is left out of a partial run
+# stays in it as satisfied, with the outputs of its last success, so that nothing downstream needs to know.
+#
+# Two orders live here.  The topological one, with ties by declaration, says whose outputs win when they are
+# merged; it depends on the flow alone.  The key says who starts first among ready tasks: priority, then the
+# longest path of work still behind the task, then declaration.  Both are the same on every machine.
+
+class Selection(NamedTuple):
+    """Which part of a flow runs; where several are given, a task has to be in each."""
+
+    only: Tuple[str, ...] = ()
+    from_: Tuple[str, ...] = ()
+    until: Tuple[str, ...] = ()
+    skip: Tuple[str, ...] = ()
+    tags: Tuple[str, ...] = ()
+
+
+class Plan(NamedTuple):
+    """What a run of `flow` will do.
+
+    `order` is topological with ties by declaration, `rank` its inverse, and `key` what ready tasks are sorted
+    by; `left_out` maps tasks that are not run to the outputs they count with.
+    """
+
+    flow: Flow
+    tasks: Mapping[str, Task]
+    order: Tuple[str, ...]
+    rank: Mapping[str, int]
+    downstream: Mapping[str, Sequence[str]]
+    key: Mapping[str, Tuple[float, ...]]
+    left_out: Mapping[str, Mapping[str, Any]]
+
+
+def _reach(starts: Iterable[str], edges: Mapping[str, Sequence[str]]) -> Set[str]:
+    """Return `starts` and all that can be reached from them along `edges`."""
+    reached = set(starts)
+    todo = list(reached)
+    while todo:
+        for name in edges[todo.pop()]:
+            if name not in reached:
+                reached.add(name)
+                todo.append(name)
+    return reached
+
+
+def _downstream(tasks: Mapping[str, Task]) -> Dict[str, List[str]]:
+    """Return for each task the tasks that wait for it, in the order of declaration."""
+    downstream: Dict[str, List[str]] = {name: [] for name in tasks}
+    for task in tasks.values():
+        for name in task.depends_on:
+            downstream[name].append(task.id)
+    return downstream
+
+
+def select(flow: Flow, selection: Selection) -> Set[str]:
+    """Return the ids of the tasks that `selection` leaves out; raise NotFound for a task or tag not there."""
+    tasks = {task.id: task for task in flow.tasks}
+    for name in selection.only + selection.from_ + selection.until + selection.skip:
+        if name not in tasks:
+            raise NotFound(f"flow {flow.name} has no task {shown(name)}{near(name, tasks)}")
+    every_tag = {tag for task in flow.tasks for tag in task.tags}
+    for tag in selection.tags:
+        if tag not in every_tag:
+            raise NotFound(f"flow {flow.name} has no task with the tag {shown(tag)}{near(tag, every_tag)}")
+    upstream = {task.id: task.depends_on for task in flow.tasks}
+    tagged = [task.id for task in flow.tasks if set(task.tags) & set(selection.tags)]
+    kept = set(tasks)
+    alone: Dict[str, Sequence[str]] = {name: () for name in tasks}
+    ways: Tuple[Tuple[Iterable[str], Mapping[str, Sequence[str]]], ...] = (
+        (selection.only, alone), (selection.from_, _downstream(tasks)),
+        (selection.until, upstream), (tagged, upstream))
+    for starts, edges in ways:
+        if starts:
+            kept &= _reach(starts, edges)
+    kept -= set(selection.skip)
+    if not kept:
+        raise UsageError(f"flow {flow.name}: this selection leaves no task to run; give a wider one")
+    return set(tasks) - kept
+
+
+def make_plan(flow: Flow, left_out: Mapping[str, Mapping[str, Any]] = {},
+              durations: Mapping[str, float] = {}) -> Plan:
+    """Order a checked flow.  `durations` (seconds, 1 where unknown) say how long a path of work is."""
+    tasks = {task.id: task for task in flow.tasks}
+    order = tuple(topological_order({task.id: task.depends_on for task in flow.tasks}))
+    assert len(order) == len(tasks), "the flow was not checked"
+    downstream = _downstream(tasks)
+    behind: Dict[str, float] = {}
+    for name in reversed(order):
+        behind[name] = durations.get(name, 1) + max((behind[below] for below in downstream[name]), default=0)
+    key = {task.id: (-task.priority, -behind[task.id], n) for n, task in enumerate(flow.tasks)}
+    return Plan(flow, tasks, order, {name: n for n, name in enumerate(order)}, downstream, key, left_out)
+
+
+# ============================================================================
+# == 8. EVENTS AND RUN: what has happened, and what does it add up to?
+# ============================================================================
+# An Event is a fact with the time it became one (seconds since 1970).  A Run is the fold of its events:
+# apply() is the only way to change it, and costs the same however many tasks there are.
+#
+# What a task sees is decided by its upstream alone.  A Scope says, for each key, which ancestor wrote it last
+# in topological order.  Scopes are shared as long as nothing new is written, so a chain of thousands of tasks
+# without outputs has one Scope, and values are never copied into it.
+
+class AttemptStarted(NamedTuple):
+    """An attempt is about to start; `inputs` names the task that each key it reads comes from."""
+
+    at: float
+    task: str
+    attempt: int
+    log: Optional[str] = None
+    inputs: Mapping[str, str] = {}
+
+
+class AttemptSpawned(NamedTuple):
+    """The attempt is process `pid`, which the system started at `ticks` (field 22 of /proc/PID/stat)."""
+
+    at: float
+    task: str
+    attempt: int
+    pid: int
+    ticks: Optional[int] = None
+
+
+class AttemptStopping(NamedTuple):
+    """The attempt is being ended by `signal` (TERM or KILL) because of `reason`."""
+
+    at: float
+    task: str
+    attempt: int
+    reason: str
+    signal: str = "TERM"
+
+
+class AttemptEnded(NamedTuple):
+    """The attempt is over.
+
+    `code` is what retry_on is held against; after a `final` failure a retry is pointless.
+    """
+
+    at: float
+    task: str
+    attempt: int
+    status: str
+    reason: Optional[str] = None
+    code: Union[int, str, None] = None
+    output: Optional[Mapping[str, Any]] = None
+    error: Optional[str] = None
+    final: bool = False
+
+
+class TaskSettled(NamedTuple):
+    """The task has ended without an attempt of its own."""
+
+    at: float
+    task: str
+    status: str
+    reason: Optional[str] = None
+    output: Optional[Mapping[str, Any]] = None
+
+
+class CancelRequested(NamedTuple):
+    """Somebody wants the run to end; with `kill` at once.  `exit_code` is what the engine then exits with."""
+
+    at: float
+    reason: str
+    exit_code: int = 143
+    kill: bool = False
+
+
+class RunFinished(NamedTuple):
+    """Every task has settled and the run has ended as `status`."""
+
+    at: float
+    status: str
+    reason: Optional[str] = None
+
+
+Event = Union[AttemptStarted, AttemptSpawned, AttemptStopping, AttemptEnded, TaskSettled, CancelRequested,
+              RunFinished]
+
+#: The words by which events are known on disk and in --output json: never renamed.
+EVENTS: Dict[str, Type[Any]] = {
+    "attempt_started": AttemptStarted, "attempt_spawned": AttemptSpawned, "attempt_stopping": AttemptStopping,
+    "attempt_ended": AttemptEnded, "task_settled": TaskSettled, "cancel_requested": CancelRequested,
+    "run_finished": RunFinished,
+}
+EVENT_WORDS = {kind: word for word, kind in EVENTS.items()}
+
+
+class Scope:
+    """Whose outputs a task may read: `writers` maps keys to the rank of the ancestor that wrote them last."""
+
+    __slots__ = ("bases", "rank", "writers")
+
+    def __init__(self, bases: Tuple[Scope, ...] = (), rank: Optional[int] = None,
+                 writers: Mapping[str, int] = {}) -> None:
+        self.bases, self.rank, self.writers = bases, rank, writers
+
+    def ranks(self) -> List[int]:
+        """Return the ranks of all ancestors with outputs, ascending; walks them all."""
+        seen, todo, found = {id(self)}, [self], []
+        while todo:
+            scope = todo.pop()
+            if scope.rank is not None:
+                found.append(scope.rank)
+            for base in scope.bases:
+                if id(base) not in seen:
+                    seen.add(id(base))
+                    todo.append(base)
+        return sorted(found)
+
+
+NO_SCOPE = Scope()
+
+
+def join_scopes(scopes: Iterable[Scope]) -> Scope:
+    """Return the scope of a task downstream of `scopes`: the highest rank wins each key."""
+    distinct = list({id(scope): scope for scope in scopes if scope is not NO_SCOPE}.values())
+    if len(distinct) < 2:
+        return distinct[0] if distinct else NO_SCOPE
+    writers: Dict[str, int] = {}
+    for scope in distinct:
+        for key, rank in scope.writers.items():
+            if rank > writers.get(key, -1):
+                writers[key] = rank
+    return Scope(tuple(distinct), None, writers)
+
+
+class Attempt:
+    """One try of a task in a run."""
+
+    __slots__ = ("status", "reason", "started", "finished", "error", "log", "pid", "ticks")
+
+    def __init__(self, started: float, log: Optional[str] = None) -> None:
+        self.status, self.started, self.log = RUNNING, started, log
+        self.finished: Optional[float] = None
+        self.reason: Optional[str] = None
+        self.error: Optional[str] = None
+        self.pid: Optional[int] = None
+        self.ticks: Optional[int] = None
+
+
+class TaskRun:
+    """Where one task stands within one run."""
+
+    __slots__ = ("status", "reason", "attempt", "started", "finished", "inputs", "output", "error",
+                 "attempts", "first_attempt", "retry_at", "stopping", "killed", "scope")
+
+    def __init__(self) -> None:
+        self.status = PENDING
+        self.reason: Optional[str] = None
+        self.attempt = 0                        # the number of the latest attempt
+        self.first_attempt = 1                  # the one from which retries are counted; resume moves it on
+        self.started: Optional[float] = None
+        self.finished: Optional[float] = None
+        self.inputs: Mapping[str, str] = {}
+        self.output: Optional[Mapping[str, Any]] = None
+        self.error: Optional[str] = None
+        self.attempts: List[Attempt] = []
+        self.retry_at: Optional[float] = None
+        self.stopping: Optional[str] = None     # why the running attempt is being ended
+        self.killed = False                     # it was sent SIGKILL
+        self.scope = NO_SCOPE                   # what it may read, once its upstream has settled
+
+
+def log_name(run_id: str, task_id: str, attempt: int) -> str:
+    """Return where the log of an attempt lies, relative to the output directory."""
+    return f"logs/{run_id}/{task_id}.{attempt}.log"
+
+
+class Run:
+    """All that is known of one run of a plan; it changes through apply() alone.
+
+    The sets and heaps below `tasks` are the frontier: what due() looks at instead of looking at every task.
+    """
+
+    def __init__(self, plan: Plan, id: str, params: Optional[Mapping[str, Any]] = None, started: float = 0,
+                 flow: str = "", source: str = "", tasks: Optional[Dict[str, TaskRun]] = None) -> None:
+        self.plan, self.id, self.params, self.started = plan, id, dict(params or {}), started
+        self.flow, self.source = flow or plan.flow.name, source
+        self.scheduled_time = started
+        self.finished: Optional[float] = None
+        self.outcome: Optional[str] = None
+        self.reason: Optional[str] = None
+        self.cancel: Optional[CancelRequested] = None
+        self.first_failure: Optional[str] = None
+        self.warnings = 0
+        self.tasks: Dict[str, TaskRun] = tasks or {name: TaskRun() for name in plan.order}
+        self.unsettled = len(self.tasks)
+        self.waits: Dict[str, int] = {}                                # task to its unsettled upstream count
+        self.ready: List[Tuple[Tuple[float, ...], str]] = []           # heap of (key, task)
+        self.barred: Dict[str, Tuple[str, str]] = {}                   # task to the end that its rule demands
+        self.running: Dict[str, None] = {}
+        self.retries: List[Tuple[float, str, int]] = []                # heap of (time, task, failed attempt)
+        self.deadlines: List[Tuple[float, str, int, str]] = []         # heap of (time, task, attempt, signal)
+        self.stopping = self.killed = 0
+        self._out: Dict[str, Scope] = {}
+        for name in plan.order:
+            self._survey(name)
+
+    def _survey(self, name: str) -> None:
+        """Find the place of task `name` in the frontier; all its upstream has been surveyed before."""
+        task, task_run = self.plan.tasks[name], self.tasks[name]
+        self.waits[name] = sum(self.tasks[up].status not in SETTLED for up in task.depends_on)
+        if task_run.status in SETTLED:
+            task_run.scope = join_scopes(self._out[up] for up in task.depends_on if up in self._out)
+            self._count(name)
+        elif task_run.status == RUNNING:
+            task_run.scope = join_scopes(self._out[up] for up in task.depends_on)
+            self.running[name] = None
+            self._set_deadline(name, task_run.attempts[-1].started)
+        elif task_run.status == RETRYING:
+            task_run.scope = join_scopes(self._out[up] for up in task.depends_on)
+            heapq.heappush(self.retries, (task_run.retry_at or 0, name, task_run.attempt))
+        elif not self.waits[name]:
+            self._reached(name)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id}: {self.status}>"
+
+    @property
+    def status(self) -> str:
+        """One of RUN_STATES but interrupted, which only somebody else can see."""
+        return self.outcome or RUNNING
+
+    @property
+    def ok(self) -> bool:
+        """True if the run ended in success."""
+        return self.outcome == SUCCESS
+
+    @property
+    def ctx(self) -> Dict[str, Any]:
+        """The params and all outputs so far, merged in topological order."""
+        merged = dict(self.params)
+        for name in self.plan.order:
+            merged.update(self.tasks[name].output or {})
+        return merged
+
+    def ctx_of(self, task_id: str) -> Dict[str, Any]:
+        """Return a new dict of what the task may read: params and its ancestors' outputs."""
+        writers = self.tasks[task_id].scope.writers
+        merged = dict(self.params)
+        for rank in sorted(set(writers.values())):
+            output = self.tasks[self.plan.order[rank]].output or {}
+            merged.update((key, output[key]) for key in output if writers[key] == rank)
+        return merged
+
+    def outputs_of(self, scope: Scope) -> Dict[str, Mapping[str, Any]]:
+        """Return the outputs of every ancestor in `scope` by its id, in topological order."""
+        names = [self.plan.order[rank] for rank in scope.ranks()]
+        return {name: self.tasks[name].output or {} for name in names}
+
+    # -- changing --
+
+    def apply(self, event: Event) -> None:
+        """Take in one fact."""
+        self._APPLY[type(event)](self, event)
+        while self.retries and self.retries[0][0] <= event.at:
+            _, name, attempt = heapq.heappop(self.retries)
+            if self._waits_for_retry(name, attempt):
+                heapq.heappush(self.ready, (self.plan.key[name], name))
+        while self.ready and not self.is_ready(self.ready[0][1]):
+            heapq.heappop(self.ready)
+        while self.deadlines and not self.is_pressing(self.deadlines[0]):
+            heapq.heappop(self.deadlines)
+        while self.retries and not self._waits_for_retry(*self.retries[0][1:]):
+            heapq.heappop(self.retries)
+
+    def is_ready(self, name: str) -> bool:
+        """Tell whether an entry of `ready` still holds."""
+        return self.tasks[name].status in (PENDING, RETRYING)
+
+    def is_pressing(self, deadline: Tuple[float, str, int, str]) -> bool:
+        """Tell whether an entry of `deadlines` still holds."""
+        _, name, attempt, signal_name = deadline
+        task_run = self.tasks[name]
+        return (task_run.status == RUNNING and task_run.attempt == attempt
+                and not (task_run.killed if signal_name == "KILL" else task_run.stopping))
+
+    def _waits_for_retry(self, name: str, attempt: int) -> bool:
+        """Tell whether an entry of `retries` still holds."""
+        return self.tasks[name].status == RETRYING and self.tasks[name].attempt == attempt
+
+    def _on_started(self, event: AttemptStarted) -> None:
+        task_run = self.tasks[event.task]
+        assert task_run.status in (PENDING, RETRYING), event
+        task_run.status, task_run.attempt = RUNNING, event.attempt
+        task_run.reason = task_run.error = task_run.retry_at = None
+        task_run.inputs = event.inputs
+        task_run.attempts.append(Attempt(event.at, event.log))
+        if task_run.started is None:
+            task_run.started = event.at
+        self.running[event.task] = None
+        self._set_deadline(event.task, event.at)
+
+    def _set_deadline(self, name: str, started: float) -> None:
+        """Note when the running attempt's time is over."""
+        limit = self.plan.tasks[name].timeout_s
+        if limit is not None:
+            heapq.heappush(self.deadlines,
+                           (round(started + limit, 6), name, self.tasks[name].attempt, "TERM"))
+
+    def _on_spawned(self, event: AttemptSpawned) -> None:
+        attempt = self.tasks[event.task].attempts[-1]
+        attempt.pid, attempt.ticks = event.pid, event.ticks
+
+    def _on_stopping(self, event: AttemptStopping) -> None:
+        task_run, task = self.tasks[event.task], self.plan.tasks[event.task]
+        if not task_run.stopping:
+            task_run.stopping = event.reason
+            self.stopping += 1
+        if event.signal == "KILL":
+            task_run.killed = True
+            self.killed += 1
+        else:
+            heapq.heappush(self.deadlines, (event.at + task.grace_s, event.task, event.attempt, "KILL"))
+
+    def _on_ended(self, event: AttemptEnded) -> None:
+        task_run, task = self.tasks[event.task], self.plan.tasks[event.task]
+        attempt = task_run.attempts[-1]
+        attempt.status, attempt.reason, attempt.error = event.status, event.reason, event.error
+        attempt.finished = event.at
+        self.stopping -= task_run.stopping is not None
+        self.killed -= task_run.killed
+        task_run.stopping, task_run.killed = None, False
+        del self.running[event.task]
+        tries = task_run.attempt - task_run.first_attempt + 1
+        if (event.status == FAILED and tries <= task.retry.max_retries
+                and task.retry.covers(event.code, event.final)):
+            task_run.status, task_run.reason, task_run.error = RETRYING, event.reason, event.error
+            wait = task.retry.wait_s(tries, chance(self.id, event.task, event.attempt))
+            task_run.retry_at = round(event.at + wait, 6)
+            heapq.heappush(self.retries, (task_run.retry_at, event.task, event.attempt))
+        else:
+            self._settle(event.task, event.status, event.at, event.reason, event.output, event.error)
+
+    def _on_settled(self, event: TaskSettled) -> None:
+        self.barred.pop(event.task, None)
+        self._settle(event.task, event.status, event.at, event.reason, event.output, None)
+
+    def _on_cancel(self, event: CancelRequested) -> None:
+        self.cancel = event._replace(exit_code=self.cancel.exit_code) if self.cancel else event
+
+    def _on_finished(self, event: RunFinished) -> None:
+        self.outcome, self.reason, self.finished = event.status, event.reason, event.at
+
+    _APPLY: Dict[Type[Any], Callable[[Any, Any], None]] = {
+              AttemptStarted: _on_started, AttemptSpawned: _on_spawned, AttemptStopping: _on_stopping,
+              AttemptEnded: _on_ended, TaskSettled: _on_settled, CancelRequested: _on_cancel,
+              RunFinished: _on_finished}
+
+    def _settle(self, name: str, status: str, at: Optional[float], reason: Optional[str],
+                output: Optional[Mapping[str, Any]], error: Optional[str]) -> None:
+        """Give task `name` its end, and reach those downstream for which it was the last to wait for."""
+        task_run = self.tasks[name]
+        task_run.status, task_run.finished, task_run.reason, task_run.error = status, at, reason, error
+        task_run.output = output or None
+        self._count(name)
+        for below in self.plan.downstream[name]:
+            self.waits[below] -= 1
+            if not self.waits[below]:
+                self._reached(below)
+
+    def _count(self, name: str) -> None:
+        """Count the end of task `name`, and open its outputs to its downstream."""
+        task_run = self.tasks[name]
+        self.unsettled -= 1
+        if task_run.status in (FAILED, UPSTREAM_FAILED):
+            if self.plan.tasks[name].allow_failure:
+                self.warnings += 1
+            elif self.first_failure is None:
+                self.first_failure = name
+        scope = task_run.scope
+        if task_run.output:
+            rank = self.plan.rank[name]
+            scope = Scope((scope,), rank, {**scope.writers, **dict.fromkeys(task_run.output, rank)})
+        self._out[name] = scope
+
+    def _reached(self, name: str) -> None:
+        """The upstream of task `name` has settled: it is ready, or its trigger rule bars it."""
+        task, task_run = self.plan.tasks[name], self.tasks[name]
+        if task_run.status in SETTLED:
+            return                              # settled before its upstream: a cancelled run
+        task_run.scope = join_scopes(self._out[up] for up in task.depends_on)
+        if name in self.plan.left_out:
+            self.barred[name] = (SKIPPED, "left out")
+            return
+        end, reason = self.judge(task)
+        if end == RUNNING:
+            heapq.heappush(self.ready, (self.plan.key[name], name))
+        else:
+            self.barred[name] = (end, reason)
+
+    def counts_as(self, name: str) -> str:
+        """Return how the end of task `name` counts for downstream and verdict: success, skipped or failed."""
+        status = self.tasks[name].status
+        if status in (SUCCESS, CACHED) or name in self.plan.left_out:
+            return SUCCESS
+        if status == SKIPPED:
+            return SKIPPED
+        return SUCCESS if self.plan.tasks[name].allow_failure else FAILED
+
+    def judge(self, task: Task) -> Tuple[str, str]:
+        """Return what becomes of `task`, its upstream settled, by its rule: RUNNING or an end, and why."""
+        if not task.depends_on:
+            return RUNNING, ""
+        kinds = [self.counts_as(name) for name in task.depends_on]
+        end = TRIGGER_RULES[task.trigger_rule](Counts(*map(kinds.count, (SUCCESS, SKIPPED, FAILED))))
+        if end == RUNNING:
+            return end, ""
+        kind = FAILED if end == UPSTREAM_FAILED else SKIPPED
+        culprit = next((name for name, k in zip(task.depends_on, kinds) if k == kind), None)
+        if culprit and task.trigger_rule not in ("all_failed", "one_failed"):
+            return end, f"upstream {culprit} {'failed' if kind == FAILED else 'was skipped'}"
+        return end, f"trigger rule {task.trigger_rule} does not hold"
+
+
+def inputs_of(run: Run, task: Task) -> Dict[str, str]:
+    """Return, for each key that templates of `task` read from outputs of others, the task it comes from."""
+    inputs = {}
+    writers = run.tasks[task.id].scope.writers
+    for _, text in templates(task):
+        for ref in refs(text):
+            if ref.path[0] == "tasks" and len(ref.path) > 3:
+                inputs[str(ref.path[3])] = str(ref.path[1])
+            elif ref.path[0] == "ctx" and ref.path[1] in writers:
+                inputs[str(ref.path[1])] = run.plan.order[writers[str(ref.path[1])]]
+    return inputs
+
+
+# ============================================================================
+# == 9. SCHEDULER: given a run and the time, what should be done now?
+# ============================================================================
+# due() and next_wake() are questions: they read a Run and change nothing.  drive() is the whole runner: it
+# asks what is due, writes down what it is about to do, does it through a World, and otherwise waits.  It is a
+# generator that yields how long to wait and is sent the events that came, so that one drive serves a loop of
+# processes, an asyncio loop and a simulated world.
+#
+# What due() may look at is bounded by what it finds: the heap of ready tasks from its top, the deadlines and
+# retries up to now, the running attempts only while a run is being cancelled.  What is in a heap may be stale
+# (its task has been settled meanwhile); apply() drops such entries when they come to the top.
+#
+# There is no event for "its retry is due": that is a matter of the clock, and a question's answer.  apply()
+# moves retries whose time has come by the time of any event, so that they queue among the ready ones by their
+# key.
+
+class Start(NamedTuple):
+    """Start attempt number `attempt` of a task."""
+
+    task: str
+    attempt: int
+
+
+class Stop(NamedTuple):
+    """End the running attempt of a task by `signal` (TERM or KILL)."""
+
+    task: str
+    attempt: int
+    reason: str
+    signal: str
+
+
+class Settle(NamedTuple):
+    """Give a task its end without an attempt."""
+
+    task: str
+    status: str
+    reason: str
+
+
+class Finish(NamedTuple):
+    """Give the run its end."""
+
+    status: str
+    reason: Optional[str]
+
+
+Due = Union[Start, Stop, Settle, Finish]
+
+
+def _ascending(heap: Sequence[Any]) -> Iterator[Any]:
+    """Yield the entries of a heap from the least on, without changing it, at log k for the k-th."""
+    front = [(heap[0], 0)] if heap else []
+    while front:
+        entry, at = heapq.heappop(front)
+        yield entry
+        for child in (2 * at + 1, 2 * at + 2):
+            if child < len(heap):
+                heapq.heappush(front, (heap[child], child))
+
+
+def verdict(run: Run) -> Finish:
+    """Return the end of a run whose tasks have all settled; it looks at all, never only at the leaves."""
+    if run.cancel:
+        return Finish(CANCELLED, run.cancel.reason)
+    if run.first_failure is not None:
+        return Finish(FAILED, f"{run.first_failure} {run.tasks[run.first_failure].status}")
+    return Finish(SUCCESS, None)
+
+
+def _settle_rest(run: Run, reason: str) -> List[Due]:
+    """Settle every task that is not running; all in one go, so that looking at all of them happens once."""
+    if run.unsettled == len(run.running):
+        return []
+    return [Settle(name, CANCELLED, reason) for name, task_run in run.tasks.items()
+            if task_run.status in (PENDING, RETRYING)]
+
+
+def _stop_all(run: Run, cancel: CancelRequested) -> List[Due]:
+    """Return a Stop for every running attempt that has not been sent the signal of `cancel` yet."""
+    done = run.killed if cancel.kill else run.stopping
+    if done == len(run.running):
+        return []
+    word = "KILL" if cancel.kill else "TERM"
+    return [Stop(name, run.tasks[name].attempt, cancel.reason, word) for name in run.running
+            if not (run.tasks[name].killed if cancel.kill else run.tasks[name].stopping)]
+
+
+def _overdue(run: Run, now: float) -> List[Due]:
+    """Return a Stop for every attempt whose time, or whose grace, is over."""
+    stops: List[Due] = []
+    for deadline in _ascending(run.deadlines):
+        at, name, attempt, word = deadline
+        if at > now:
+            break
+        if run.is_pressing(deadline):
+            reason = run.tasks[name].stopping or f"timeout after {run.plan.tasks[name].timeout_s:g} s"
+            stops.append(Stop(name, attempt, reason, word))
+    return stops
+
+
+def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
+    """Return a Start for the first `free` tasks by key: those that are ready, and retries that are due."""
+    if free is not None and free <= 0:
+        return []
+    late = []
+    for at, name, attempt in _ascending(run.retries):
+        if at > now:
+            break
+        if run.tasks[name].status == RETRYING and run.tasks[name].attempt == attempt:
+            late.append((run.plan.key[name], name))
+    starts: List[Due] = []
+    for _, name in heapq.merge(_ascending(run.ready), sorted(late)):
+        if free is not None and len(starts) >= free:
+            break
+        if run.is_ready(name):
+            starts.append(Start(name, run.tasks[name].attempt + 1))
+    return starts
+
+
+def due(run: Run, now: float, slots: Optional[int]) -> List[Due]:
+    """Return all that should be done now, with at most `slots` attempts at once (None: no limit)."""
+    if run.outcome:
+        return []
+    actions: List[Due] = []
+    if run.cancel:
+        actions = _settle_rest(run, run.cancel.reason) + _stop_all(run, run.cancel)
+    elif run.first_failure is not None and run.plan.flow.fail_fast:
+        actions = _settle_rest(run, f"fail_fast: {run.first_failure} failed")
+    elif run.barred:
+        actions = [Settle(name, *end) for name, end in run.barred.items()]
+    actions += _overdue(run, now)
+    if not actions:
+        actions = _starts(run, now, None if slots is None else slots - len(run.running))
+    if not actions and not run.unsettled:
+        return [verdict(run)]
+    return actions
+
+
+def next_wake(run: Run, slots: Optional[int]) -> Optional[float]:
+    """Return the soonest time at which due() may answer otherwise without a new event; None: never.
+
+    A retry whose time has come and that waits for a slot is no reason to wake: the end of an attempt is.
+    """
+    times = [run.deadlines[0][0]] if run.deadlines else []
+    if run.retries and (slots is None or len(run.running) < slots):
+        times.append(run.retries[0][0])
+    return min(times, default=None)
+
+
+def fact(run: Run, action: Due, now: float) -> Event:
+    """Return the event that records that `action` is being taken."""
+    if isinstance(action, Start):
+        task = run.plan.tasks[action.task]
+        return AttemptStarted(now, action.task, action.attempt, log_name(run.id, action.task, action.attempt),
+                              inputs_of(run, task))
+    if isinstance(action, Stop):
+        return AttemptStopping(now, action.task, action.attempt, action.reason, action.signal)
+    if isinstance(action, Settle):
+        return TaskSettled(now, action.task, action.status, action.reason, run.plan.left_out.get(action.task))
+    return RunFinished(now, action.status, action.reason)
+
+
+def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Optional[int] = None,
+          observe: Callable[[Event], None] = lambda event: None,
+          ) -> Generator[Optional[float], List[Event], None]:
+    """Drive `run` to its end.
+
+    Yields when to wake up (None: when something happens) and is sent the new events.
+
+    `world` has now(), start(run, action) and stop(run, action), both of which return events that came of it;
+    `record` puts events on disk before they are true, `observe` is told each one afterwards.
+    """
+    def emit(events: List[Event]) -> None:
+        if events:
+            record(events)                      # durable first …
+        for event in events:
+            run.apply(event)                    # … then true …
+            observe(event)                      # … then shown
+
+    perform = {Start: world.start, Stop: world.stop}
+    while run.outcome is None:
+        actions = due(run, world.now(), slots)
+        if actions:
+            emit([fact(run, action, world.now()) for action in actions])
+            emit([event for action in actions if type(action) in perform
+                  for event in perform[type(action)](run, action)])
+        else:
+            emit((yield next_wake(run, slots)))
+
+
+# ============================================================================
+# == 10. STATE: how is a run written down, and read back?
+# ============================================================================
+# The state of a run (RUN.json) is one JSON object: a first line that says how the run stands, then its parts,
+# a line for each task.  The journal (RUN.jsonl) has one event a line; its first record, `opened`, holds a
+# whole state.  Both carry a sequence number, by which the newer is known, and a CRC-32 of the bytes before
+# it, by which damage is.  Times are ISO 8601 in UTC with microseconds: the world's clock ticks in those, so
+# that reading gives what was written.
+
+FORMAT = 1
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_CRC = b'"crc":"'
+
+
+def format_time(at: Optional[float]) -> Optional[str]:
+    """Return seconds since 1970 as 2026-11-21T22:14:00.123456Z; None stays None."""
+    if at is None:
+        return None
+    return (_EPOCH + timedelta(seconds=at)).isoformat(timespec="microseconds")[:-6] + "Z"
+
+
+def parse_time(text: Optional[str]) -> Optional[float]:
+    """Return the seconds since 1970 of what format_time gave; raise ValueError for another text."""
+    if text is None:
+        return None
+    return (datetime.fromisoformat(text.replace("Z", "+00:00")) - _EPOCH).total_seconds()
+
+
+def span(started: Optional[float], finished: Optional[float]) -> Optional[float]:
+    """Return the seconds from one to the other, never negative; None while either is unknown."""
+    return None if started is None or finished is None else round(max(0.0, finished - started), 6)
+
+
+def _attempt_to_json(attempt: Attempt) -> Dict[str, Any]:
+    """Return what RUN.json says of one attempt."""
+    members = {"status": attempt.status, "reason": attempt.reason, "started": format_time(attempt.started),
+               "finished": format_time(attempt.finished),
+               "duration_s": span(attempt.started, attempt.finished),
+               "error": attempt.error, "log": attempt.log}
+    if attempt.pid is not None:
+        members.update(pid=attempt.pid, ticks=attempt.ticks)
+    return members
+
+
+def task_run_to_json(task_run: TaskRun) -> Dict[str, Any]:
+    """Return what RUN.json says of one task."""
+    members = {"status": task_run.status, "reason": task_run.reason, "attempt": task_run.attempt,
+               "started": format_time(task_run.started), "finished": format_time(task_run.finished),
+               "duration_s": span(task_run.started, task_run.finished), "inputs": task_run.inputs,
+               "output": task_run.output, "error": task_run.error,
+               "log": task_run.attempts[-1].log if task_run.attempts else None,
+               "attempts": [_attempt_to_json(attempt) for attempt in task_run.attempts]}
+    for name, value, usual in (("first_attempt", task_run.first_attempt, 1),
+                               ("stopping", task_run.stopping, None),
+                               ("retry_at", format_time(task_run.retry_at), None)):
+        if value != usual:
+            members[name] = value
+    return members
+
+
+def run_to_json(run: Run, engine: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+    """Return the whole state of `run`; `engine` tells who works on it."""
+    return {"id": run.id, "flow": run.flow, "status": run.status, "reason": run.reason,
+            "started": format_time(run.started), "finished": format_time(run.finished),
+            "duration_s": span(run.started, run.finished), "warnings": run.warnings,
+            "miniflow": __version__, "format": FORMAT, "engine": engine, "source": run.source,
+            "scheduled_time": format_time(run.scheduled_time),
+            "cancel": run.cancel._asdict() if run.cancel else None,
+            "left_out": dict(run.plan.left_out), "params": run.params, "ctx": run.ctx,
+            "tasks": {name: task_run_to_json(task_run) for name, task_run in run.tasks.items()},
+            "definition": flow_to_json(run.plan.flow)}
+
+
+_HEAD = ("id", "flow", "status", "reason", "started", "finished", "duration_s", "warnings")
+
+
+def encode_state(state: Mapping[str, Any], seq: int) -> bytes:
+    """Return the text of RUN.json: one line of head, a line for each part and each task, and the CRC."""
+    head = json.dumps({name: state[name] for name in _HEAD})[:-1] + f', "seq": {seq}'
+    lines = [head]
+    for name, value in state.items():
+        if name == "tasks":
+            rows = ",\n".join(f" {json.dumps(key)}: {json.dumps(task)}" for key, task in value.items())
+            lines.append(f'"tasks": {{\n{rows}\n}}')
+        elif name == "definition":
+            rows = ",\n".join(" " + json.dumps(task) for task in value["tasks"])
+            rest = json.dumps({key: part for key, part in value.items() if key != "tasks"})[:-1]
+            lines.append(f'"definition": {rest}, "tasks": [\n{rows}\n]}}')
+        elif name not in _HEAD:
+            lines.append(f"{json.dumps(name)}: {json.dumps(value)}")
+    body = (",\n".join(lines) + ",\n").encode("ascii")
+    return body + _CRC + b'%08x"}\n' % zlib.crc32(body)
+
+
+def decode_state(content: bytes) -> Optional[Dict[str, Any]]:
+    """Return the state that encode_state wrote, with its `seq`; None if a single bit of it is otherwise."""
+    at = content.rfind(_CRC)
+    if at < 0 or content[at:] != _CRC + b'%08x"}\n' % zlib.crc32(content[:at]):
+        return None
+    try:
+        state = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return state if isinstance(state, dict) and isinstance(state.get("seq"), int) else None
+
+
+def encode_record(members: Mapping[str, Any], seq: int) -> bytes:
+    """Return one line of a journal."""
+    body = json.dumps({**members, "seq": seq}, separators=(",", ":")).encode("ascii")[:-1] + b","
+    return body + _CRC + b'%08x"}\n' % zlib.crc32(body)
+
+
+def decode_record(line: bytes) -> Optional[Dict[str, Any]]:
+    """Return the members of one line of a journal, newline included; None if it is torn or damaged."""
+    return decode_state(line)
+
+
+def event_to_json(event: Event) -> Dict[str, Any]:
+    """Return `event` as an object: its word, its time, and what is not at its default."""
+    kind: Any = type(event)
+    usual = kind._field_defaults
+    members = {name: value for name, value in event._asdict().items()
+               if name not in usual or value != usual[name]}
+    return {"event": EVENT_WORDS[kind], **members, "at": format_time(event.at)}
+
+
+def event_from_json(members: Mapping[str, Any]) -> Event:
+    """Return the event that event_to_json wrote."""
+    fields = {name: value for name, value in members.items() if name not in ("event", "seq", "crc")}
+    event: Event = EVENTS[members["event"]](**{**fields, "at": parse_time(fields["at"])})
+    return event
+
+
+def _attempt_from_json(members: Mapping[str, Any]) -> Attempt:
+    """Return the Attempt that _attempt_to_json wrote."""
+    attempt = Attempt(parse_time(members["started"]) or 0, members["log"])
+    attempt.status, attempt.reason, attempt.error = members["status"], members["reason"], members["error"]
+    attempt.finished = parse_time(members["finished"])
+    attempt.pid, attempt.ticks = members.get("pid"), members.get("ticks")
+    return attempt
+
+
+def _task_run_from_json(members: Mapping[str, Any]) -> TaskRun:
+    """Return the TaskRun that task_run_to_json wrote."""
+    task_run = TaskRun()
+    for name in ("status", "reason", "attempt", "inputs", "output", "error"):
+        setattr(task_run, name, members[name])
+    task_run.started, task_run.finished = parse_time(members["started"]), parse_time(members["finished"])
+    task_run.attempts = [_attempt_from_json(attempt) for attempt in members["attempts"]]
+    task_run.first_attempt = members.get("first_attempt", 1)
+    task_run.stopping, task_run.retry_at = members.get("stopping"), parse_time(members.get("retry_at"))
+    return task_run
+
+
+def run_from_json(state: Mapping[str, Any]) -> Run:
+    """Rebuild a Run from the state that run_to_json gave."""
+    flow = read_flow(state["definition"], [])
+    assert flow
+    tasks = {name: _task_run_from_json(members) for name, members in state["tasks"].items()}
+    run = Run(make_plan(flow, state["left_out"]), state["id"], state["params"],
+              parse_time(state["started"]) or 0, state["flow"], state["source"], tasks)
+    run.scheduled_time = parse_time(state["scheduled_time"]) or run.started
+    run.finished = parse_time(state["finished"])
+    run.outcome = None if state["status"] == RUNNING else state["status"]
+    run.reason = state["reason"]
+    run.cancel = CancelRequested(**state["cancel"]) if state["cancel"] else None
+    return run
+
+
+def changed_tasks(old: Flow, new: Flow) -> Dict[str, str]:
+    """Return the tasks that are not the same in both flows: id to added, removed or changed."""
+    before = {task.id: json.dumps(task_to_json(task), sort_keys=True) for task in old.tasks}
+    after = {task.id: json.dumps(task_to_json(task), sort_keys=True) for task in new.tasks}
+    everywhere = "changed" if old.env != new.env else ""
+    changes = {name: "added" if name not in before else "changed" if before[name] != text else everywhere
+               for name, text in after.items()}
+    changes.update((name, "removed") for name in before if name not in after)
+    return {name: change for name, change in changes.items() if change}
+
+
+def _afresh(old: TaskRun) -> TaskRun:
+    """Return a pending TaskRun that keeps the attempts of `old`; an interrupted one uses up no retry."""
+    new = TaskRun()
+    new.attempts, new.attempt, new.first_attempt = old.attempts, old.attempt, old.first_attempt
+    if old.status == RUNNING:
+        old.attempts[-1].status, old.attempts[-1].reason = INTERRUPTED, "interrupted"
+        new.first_attempt += 1
+    elif old.status in SETTLED:
+        new.first_attempt = old.attempt + 1
+    return new
+
+
+def reopen(old: Run, flow: Flow) -> Run:
+    """Return `old` ready to go on with `flow`: what ended well stays, the rest and its downstream rerun."""
+    changes = changed_tasks(old.plan.flow, flow)
+    left_out = {task.id: old.plan.left_out[task.id] for task in flow.tasks if task.id in old.plan.left_out}
+    plan = make_plan(flow, left_out)
+    again = {name for name in plan.order if name in changes
+             or old.tasks[name].status not in (SUCCESS, CACHED, SKIPPED)}
+    again = _reach(again, plan.downstream)
+    tasks = {}
+    for name in plan.order:
+        tasks[name] = old.tasks.get(name) or TaskRun()
+        if name in again:
+            tasks[name] = _afresh(tasks[name])
+    run = Run(plan, old.id, old.params, old.started, old.flow, old.source, tasks)
+    run.scheduled_time = old.scheduled_time
+    return run
+
+
+# ============================================================================
+# == 11. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
+# ============================================================================
+# An attempt is a program, its arguments, its environment, a directory and its input: worked out here from the
+# task, the values of its templates and the surroundings that the engine hands in, without touching any of
+# them.  One element of `args` is one argument, whatever is in it.  The way back is here as well: what an exit
+# code, a signal or a file of outputs means for the attempt.
+#
+# The environment is built in layers: the engine's, the flow's, the task's, MiniFlow's own.  A template in one
+# layer sees the layers below it, never its neighbours, so that the order of members in a JSON object, which
+# means nothing, changes nothing.
+
+class Setting(NamedTuple):
+    """What an engine's surroundings contribute to an attempt; the directories are absolute."""
+
+    environ: Mapping[str, str]
+    python: str
+    start_dir: str
+    tasks_dir: str
+    tmp_dir: str
+    context: str                               # path of the context file
+    output: str                                # path of the file that the task may write
+
+
+class Invocation(NamedTuple):
+    """What is executed: an argument vector, its whole environment, a directory, and standard input if any."""
+
+    argv: Tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: str
+    stdin: Optional[str]
+
+
+def option_argv(name: str, value: Any) -> List[str]:
+    """Return the arguments that one member of an `args` object stands for."""
+    if value is None or value is False:
+        return []
+    if isinstance(value, list):
+        return [argument for item in value for argument in option_argv(name, item)]
+    if value is True:
+        return [f"-{name}" if len(name) == 1 else f"--{name}"]
+    return [f"-{name}", to_text(value)] if len(name) == 1 else [f"--{name}={to_text(value)}"]
+
+
+def args_argv(args: Any, values: Values) -> List[str]:
+    """Return the arguments that `args` stands for, templates replaced: one element in, one element out."""
+    if isinstance(args, dict):
+        options = {name: [render(item, values) for item in value] if isinstance(value, list)
+                   else render(value, values) for name, value in args.items()}
+        return [argument for name, value in options.items() for argument in option_argv(name, value)]
+    return [to_text(render(item, values)) for item in args]
+
+
+def values_of(run: Run, task_id: str, env: Mapping[str, str]) -> Values:
+    """Return what the templates of a task may read, with `env` for its environment."""
+    def task_values(name: str) -> Mapping[str, Any]:
+        return {"outputs": run.tasks[name].output or {}, "status": run.tasks[name].status}
+
+    facts = {"id": run.id, "scheduled_time": format_time(run.scheduled_time)}
+    return Values(run.params, run.ctx_of(task_id), facts, env, task_values)
+
+
+def _absolute(path: str, start_dir: str) -> str:
+    """Return `path` as seen from `start_dir`; drive letters count as roots."""
+    return path if path.startswith(("/", "\\")) or path[1:2] == ":" else f"{start_dir}/{path}"
+
+
+def _own_env(run: Run, task: Task, setting: Setting) -> Dict[str, str]:
+    """Return the variables that MiniFlow itself gives an attempt."""
+    env = {"MINIFLOW_PARAM_" + param_variable(name): to_text(value) for name, value in run.params.items()}
+    env.update(MINIFLOW_RUN_ID=run.id, MINIFLOW_FLOW=run.flow, MINIFLOW_TASK=task.id,
+               MINIFLOW_ATTEMPT=str(run.tasks[task.id].attempt), MINIFLOW_CONTEXT=setting.context,
+               MINIFLOW_OUTPUT=setting.output, GITHUB_OUTPUT=setting.output, TMP_DIR=setting.tmp_dir)
+    return env
+
+
+def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
+    """Return what the current attempt of a task executes; raise LookupError if a template finds no value."""
+    task = run.plan.tasks[task_id]
+    action = task.action
+    values = values_of(run, task_id, setting.environ)
+    flow_env = {name: to_text(render(text, values)) for name, text in run.plan.flow.env.items()}
+    values = values._replace(env={**setting.environ, **flow_env})
+    task_env = {name: to_text(render(text, values)) for name, text in task.env.items()}
+    values = values._replace(env={**values.env, **task_env})
+    args = args_argv(action.args, values)
+    if isinstance(action, Script):
+        python = action.python or setting.python
+        head = [_absolute(python, setting.start_dir) if "/" in python else python,
+                f"{setting.tasks_dir}/{action.path}"]
+    elif isinstance(action.command, str):
+        head = ["/bin/sh", "-c", action.command.replace("$${{", "${{"), "sh"]
+    else:
+        head = [to_text(render(text, values)) for text in action.command]
+    cwd = _absolute(to_text(render(task.cwd, values)), setting.start_dir) if task.cwd else setting.start_dir
+    stdin = None if action.stdin is None else to_text(render(action.stdin, values))
+    return Invocation(tuple(head + args), {**values.env, **_own_env(run, task, setting)}, cwd, stdin)
+
+
+def context_json(run: Run, task_id: str) -> str:
+    """Return the text of the context file of a task: params, its ancestors' outputs, and both merged."""
+    return json.dumps({"params": run.params, "tasks": run.outputs_of(run.tasks[task_id].scope),
+                       "ctx": run.ctx_of(task_id)})
+
+
+MAX_OUTPUT = 16 * 2**20
+
+
+def parse_output(content: bytes) -> Dict[str, Any]:
+    """Read what a task wrote to $MINIFLOW_OUTPUT: a JSON object, or GitHub's name=value and name<<MARK lines.
+
+    Raises ValueError that says what is wrong with it.  The lines are read as GitHub's runner reads
+    $GITHUB_OUTPUT.
+    """
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        try:
+            return dict(parse_json(content, "output", MAX_OUTPUT).value)
+        except FlowError as exc:
+            raise ValueError(str(exc)) from None
+    try:
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as exc:
+        raise ValueError(f"output: byte 0x{content[exc.start]:02x} at {exc.start} is not UTF-8") from None
+    output: Dict[str, Any] = {}
+    number = 0
+    while number < len(lines):
+        line = lines[number]
+        number += 1
+        name, equals, value = line.partition("=")
+        head, heredoc, mark = line.partition("<<")
+        if heredoc and len(head) < len(name):
+            if mark not in lines[number:]:
+                raise ValueError(f"output: line {number} opens {shown(line)}, "
+                                 f"which no line {shown(mark)} closes")
+            end = lines.index(mark, number)
+            name, value, number = head, "\n".join(lines[number:end]), end + 1
+        elif not equals:
+            if not line:
+                continue
+            raise ValueError(f"output: line {number}, {shown(line)}, is neither a JSON object nor name=value")
+        if not name:
+            raise ValueError(f"output: line {number} has no name: {shown(line)}")
+        output[name] = value
+    return output
+
+
+def describe_exit(code: int) -> Tuple[str, int]:
+    """Return the reason for a process's exit `code` (negative: a signal) and the number a shell gives it."""
+    return (f"exit {code}", code) if code >= 0 else (f"killed by signal {-code}", 128 - code)
+
+
+def attempt_end(run: Run, task_id: str, now: float, code: int, output: Callable[[], Mapping[str, Any]]
+                ) -> AttemptEnded:
+    """Return how the running attempt of a task ended, by its exit code and why it was being stopped."""
+    task_run = run.tasks[task_id]
+    if task_run.stopping:
+        if run.cancel and task_run.stopping == run.cancel.reason:
+            return AttemptEnded(now, task_id, task_run.attempt, CANCELLED, task_run.stopping)
+        return AttemptEnded(now, task_id, task_run.attempt, FAILED, task_run.stopping, "timeout")
+    if code:
+        return AttemptEnded(now, task_id, task_run.attempt, FAILED, *describe_exit(code))
+    try:
+        handed_on = output()
+    except ValueError as exc:
+        return AttemptEnded(now, task_id, task_run.attempt, FAILED, f"bad output: {exc}")
+    return AttemptEnded(now, task_id, task_run.attempt, SUCCESS, output=handed_on or None)
+
+
+def attempt_unstartable(run: Run, task_id: str, now: float, reason: str, code: Optional[int]) -> AttemptEnded:
+    """Return the end of an attempt that never came to be; without a retry unless retry_on names `code`."""
+    return AttemptEnded(now, task_id, run.tasks[task_id].attempt, FAILED, reason, code, final=True)
+
+
+# ============================================================================
+# == 12. EXPORTERS: how does a plan look in other languages?
+# ============================================================================
+# An exporter turns a plan into text in one pass; nobody edits the text afterwards.  What a language can't
+# express is named and refused, never dropped in silence.
+
+EXPORTERS: Dict[str, Callable[..., str]] = {}
+
+
+def exporter(name: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Enter the decorated function into EXPORTERS under `name`."""
+    def enter(function: Callable[..., str]) -> Callable[..., str]:
+        EXPORTERS[name] = function
+        return function
+    return enter
+
+
+def describe_action(task: Task) -> str:
+    """Return what a task does, on one line."""
+    action = task.action
+    if isinstance(action, Script):
+        return f"script {action.path}"
+    text = action.command if isinstance(action.command, str) else " ".join(action.command)
+    return "command " + (text if len(text) <= 50 and text.isprintable() else shown(text, 50))
+
+
+def to_text_graph(plan: Plan) -> str:
+    """Return the graph as text: a block for each level, and for each task what it waits for."""
+    level: Dict[str, int] = {}
+    for name in plan.order:
+        level[name] = 1 + max((level[up] for up in plan.tasks[name].depends_on), default=0)
+    flow = plan.flow
+    lines = [f"{flow.name}: {len(plan.order)} tasks, {max(level.values())} levels"
+             + (f"  {flow.description}" if flow.description else "")]
+    width = max(len(name) for name in plan.order)
+    for number in range(1, max(level.values()) + 1):
+        lines.append(f"{number}")
+        for name in (name for name in plan.order if level[name] == number):
+            task = plan.tasks[name]
+            marks = [task.trigger_rule] if task.trigger_rule != "all_success" else []
+            marks += ["allow_failure"] if task.allow_failure else []
+            line = f"   {name:<{width}}  {describe_action(task)}"
+            line += f"  [{', '.join(marks)}]" if marks else ""
+            lines.append(line + (f"  <- {', '.join(task.depends_on)}" if task.depends_on else ""))
+    return "\n".join(lines)
+
+
+# -- bash: the tasks one after another, in the order of the plan --
+#
+# A script is four parts: a head, the flow as arrays by the number of the task, a function a task, and an
+# engine that is the same for all flows.  Numbers are in topological order, so the outputs of what is upstream
+# merge by ascending number.  The attempt of a task is a bash of its own under timeout(1), which leads a
+# process group, so that a timeout and a signal reach grandchildren; what needs JSON is done by python3.
+#
+# Values known when the script is made (params) stand in it quoted; others (run, env, outputs) are looked up
+# into variables v1, v2, … before anything is exported or executed.  Nothing is ever put into a command's
+# text.
+
+_BASH_HEAD = r'''#!/usr/bin/env bash
+# Made by MiniFlow: runs the tasks of a flow one after another, in topological order.
+# Needs bash 5.1 or newer, coreutils and, for Python scripts and for outputs, python3 (or what PYTHON names).
+# Logs and ends.tsv (task, end, attempts, reason) go below MINIFLOW_OUTPUT_DIR, by default ./miniflow_output.
+# Exit code: 0 success, 1 a task failed, 2 can't run, 130 or 143 interrupted.
+# shellcheck disable=SC1003,SC1112,SC2016,SC2034,SC2093,SC2317,SC2329
+set -u
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+    echo 'this script needs bash 5.1 or newer' >&2
+    exit 2
+fi
+'''
+
+_BASH_ENGINE = r'''
+# ---- the engine
+export io start_dir
+start_dir=$PWD
+out=${MINIFLOW_OUTPUT_DIR:-miniflow_output}
+[[ $out == /* ]] || out=$start_dir/$out
+MINIFLOW_RUN_ID=${flow//[^A-Za-z0-9_-]/_}-$(date -u +%Y%m%dT%H%M%SZ)-$$
+scheduled_time=$(date -u +%Y-%m-%dT%H:%M:%S.%6NZ)
+export MINIFLOW_RUN_ID scheduled_time MINIFLOW_FLOW=$flow
+export PYTHON=${PYTHON:-python3}
+mask=$(umask)
+umask 077
+logs=$out/logs/$MINIFLOW_RUN_ID
+mkdir -p -- "$logs" || exit 2
+io=$(mktemp -d) || exit 2
+export TMP_DIR=$io/work
+mkdir -- "$TMP_DIR" || exit 2
+trap 'rm -rf -- "$io"' EXIT
+printf '%s' "$context" >"$io/context.json" || exit 2
+umask "$mask"
+
+# Outputs are JSON, so python3 reads them: what a task wrote, what its downstream sees, one value of that.
+export py_outputs='
+import json, re, sys
+verb, io, number, *rest = sys.argv[1:]
+def load(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+def strict(pairs):
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("duplicate keys")
+    return dict(pairs)
+def constant(name):
+    raise ValueError(name + " is not JSON")
+def take(text):
+    if text.lstrip().startswith("{"):
+        return json.loads(text, object_pairs_hook=strict, parse_constant=constant)
+    lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
+    while at < len(lines):
+        line, at = lines[at], at + 1
+        name, equals, value = line.partition("=")
+        head, heredoc, mark = line.partition("<<")
+        if heredoc and len(head) < len(name):
+            end = lines.index(mark, at)
+            name, value, at = head, "\n".join(lines[at:end]), end + 1
+        elif not line:
+            continue
+        if not name or not (equals or heredoc):
+            raise ValueError("neither a JSON object nor name=value: " + line)
+        found[name] = value
+    return found
+if verb == "take":
+    try:
+        with open(io + "/" + number + ".out", encoding="utf-8-sig", newline="") as file:
+            found = take(file.read())
+    except (ValueError, OSError) as exc:
+        sys.exit("output: " + str(exc))
+    if found:
+        with open(io + "/" + number + ".json", "w") as file:
+            json.dump([rest[0], found], file)
+elif verb == "context":
+    seen = {}
+    for up in rest:
+        seen.update(load(io + "/" + up + ".seen"))
+        own = load(io + "/" + up + ".json")
+        if own:
+            seen[up] = own
+    base = load(io + "/context.json")
+    for up in sorted(seen, key=int):
+        base["tasks"][seen[up][0]] = seen[up][1]
+        base["ctx"].update(seen[up][1])
+    for name, value in ((".seen", seen), (".ctx", base)):
+        with open(io + "/" + number + name, "w") as file:
+            json.dump(value, file)
+else:
+    value = load(number)
+    try:
+        for step in rest:
+            value = value[int(step)] if isinstance(value, list) else value[step]
+    except (KeyError, IndexError, TypeError, ValueError):
+        sys.exit(".".join(rest) + ": there is no such value")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b".")
+'
+
+set_end() { # number end reason
+    end[$1]=$2
+    reason[$1]=$3
+    export "MINIFLOW_STATUS_$1=$2"
+    local as=$2
+    [[ $as == skipped && -z ${left_out[$1]:-} ]] || as=success
+    if [[ $2 == *failed ]]; then
+        as=success
+        if [[ -z ${allow_failure[$1]:-} ]]; then as=failed red=1; fi
+    fi
+    counts_as[$1]=$as
+    printf '%s\t%s\t%s\t%s\n' "${id[$1]}" "$2" "${attempts[$1]:-0}" "$3" >>"$logs/ends.tsv"
+    printf '%-16s %s%s\n' "$2" "${id[$1]}" "${3:+: $3}" >&2
+}
+
+judge() { # number: sets verdict to run, skipped or upstream_failed
+    local up success=0 skipped=0 failed=0
+    verdict=run
+    [[ ${needs[$1]:-} ]] || return 0
+    for up in ${needs[$1]}; do
+        case ${counts_as[up]} in
+            success) ((success += 1)) ;;
+            skipped) ((skipped += 1)) ;;
+            *) ((failed += 1)) ;;
+        esac
+    done
+    case ${rule[$1]:-all_success} in
+        all_success)
+            if ((failed)); then verdict=upstream_failed; elif ((skipped)); then verdict=skipped; fi ;;
+        all_failed) if ((success + skipped)); then verdict=skipped; fi ;;
+        one_success)
+            if ((success)); then :; elif ((failed)); then verdict=upstream_failed; else verdict=skipped; fi ;;
+        one_failed) if ((!failed)); then verdict=skipped; fi ;;
+        none_failed) if ((failed)); then verdict=upstream_failed; fi ;;
+        none_failed_min_one_success)
+            if ((failed)); then verdict=upstream_failed; elif ((!success)); then verdict=skipped; fi ;;
+        none_skipped) if ((skipped)); then verdict=skipped; fi ;;
+    esac
+}
+
+see() { # number: sets MINIFLOW_CONTEXT to a file with what the task may read
+    local up
+    export MINIFLOW_CONTEXT=$io/context.json
+    for up in ${needs[$1]:-}; do
+        if [[ -e $io/$up.json || -e $io/$up.seen ]]; then
+            # shellcheck disable=SC2086
+            "$PYTHON" -c "$py_outputs" context "$io" "$1" ${needs[$1]} || return 1
+            MINIFLOW_CONTEXT=$io/$1.ctx
+            return 0
+        fi
+    done
+}
+
+sweep() { # group, grace in ms: ends what is left of it
+    local ms=0
+    kill -TERM -- "-$1" 2>/dev/null || return 0
+    while kill -0 -- "-$1" 2>/dev/null; do
+        if ((ms >= $2)); then kill -KILL -- "-$1" 2>/dev/null; fi
+        sleep 0.05
+        ((ms += 50))
+    done
+}
+
+interrupt() { # exit code
+    trap '' INT TERM
+    if [[ $group ]]; then sweep "$group" 5000; fi
+    exit "$1"
+}
+group=''
+trap 'interrupt 130' INT
+trap 'interrupt 143' TERM
+
+give_up() { # reason: for a task that no attempt can help
+    echo "$1" >&2
+    : >"$io/final"
+    exit "${2:-125}"
+}
+
+value() { # path: sets v to the value that it leads to in the context
+    v=$("$PYTHON" -c "$py_outputs" value '' "$MINIFLOW_CONTEXT" "$@") || give_up "$*: there is no such value"
+    v=${v%.}
+}
+
+attempt() { # number: one attempt; sets why, and code to what retry_on is held against
+    local n=$1 log began limit=${timeout_ms[$1]:-0} grace=${grace_ms[$1]:-5000} rc
+    ((attempts[n] += 1))
+    export MINIFLOW_TASK=${id[n]} MINIFLOW_ATTEMPT=${attempts[n]} MINIFLOW_OUTPUT=$io/$n.out
+    export GITHUB_OUTPUT=$MINIFLOW_OUTPUT
+    log=$logs/${id[n]}.${attempts[n]}.log
+    rm -f -- "$MINIFLOW_OUTPUT" "$io/final"
+    see "$n" || return 1
+    began=${EPOCHREALTIME/[.,]/}
+    timeout -k "$(seconds "$grace")" "$(seconds "$limit")" \
+        bash -c "$(declare -f give_up value "task_$n"); task_$n" <"${stdin[n]:-/dev/null}" >"$log" 2>&1 &
+    group=$!
+    wait "$group"
+    rc=$?
+    sweep "$group" "$grace"
+    group=''
+    code=$rc why="exit $rc"
+    if ((limit && rc && ${EPOCHREALTIME/[.,]/} - began >= limit * 1000)); then
+        code=timeout why="timeout after ${timeout_words[n]} s"
+    fi
+    ((rc == 0)) || return 1
+    if [[ -e $MINIFLOW_OUTPUT ]]; then
+        why=$("$PYTHON" -c "$py_outputs" take "$io" "$n" "${id[n]}" 2>&1) || { code=output; return 1; }
+    fi
+}
+
+seconds() { # milliseconds, as seconds
+    printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000))
+}
+
+run_task() { # number: its attempts
+    local n=$1 tried=0 list ms
+    read -ra list <<<"${waits_ms[n]:-0}"
+    attempts[n]=0
+    until attempt "$n"; do
+        echo "attempt ${attempts[n]} of ${id[n]} failed: $why" >&2
+        if ((tried++ >= ${retries[n]:-0})) ||
+            { [[ ${retry_on[n]:-} ]] && [[ ${retry_on[n]} != *" $code "* ]]; } ||
+            { [[ -e $io/final ]] && [[ -z ${retry_on[n]:-} ]]; }; then
+            set_end "$n" failed "$why"
+            return
+        fi
+        ms=${list[tried > ${#list[@]} ? ${#list[@]} - 1 : tried - 1]}
+        ((ms -= ms * ${jitter[n]:-0} * (SRANDOM % 1001) / 1000000))
+        sleep "$(seconds "$ms")" &
+        wait $!
+    done
+    set_end "$n" success ''
+}
+
+red=0
+declare -a end reason attempts counts_as
+for n in "${!id[@]}"; do
+    if [[ ${left_out[n]:-} ]]; then
+        set_end "$n" skipped 'left out'
+        continue
+    fi
+    if ((red)) && [[ $fail_fast ]]; then
+        set_end "$n" cancelled 'fail_fast: a task failed'
+        continue
+    fi
+    judge "$n"
+    if [[ $verdict == run ]]; then
+        run_task "$n"
+    else
+        set_end "$n" "$verdict" 'its trigger rule does not hold'
+    fi
+done
+echo "logs and ends.tsv: $logs" >&2
+exit "$red"
+'''
+
+
+def bash_quote(text: str) -> str:
+    """Return `text` as one word of bash; raise ValueError for a NUL, which no word can hold."""
+    if "\0" in text:
+        raise ValueError(f"bash can't hold the NUL character in {shown(text)}")
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+class _BashTask:
+    """Writes the function that executes one task, looking its run-time values up first."""
+
+    def __init__(self, plan: Plan, task: Task, values: Values) -> None:
+        self.plan, self.task, self.values = plan, task, values
+        self.lines: List[str] = []
+        self.count = 0
+
+    def word(self, text: Any) -> str:
+        """Return a word of bash for `text`, templates and all; lines that set its variables come first."""
+        parts = parse_template(text) if isinstance(text, str) else (to_text(text),)
+        words = [bash_quote(part) if isinstance(part, str) else self.reference(part) for part in parts]
+        return "".join(words) or "''"
+
+    def reference(self, ref: Ref) -> str:
+        """Return a word for what a template refers to."""
+        root, path = ref.path[0], [str(step) for step in ref.path[1:]]
+        if root == "params":
+            return bash_quote(to_text(lookup(ref, self.values)))
+        self.count += 1
+        name = f"v{self.count}"
+        if root == "run":
+            self.lines.append(f"{name}=${'MINIFLOW_RUN_ID' if path[0] == 'id' else 'scheduled_time'}")
+        elif root == "env":
+            if not _VARIABLE.fullmatch(path[0]):
+                raise ValueError(f"{ref.text}: bash can't read a variable of that name")
+            self.lines.append(f"[[ -v {path[0]} ]] || give_up 'env.{path[0]} is not set'")
+            self.lines.append(f"{name}=${path[0]}")
+        elif root == "tasks" and path[1] == "status":
+            self.lines.append(f"{name}=$MINIFLOW_STATUS_{self.plan.rank[path[0]] + 1}")
+        else:
+            steps = ["tasks", path[0]] + path[2:] if root == "tasks" else ["ctx"] + path
+            self.lines.append(f"value {' '.join(map(bash_quote, steps))}")
+            self.lines.append(f"{name}=$v")
+        return f'"${name}"'
+
+    def exports(self, env: Mapping[str, Any]) -> None:
+        """Write the lines that set `env`; all its values are looked up before any is set."""
+        words = [(name, self.word(value)) for name, value in env.items()]
+        self.lines += [f"export {name}={word}" for name, word in words]
+
+    def argument_words(self) -> List[str]:
+        """Return the words of the task's arguments."""
+        args = self.task.action.args
+        if not isinstance(args, dict):
+            return [self.word(item) for item in args]
+        words = []
+        for name, value in args.items():
+            for item in value if isinstance(value, list) else [value]:
+                later = [ref for ref in refs(item) if ref.path[0] != "params"]
+                if not later:
+                    words += [bash_quote(word) for word in option_argv(name, render(item, self.values))]
+                elif later[0].path[0] in ("tasks", "ctx") and parse_template(item) == (later[0],):
+                    raise ValueError(f"args.{name}: whether {later[0].text} is a flag shows at run time "
+                                     "only, which bash can't express; give args as an array")
+                elif len(name) == 1:
+                    words += [bash_quote(f"-{name}"), self.word(item)]
+                else:
+                    words.append(bash_quote(f"--{name}=") + self.word(item))
+        return words
+
+    def function(self, number: int, tasks_dir: str) -> str:
+        """Return the whole function."""
+        action = self.task.action
+        self.exports(self.plan.flow.env)
+        self.exports(self.task.env)
+        if isinstance(action, Script):
+            head = [bash_quote(action.python) if action.python else '"$PYTHON"',
+                    bash_quote(f"{tasks_dir}/{action.path}")]
+        elif isinstance(action.command, str):
+            head = ["/bin/sh", "-c", bash_quote(action.command.replace("$${{", "${{")), "sh"]
+        else:
+            head = [self.word(text) for text in action.command]
+        words = head + self.argument_words()
+        if self.task.cwd:
+            self.lines.append(f"cd -- {self.word(self.task.cwd)} "
+                              "|| give_up 'the working directory is not there' 126")
+        self.lines += ["export -n io start_dir scheduled_time py_outputs \"${!MINIFLOW_STATUS_@}\"",
+                       "shopt -s execfail", f"exec {' '.join(words)}", 'give_up "cannot start" "$?"']
+        return f"task_{number}() {{\n" + "".join(f"    {line}\n" for line in self.lines) + "}\n"
+
+
+def _bash_waits(retry: Retry) -> Iterator[str]:
+    """Yield the waits between attempts in milliseconds, up to the one that stays the same from then on."""
+    plain, last = retry._replace(jitter=0), None
+    for attempt in range(1, min(retry.max_retries, 64) + 1):
+        wait = round(plain.wait_s(attempt, 0) * 1000)
+        if wait == last:
+            return
+        yield str(wait)
+        last = wait
+
+
+def _bash_tables(plan: Plan) -> Iterator[str]:
+    """Yield the arrays that hold what the engine needs to know of each task, by number from 1."""
+    number = {name: n for n, name in enumerate(plan.order, 1)}
+
+    def table(name: str, cells: Iterable[Tuple[int, Any]]) -> str:
+        rows = "".join(f"    [{n}]={bash_quote(str(cell))}\n" for n, cell in cells)
+        return f"{name}=(\n{rows})\n" if rows else f"{name}=()\n"
+
+    def of(name: str, value: Callable[[Task], Any]) -> str:
+        cells = ((number[key], value(plan.tasks[key])) for key in plan.order)
+        return table(name, ((n, cell) for n, cell in cells if cell not in (None, "", 0, False)))
+
+    yield of("id", lambda task: task.id)
+    yield of("needs", lambda task: " ".join(str(number[up]) for up in task.depends_on))
+    yield of("rule", lambda task: task.trigger_rule if task.trigger_rule != "all_success" else "")
+    yield of("allow_failure", lambda task: task.allow_failure)
+    yield of("retries", lambda task: task.retry.max_retries)
+    yield of("waits_ms", lambda task: " ".join(_bash_waits(task.retry)))
+    yield of("jitter", lambda task: round(task.retry.jitter * 1000))
+    yield of("retry_on", lambda task: (
+        f" {' '.join(map(str, task.retry.retry_on))} " if task.retry.retry_on is not None else ""))
+    yield of("timeout_ms", lambda task: task.timeout_s and max(1, round(task.timeout_s * 1000)))
+    yield of("timeout_words", lambda task: task.timeout_s and f"{task.timeout_s:g}")
+    yield of("grace_ms", lambda task: round(task.grace_s * 1000) or "0" if task.grace_s != 5 else "")
+    yield table("left_out", ((number[name], 1) for name in plan.order if name in plan.left_out))
+
+
+def _bash_stdin(plan: Plan, task: Task, values: Values, number: int) -> str:
+    """Return the lines that put a task's standard input into a file."""
+    refused = [ref.text for ref in refs(task.action.stdin) if ref.path[0] != "params"]
+    if refused:
+        raise ValueError(f"stdin: {refused[0]} shows at run time only, "
+                         "which bash can't express; use args or env")
+    content = to_text(render(task.action.stdin, values))
+    return (f'printf \'%s\' {bash_quote(content)} >"$io/{number}.in" || exit 2\n'
+            f'stdin[{number}]=$io/{number}.in\n')
+
+
+@exporter("bash")
+def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
+    """Return a bash script that runs `plan` with `params` alone; raise UsageError for what bash can't do."""
+    values = Values(params, {}, {}, {}, lambda name: {})
+    functions, problems = [], []
+    files = ['stdin=()\n']
+    for n, name in enumerate(plan.order, 1):
+        task = plan.tasks[name]
+        try:
+            functions.append(_BashTask(plan, task, values).function(n, tasks_dir))
+            if task.action.stdin is not None:
+                files.append(_bash_stdin(plan, task, values, n))
+            if plan.left_out.get(name):
+                content = bash_quote(json.dumps([name, plan.left_out[name]]))
+                files.append(f'printf \'%s\' {content} >"$io/{n}.json" || exit 2\n')
+        except ValueError as exc:
+            problems.append(f"task {name}: {exc}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    context = json.dumps({"params": params, "tasks": {}, "ctx": params})
+    settings = f"flow={bash_quote(plan.flow.name)}\nfail_fast={'1' if plan.flow.fail_fast else ''}\n"
+    exports = "".join(f"export MINIFLOW_PARAM_{param_variable(name)}={bash_quote(to_text(value))}\n"
+                      for name, value in params.items())
+    head, loop = _BASH_ENGINE.split("\nred=0\n")
+    return "".join([_BASH_HEAD, "\n# ---- the flow\n", settings, f"context={bash_quote(context)}\n", exports,
+                    *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nred=0\n", loop])
+
+
+# ############################################################################
+# ## THE LINE: nothing above touches the clock, the disk, processes, the network, the environment or chance.
+# ############################################################################
+
+
+# ============================================================================
+# == 13. STORE: where do runs live, and how do they survive?
+# ============================================================================
+# An engine that owns a run holds the lock RUN.lock (the kernel's, so that it dies with the engine), appends
+# to the journal RUN.jsonl, and now and then rewrites the view RUN.json.  The protocol:
+#
+#   open    take the lock; read what is there; keep a damaged tail aside; put a fresh journal, whose first
+#           record holds the whole state, in place of the old one by rename; write the view durably.
+#   event   one write of whole lines; if it fails, cut the file back to the last good byte and stop.
+#   view    temporary file and rename, without fsync, and never more than a twentieth of the time.
+#   finish  view with fsync and rename, then remove journal and lock.  Doing it again does no harm.
+#
+# Reading takes no lock and repairs nothing: the journal first, then the snapshot (the other order can miss
+# both), the longest valid prefix of the one and the other if its checksum holds; the highest sequence number
+# wins.  Files without a valid state are reported and never replaced by an empty one.
+
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+_RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
+_DEVICES = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
+DURABILITIES = ("full", "normal", "off")
+
+
+class Disk:
+    """The calls by which state reaches the disk: one small layer, so that a test can put a fault at each."""
+
+    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
+        """Open without following a symbolic link; a new file gets exactly `mode`, whatever the umask."""
+        fd = os.open(path, flags | _NOFOLLOW | _CLOEXEC, mode)
+        if flags & os.O_CREAT and hasattr(os, "fchmod"):
+            os.fchmod(fd, mode)
+        return fd
+
+    def write(self, fd: int, content: bytes) -> None:
+        """Write all of `content`."""
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(fd, rest):]
+
+    def sync(self, fd: int) -> None:
+        """Bring what was written to the medium, as far as fsync does (on macOS: F_FULLFSYNC)."""
+        if sys.platform == "darwin":
+            import fcntl
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+
+    def sync_dir(self, path: str) -> None:
+        """Bring the entries of a directory to the medium, where the system can."""
+        if os.name != "nt":
+            fd = os.open(path, os.O_RDONLY | _CLOEXEC)
+            try:
+                os.fsync(fd)
+            except OSError as exc:
+                if exc.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
+            finally:
+                os.close(fd)
+
+    def replace(self, old: str, new: str) -> None:
+        """Rename, replacing what is there."""
+        os.replace(old, new)
+
+    def unlink(self, path: str) -> None:
+        """Remove a file; one that is not there is no error."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Cut an open file to `size` bytes."""
+        os.ftruncate(fd, size)
+
+    def close(self, fd: int) -> None:
+        """Close a file."""
+        os.close(fd)
+
+    def make_dir(self, path: str, parents: bool = False) -> None:
+        """Make a directory of mode 0700; it may exist, but not as a symbolic link (unless `parents`)."""
+        try:
+            (os.makedirs if parents else os.mkdir)(path, 0o700)
+            os.chmod(path, 0o700)
+        except FileExistsError:
+            if not stat.S_ISDIR((os.stat if parents else os.lstat)(path).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, "is there and is not a directory", path) from None
+
+    def put(self, path: str, content: bytes, durable: bool) -> None:
+        """Replace the file at `path` by one with `content`: it is always whole, the old or the new."""
+        temporary = path + ".tmp"              # a fixed name: whoever writes holds the lock
+        self.unlink(temporary)
+        fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            self.write(fd, content)
+            if durable:
+                self.sync(fd)
+        except BaseException:
+            self.close(fd)
+            self.unlink(temporary)
+            raise
+        self.close(fd)
+        self.replace(temporary, path)
+        if durable:
+            self.sync_dir(os.path.dirname(path))
+
+
+def read_file(path: str, limit: Optional[int] = None) -> bytes:
+    """Return the content of a regular file, at most `limit` bytes of it; raise OSError for anything else."""
+    fd = os.open(path, os.O_RDONLY | _CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", path)
+        with open(fd, "rb", closefd=False) as file:
+            return file.read() if limit is None else file.read(limit)
+    finally:
+        os.close(fd)
+
+
+class RunFiles(NamedTuple):
+    """Where everything of one run lies."""
+
+    state: str
+    journal: str
+    lock: str
+    logs: str
+    tmp: str
+
+
+class Loaded(NamedTuple):
+    """A run as found on disk: `live` if an engine works on it; `damage` is the unread tail of its journal."""
+
+    run: Run
+    seq: int
+    live: bool
+    engine: Mapping[str, Any]
+    damage: bytes
+
+    @property
+    def status(self) -> str:
+        """The status of the run: interrupted, if it should be running and nobody works on it."""
+        return self.run.status if self.live or self.run.outcome else INTERRUPTED
+
+
+def _read_journal(path: str) -> Tuple[Optional[Run], int, Mapping[str, Any], bytes]:
+    """Return the run of a journal's valid prefix, its last seq, its engine, and the rest of the bytes."""
+    try:
+        content = read_file(path)
+    except FileNotFoundError:
+        return None, -1, {}, b""
+    run: Optional[Run] = None
+    seq, at, engine = -1, 0, {}
+    for line in content.splitlines(keepends=True):
+        record = decode_record(line)
+        if (record is None or (run is None) != (record.get("event") == "opened")
+                or run and record["seq"] != seq + 1):
+            break
+        if run is None:
+            run, engine = run_from_json(record["state"]), record["state"]["engine"]
+        else:
+            run.apply(event_from_json(record))
+        seq, at = record["seq"], at + len(line)
+    return run, seq, engine, content[at:]
+
+
+def _try_lock(fd: int, shared: bool = False) -> bool:
+    """Lock an open file without waiting, until it is closed; tell whether that worked."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            os.lseek(fd, 2**30, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined, unused-ignore]
+        else:
+            import fcntl
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+def _read_owner(fd: int) -> Dict[str, Any]:
+    """Return what the owner of a lock wrote into it, for people to read."""
+    try:
+        os.lseek(fd, 0, os.SEEK_SET)
+        owner = json.loads(os.read(fd, 4096))
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+class Store:
+    """The output directory: the runs, their logs, and generated scripts."""
+
+    def __init__(self, path: str, disk: Optional[Disk] = None) -> None:
+        self.path, self.disk = os.path.abspath(path), disk or Disk()
+        self.runs = os.path.join(self.path, "runs")
+
+    def files(self, run_id: str) -> RunFiles:
+        """Return where the files of a run lie; raise UsageError if `run_id` can't be the name of a run."""
+        if not _RUN_ID.fullmatch(run_id) or _DEVICES.fullmatch(run_id):
+            raise UsageError(f"{shown(run_id)} is no run id; use letters, digits, _ and -, "
+                             "not starting with -, at most 128, and no name of a device")
+        base = os.path.join(self.runs, run_id)
+        return RunFiles(base + ".json", base + ".jsonl", base + ".lock",
+                        os.path.join(self.path, "logs", run_id), os.path.join(self.path, "tmp", run_id))
+
+    def prepare(self, *parts: str) -> str:
+        """Make the output directory and the directory `parts` in it, and return its path."""
+        path = self.path
+        try:
+            self.disk.make_dir(path, parents=True)
+            for part in parts:
+                path = os.path.join(path, part)
+                self.disk.make_dir(path)
+        except OSError as exc:
+            raise StateError(f"{path}: can't be used for state: {exc.strerror}; "
+                             "give another directory by -o") from None
+        return path
+
+    def ids(self) -> List[str]:
+        """Return the ids of all runs, in no order."""
+        try:
+            names = os.listdir(self.runs)
+        except FileNotFoundError:
+            return []
+        except OSError as exc:
+            raise StateError(f"{self.runs}: can't be read: {exc.strerror}") from None
+        stems = {name.rpartition(".")[0] for name in names if name.endswith((".json", ".jsonl"))}
+        return [stem for stem in stems if _RUN_ID.fullmatch(stem)]
+
+    def exists(self, run_id: str) -> bool:
+        """Tell whether there is a run of that id."""
+        files = self.files(run_id)
+        return os.path.lexists(files.state) or os.path.lexists(files.journal)
+
+    def load(self, run_id: str) -> Loaded:
+        """Read a run as it stands, without a lock; raise NotFound, or StateError if nothing valid is left."""
+        files = self.files(run_id)
+        live = self.is_live(run_id)
+        try:
+            run, seq, engine, damage = _read_journal(files.journal)
+            try:
+                content = read_file(files.state)
+            except FileNotFoundError:
+                content = b""
+        except OSError as exc:
+            raise StateError(f"{exc.filename}: can't be read: {exc.strerror}") from None
+        state = decode_state(content) if content else None
+        if state and state["seq"] > seq:
+            if state.get("format") != FORMAT:
+                raise StateError(f"{files.state}: has format {shown(state.get('format'))}; this MiniFlow "
+                                 f"({__version__}) reads format {FORMAT}")
+            run, seq, engine = run_from_json(state), state["seq"], state["engine"] or {}
+        if run is None:
+            if not content and not os.path.lexists(files.journal) and not os.path.lexists(files.state):
+                raise NotFound(f"no run {run_id} in {self.runs}; see: miniflow runs")
+            raise StateError(f"{files.state}: damaged, and so is {os.path.basename(files.journal)} "
+                             "if it is there; nothing was changed; "
+                             "restore one of them, or remove both to give the run up")
+        return Loaded(run, seq, live, engine, damage)
+
+    def summary(self, run_id: str) -> Dict[str, Any]:
+        """Return the head of a run's state, with `interrupted` where its engine is gone, or `damaged`."""
+        files = self.files(run_id)
+        try:
+            if not os.path.lexists(files.journal):
+                content = read_file(files.state)
+                at = content.rfind(_CRC)
+                if at > 0 and content[at:] == _CRC + b'%08x"}\n' % zlib.crc32(content[:at]):
+                    head: Dict[str, Any] = json.loads(content.partition(b",\n")[0] + b"}")
+                    if head["status"] != RUNNING:
+                        return head
+            loaded = self.load(run_id)
+            return {**{name: run_to_json(loaded.run)[name] for name in _HEAD}, "status": loaded.status}
+        except (MiniFlowError, OSError) as exc:
+            return {**dict.fromkeys(_HEAD), "id": run_id, "status": "damaged", "reason": str(exc)}
+
+    def history(self, flow: Optional[str] = None) -> List[Dict[str, Any]]:
+        """Return the summaries of all runs (of one flow), newest first."""
+        heads = [head for head in map(self.summary, self.ids()) if flow in (None, head["flow"])]
+        return sorted(heads, key=lambda head: (head["started"] or "", head["id"]), reverse=True)
+
+    def resolve(self, name: str) -> str:
+        """Return the run id that `name` stands for: itself, or that of the newest run for `last`."""
+        if name != "last" or self.exists(name):
+            return name
+        heads = self.history()
+        if not heads:
+            raise NotFound(f"there is no run in {self.runs} yet")
+        return str(heads[0]["id"])
+
+    def new_id(self, flow: str, now: float) -> str:
+        """Return a fresh run id: the flow, the time, and four hexadecimal digits of chance."""
+        stamp = (format_time(now) or "")[:19].replace("-", "").replace(":", "")
+        return (f"{re.sub('[^A-Za-z0-9_-]', '_', flow)[:100].lstrip('-') or '_'}-"
+                f"{stamp}Z-{os.urandom(2).hex()}")
+
+    # -- the lock --
+
+    def lock(self, run_id: str) -> int:
+        """Take the lock of a run and return its file descriptor; raise RunLocked if another holds it."""
+        path = self.files(run_id).lock
+        for tries in range(40):                # somebody who only looks holds it for an instant
+            fd = self.disk.open(path, os.O_RDWR | os.O_CREAT)
+            if _try_lock(fd):
+                try:
+                    if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
+                        return fd              # else its last owner has just removed it
+                except FileNotFoundError:
+                    pass
+            elif tries >= 20:
+                owner = _read_owner(fd)
+                self.disk.close(fd)
+                raise RunLocked(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
+                                f"{owner.get('host', '?')} since {owner.get('since', '?')}; "
+                                "wait for it, or cancel it")
+            else:
+                time.sleep(0.01)
+            self.disk.close(fd)
+        raise StateError(f"{path}: can't be locked; it is removed again and again")
+
+    def is_live(self, run_id: str) -> bool:
+        """Tell whether an engine holds the lock of a run."""
+        try:
+            fd = self.disk.open(self.files(run_id).lock, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            return not _try_lock(fd, shared=True)
+        finally:
+            self.disk.close(fd)
+
+    def remove(self, run_id: str) -> None:
+        """Remove a run with its logs; raise RunLocked if an engine works on it."""
+        import shutil
+        files = self.files(run_id)
+        fd = self.lock(run_id)
+        try:
+            for path in (files.logs, files.tmp):
+                shutil.rmtree(path, ignore_errors=True)
+            for path in (files.journal, files.state, files.lock):
+                self.disk.unlink(path)
+        finally:
+            self.disk.close(fd)
+
+
+def this_engine(now: float) -> Dict[str, Any]:
+    """Return who this process is, for the lock and the state: pid, host, boot id, and since when."""
+    try:
+        boot = read_file("/proc/sys/kernel/random/boot_id").decode().strip()
+    except OSError:
+        boot = ""
+    host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?")
+    return {"pid": os.getpid(), "host": host, "boot": boot, "since": format_time(now)}
+
+
+class Journal:
+    """The state of one run on disk, in the hands of the engine that works on it."""
+
+    def __init__(self, store: Store, run_id: str, durability: str = "normal") -> None:
+        self.store, self.disk, self.durability = store, store.disk, durability
+        self.files = store.files(run_id)
+        store.prepare("runs")
+        try:
+            self._lock = store.lock(run_id)
+        except OSError as exc:
+            raise StateError(f"{self.files.lock}: can't be locked: {exc.strerror}") from None
+        self._fd: Optional[int] = None
+        self._seq = self._good = 0
+        self._dirty = self._unsynced = False
+        self._next_view = self._last_sync = 0.0
+
+    def begin(self, run: Run, now: float, last: Optional[Loaded] = None) -> None:
+        """Start a fresh journal with the state of `run`, which goes on from `last` if it is resumed."""
+        self._engine = this_engine(now)
+        path = self.files.journal
+        try:
+            self.disk.truncate(self._lock, 0)
+            self.disk.write(self._lock, json.dumps(self._engine).encode())
+            if last and last.damage:
+                stamp = (format_time(now) or "").replace(":", "")
+                self.disk.put(f"{path}.bad-{stamp}", last.damage, True)
+            self._seq = last.seq + 1 if last else 1
+            opened = encode_record({"event": "opened", "state": run_to_json(run, self._engine)}, self._seq)
+            self.disk.put(path, opened, True)
+            self._fd = self.disk.open(path, os.O_WRONLY | os.O_APPEND)
+            self._good = len(opened)
+            self._put_view(run, True)
+        except OSError as exc:
+            raise self._error(exc) from None
+
+    def append(self, events: List[Event]) -> None:
+        """Write events down, all or none; raise StateError if that can't be done."""
+        assert self._fd is not None
+        content = b"".join(encode_record(event_to_json(event), self._seq + n)
+                           for n, event in enumerate(events, 1))
+        try:
+            self.disk.write(self._fd, content)
+            if self.durability == "full":
+                self.disk.sync(self._fd)
+        except OSError as exc:
+            try:
+                self.disk.truncate(self._fd, self._good)
+            except OSError:
+                pass                           # a torn line is dropped when the journal is read
+            raise self._error(exc) from None
+        self._seq += len(events)
+        self._good += len(content)
+        self._dirty = self._unsynced = True
+
+    def idle(self, run: Run, now: float) -> None:
+        """Use a moment without work: sync the journal and bring the view up to date, if it is time."""
+        try:
+            if self.durability == "normal" and self._unsynced and now >= self._last_sync + 0.2:
+                assert self._fd is not None
+                self.disk.sync(self._fd)
+                self._last_sync, self._unsynced = now, False
+            if self._dirty and now >= self._next_view:
+                began = time.monotonic()
+                self._put_view(run, False)
+                self._next_view = now + max(0.2, 20 * (time.monotonic() - began))
+        except OSError as exc:
+            raise self._error(exc) from None
+
+    def finish(self, run: Run) -> None:
+        """Write the final state and remove journal and lock."""
+        try:
+            self._put_view(run, True)
+            self.disk.unlink(self.files.journal)
+            self.disk.unlink(self.files.lock)
+        except OSError as exc:
+            raise self._error(exc) from None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the run; what is in the journal stays there for whoever resumes it."""
+        for fd in (self._fd, self._lock):
+            if fd is not None:
+                self.disk.close(fd)
+        self._fd = None
+        self._lock = None                      # type: ignore[assignment]
+
+    def give_up(self) -> None:
+        """Let go of a run that was not begun, and leave no trace."""
+        self.disk.unlink(self.files.lock)
+        self.close()
+
+    def _put_view(self, run: Run, durable: bool) -> None:
+        """Rewrite RUN.json."""
+        self.disk.put(self.files.state, encode_state(run_to_json(run, self._engine), self._seq), durable)
+        self._dirty = False
+
+    def _error(self, exc: OSError) -> StateError:
+        """Return what to tell the user when the disk refuses."""
+        return StateError(f"{exc.filename or self.files.journal}: state can't be written: {exc.strerror}; "
+                          "what was recorded before is safe: "
+                          f"miniflow resume {os.path.basename(self.files.logs)}")
+
+
+# ============================================================================
+# == 14. PROCESSES: how are attempts started, watched and ended?
+# ============================================================================
+# Every attempt is a process group (and session) of its own whose output goes straight into its log, so
+# nothing of it passes through the engine.  The end of the group's leader is seen by its pidfd where there is
+# one, else by SIGCHLD, else by looking fifty times a second.  When the leader has ended and others of its
+# group have not, they get SIGTERM, grace_s later SIGKILL, and only then is the attempt over: nothing of a
+# task survives it.
+#
+# One clock: the system's, read once, and monotonic time since, in whole microseconds.  Times never go back
+# within an engine's life, and durations are right even where somebody sets the system's clock.
+
+SIGNAL_EXITS = {name: 128 + getattr(signal, name)
+                for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+_SWEEP_S = 0.01                                # how often the rest of a group is looked at
+_LOOK_S = 0.02                                 # the same for processes without a pidfd
+
+
+class Clock:
+    """Seconds since 1970 that never go back."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+
+    def now(self) -> float:
+        """Return the time in whole microseconds."""
+        return round(self._offset + time.monotonic(), 6)
+
+
+class Waiter:
+    """Waits for the first of: the end of a watched process, a signal to the engine, the time.
+
+    Signals can be had by the main thread alone; elsewhere they stay whoever's they are.
+    """
+
+    def __init__(self) -> None:
+        import threading
+        self.signals: List[str] = []
+        self._old: Dict[int, Any] = {}
+        self._poll: Any = None
+        self._pipe: Tuple[int, int] = (-1, -1)
+        if os.name != "nt":
+            import select
+            self._poll = select.poll()
+        if threading.current_thread() is threading.main_thread():
+            self._take_signals()
+
+    def _take_signals(self) -> None:
+        """Route the signals that end a run to wait(), and keep their old handlers."""
+        for name in SIGNAL_EXITS:
+            number = getattr(signal, name)
+            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                self._old[number] = signal.signal(number, self._on_signal)
+        if self._poll:
+            self._pipe = os.pipe()
+            for fd in self._pipe:
+                os.set_blocking(fd, False)
+            self._old_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._poll.register(self._pipe[0], 1)          # 1: POLLIN
+            if not hasattr(os, "pidfd_open"):
+                self._old[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """Remember a signal; that it came wakes wait() through the pipe."""
+        self.signals.append(signal.Signals(number).name)
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        if self._pipe[0] >= 0:
+            signal.set_wakeup_fd(self._old_wakeup)
+            for fd in self._pipe:
+                os.close(fd)
+
+    def watch(self, pid: int) -> Optional[int]:
+        """Begin to watch a child; return its pidfd, or None where there is no such thing."""
+        try:
+            fd: int = os.pidfd_open(pid)       # type: ignore[attr-defined, unused-ignore]
+        except (AttributeError, OSError):
+            return None
+        self._poll.register(fd, 1)
+        return fd
+
+    def unwatch(self, fd: Optional[int]) -> None:
+        """Stop watching a child."""
+        if fd is not None:
+            self._poll.unregister(fd)
+            os.close(fd)
+
+    def wait(self, seconds: float) -> List[int]:
+        """Wait at most so long; return the pidfds of the watched processes that have ended."""
+        seconds = min(max(seconds, 0), 3600)
+        if not self._poll:
+            time.sleep(min(seconds, _LOOK_S))
+            return []
+        ended = [fd for fd, _ in self._poll.poll(-(-seconds * 1000 // 1))]
+        if self._pipe[0] in ended:
+            ended.remove(self._pipe[0])
+            try:
+                os.read(self._pipe[0], 4096)
+            except BlockingIOError:
+                pass
+        return ended
+
+
+class Child:
+    """A running attempt: its process, which leads its group, and how to see its end."""
+
+    __slots__ = ("task", "process", "pidfd", "code", "kill_at", "output")
+
+    def __init__(self, task: str, process: Any, pidfd: Optional[int], output: str) -> None:
+        self.task, self.process, self.pidfd, self.output = task, process, pidfd, output
+        self.code: Optional[int] = None        # the leader's exit code, once it has ended
+        self.kill_at: Optional[float] = None   # when the rest of the group gets SIGKILL
+
+    def signal_group(self, word: str) -> bool:
+        """Send TERM or KILL to the group; tell whether there was anybody."""
+        try:
+            if os.name == "nt":
+                self.process.terminate() if self.code is None else None
+                return False
+            os.killpg(self.process.pid, getattr(signal, "SIG" + word))
+            if word == "TERM":
+                os.killpg(self.process.pid, signal.SIGCONT)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass                               # somebody of another user is in the group (macOS: or a zombie)
+        return True
+
+    def group_lives(self) -> bool:
+        """Tell whether anybody is left in the group, once its leader has been reaped."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except (ProcessLookupError, AttributeError):
+            return False
+        except PermissionError:
+            return sys.platform != "darwin"
+        return True
+
+
+def start_ticks(pid: int) -> Optional[int]:
+    """Return when the system started a process, in ticks (field 22 of /proc/PID/stat), or None."""
+    try:
+        return int(read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+class Processes:
+    """The real World: attempts are processes of this machine.  To be used as a context manager."""
+
+    def __init__(self, store: Store, run_id: str, tasks_dir: str, clock: Clock) -> None:
+        self.clock, self._store, self._files = clock, store, store.files(run_id)
+        store.prepare("logs", run_id)
+        self._io = store.prepare("tmp", run_id, "io")
+        self._setting = Setting(dict(os.environ), sys.executable or "python3", os.getcwd(),
+                                os.path.abspath(tasks_dir), store.prepare("tmp", run_id, "work"), "", "")
+        self._children: Dict[str, Child] = {}
+        self._by_fd: Dict[int, Child] = {}
+        self._contexts: Dict[int, Tuple[Scope, str]] = {}
+        self._waiter = Waiter()
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        for child in list(self._children.values()):    # only where the engine itself failed
+            child.signal_group("KILL")
+            child.process.wait()
+            self._forget(child)
+        self._waiter.close()
+
+    def now(self) -> float:
+        """Return the time."""
+        return self.clock.now()
+
+    def start(self, run: Run, action: Start) -> List[Event]:
+        """Start an attempt; return that it was spawned, or how it failed to."""
+        setting = self._setting._replace(context=self._context(run, action.task), output=os.path.join(
+            self._io, f"{action.task}.{action.attempt}.out"))
+        try:
+            child = self._spawn(invoke(run, action.task, setting), action, setting.output)
+        except LookupError as exc:             # a template without a value: no attempt will find one
+            return [attempt_unstartable(run, action.task, self.now(), exc.args[0], None)]
+        except (OSError, ValueError) as exc:   # ValueError: a NUL in an argument
+            code = 127 if isinstance(exc, FileNotFoundError) else 126
+            return [attempt_unstartable(run, action.task, self.now(), f"cannot start: {exc}", code)]
+        self._children[action.task] = child
+        if child.pidfd is not None:
+            self._by_fd[child.pidfd] = child
+        pid = child.process.pid
+        return [AttemptSpawned(self.now(), action.task, action.attempt, pid, start_ticks(pid))]
+
+    def _spawn(self, invocation: Invocation, action: Start, output: str) -> Child:
+        """Start the process of an attempt, with nothing open but its log and its input."""
+        import subprocess
+        log = self._open_log(action)
+        stdin = None
+        try:
+            stdin = self._open_stdin(invocation.stdin, action)
+            process = subprocess.Popen(
+                invocation.argv, stdin=stdin, stdout=log, stderr=log, env=invocation.env, cwd=invocation.cwd,
+                close_fds=True, start_new_session=os.name != "nt",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
+        finally:
+            os.close(log)
+            if stdin is not None and stdin >= 0:
+                os.close(stdin)
+        return Child(action.task, process, self._waiter.watch(process.pid), output)
+
+    def _open_log(self, action: Start) -> int:
+        """Open a new log and lock it; whoever inherits it holds the lock, which is a proof of life."""
+        path = os.path.join(self._files.logs, f"{action.task}.{action.attempt}.log")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        try:
+            fd = self._store.disk.open(path, flags)
+        except FileExistsError:                # of an attempt whose record a power cut took
+            os.replace(path, path + ".lost")
+            fd = self._store.disk.open(path, flags)
+        _try_lock(fd)
+        return fd
+
+    def _open_stdin(self, text: Optional[str], action: Start) -> int:
+        """Open what the task reads: its text, in a file that has no name any more, or nothing."""
+        if text is None:
+            return os.open(os.devnull, os.O_RDONLY | _CLOEXEC)
+        path = os.path.join(self._io, f"{action.task}.{action.attempt}.in")
+        fd = self._store.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        os.unlink(path)
+        self._store.disk.write(fd, os.fsencode(text))
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
+
+    def _context(self, run: Run, task_id: str) -> str:
+        """Return the path of the task's context file; tasks that see the same share one."""
+        scope = run.tasks[task_id].scope
+        if id(scope) not in self._contexts:
+            path = os.path.join(self._io, f"context-{len(self._contexts) + 1}.json")
+            self._store.disk.put(path, context_json(run, task_id).encode(), False)
+            self._contexts[id(scope)] = (scope, path)
+        return self._contexts[id(scope)][1]
+
+    def stop(self, run: Run, action: Stop) -> List[Event]:
+        """Send the signal of `action` to the attempt's group."""
+        child = self._children.get(action.task)
+        if child:
+            child.signal_group(action.signal)
+        return []
+
+    def wait(self, run: Run, until: Optional[float]) -> List[Event]:
+        """Wait until something happens, at the longest until `until`; return what did."""
+        now = self.now()
+        seconds = 3600.0 if until is None else until - now
+        if any(child.code is not None for child in self._children.values()):
+            seconds = min(seconds, _SWEEP_S)
+        elif len(self._by_fd) < len(self._children):
+            seconds = min(seconds, _LOOK_S)
+        ended = [self._by_fd[fd] for fd in self._waiter.wait(seconds)]
+        ended += [child for child in self._children.values()
+                  if child.pidfd is None or child.code is not None]
+        events = [event for child in ended for event in self._look_at(run, child)]
+        while self._waiter.signals:
+            name = self._waiter.signals.pop(0)
+            events.append(CancelRequested(self.now(), f"cancelled by {name}", SIGNAL_EXITS[name],
+                                          bool(run.cancel
+                                               or events and isinstance(events[-1], CancelRequested))))
+        return events
+
+    def _look_at(self, run: Run, child: Child) -> List[Event]:
+        """Return the end of an attempt, if its leader and all of its group have ended."""
+        if child.code is None:
+            child.code = child.process.poll()
+            if child.code is None:
+                return []
+            if child.group_lives():
+                child.signal_group("TERM")
+                child.kill_at = self.now() + run.plan.tasks[child.task].grace_s
+        if child.kill_at is not None:
+            if child.group_lives():
+                if self.now() >= child.kill_at:
+                    child.signal_group("KILL")
+                if child.pidfd is not None:    # it has told all it can
+                    del self._by_fd[child.pidfd]
+                    self._waiter.unwatch(child.pidfd)
+                    child.pidfd = None
+                return []
+        self._forget(child)
+        return [attempt_end(run, child.task, self.now(), child.code, lambda: self._take_output(child.output))]
+
+    def _forget(self, child: Child) -> None:
+        """Stop watching a child that has ended."""
+        del self._children[child.task]
+        if child.pidfd is not None:
+            del self._by_fd[child.pidfd]
+            self._waiter.unwatch(child.pidfd)
+
+    def _take_output(self, path: str) -> Mapping[str, Any]:
+        """Read what a task wrote to $MINIFLOW_OUTPUT, and remove it; raise ValueError if it can't be used."""
+        try:
+            content = read_file(path, MAX_OUTPUT + 1)
+            os.unlink(path)
+        except FileNotFoundError:
+            return {}
+        except OSError as exc:
+            raise ValueError(f"output: {exc.strerror}") from None
+        if len(content) > MAX_OUTPUT:
+            raise ValueError(f"output: more than {MAX_OUTPUT} bytes; write a file and hand on its path")
+        return parse_output(content)
+
+    def clean_up(self, run: Run) -> None:
+        """Remove the run's TMP_DIR and exchange files if it ended well."""
+        import shutil
+        if run.ok:
+            shutil.rmtree(self._files.tmp, ignore_errors=True)
+
+
+# ============================================================================
+# == 15. RUNNER: how is one run driven to its end?
+# ============================================================================
+# Here the pure half and the world meet.  work() is the loop around drive(): it waits for the world, keeps the
+# journal's promises while it waits, and lets a Watcher tell of it.  start_run() and resume_run() differ in
+# the Run that they begin with and in nothing else.
+#
+# A run is locked before anything is decided by what is on disk, and it is let go whatever happens; what its
+# processes left behind when the engine failed is ended before the error goes on.
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))    # type: ignore[attr-defined, unused-ignore]
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+class Watcher:
+    """Whoever looks on while a run goes on; this one says nothing."""
+
+    def begin(self, run: Run, slots: int) -> None:
+        """The run is about to start or to go on."""
+
+    def observe(self, event: Event) -> None:
+        """The event is on disk and has been applied."""
+
+    def refresh(self, now: float) -> Optional[float]:
+        """Nothing is due now; return when to be called again at the latest, None: when something happened."""
+        return None
+
+    def end(self, run: Run) -> None:
+        """The run has ended."""
+
+
+def work(run: Run, journal: Journal, world: Processes, slots: int, watcher: Watcher) -> None:
+    """Drive a run whose journal has begun to its end."""
+    watcher.begin(run, slots)
+    steps = drive(run, world, journal.append, slots, watcher.observe)
+    events: Optional[List[Event]] = None
+    while True:
+        try:
+            until = steps.send(events)         # type: ignore[arg-type]
+        except StopIteration:
+            break
+        now = world.now()
+        journal.idle(run, now)
+        times = [at for at in (until, watcher.refresh(now)) if at is not None]
+        events = world.wait(run, min(times, default=None))
+    journal.finish(run)
+    world.clean_up(run)
+    watcher.end(run)
+
+
+class Order(NamedTuple):
+    """How a run is to be made; `slots` None: as the flow says, else one attempt a usable CPU."""
+
+    tasks_dir: str
+    slots: Optional[int] = None
+    durability: str = "normal"
+
+
+def _carry_out(run: Run, journal: Journal, store: Store, order: Order, clock: Clock, watcher: Watcher,
+               last: Optional[Loaded]) -> Run:
+    """Drive `run` to its end in a world of processes, and let go of its journal whatever happens."""
+    try:
+        with Processes(store, run.id, order.tasks_dir, clock) as world:
+            journal.begin(run, world.now(), last)
+            work(run, journal, world, order.slots or run.plan.flow.max_parallel or usable_cpus(), watcher)
+    finally:
+        journal.close()
+    return run
+
+
+def _last_outputs(store: Store, flow: str, names: Iterable[str]) -> Dict[str, Dict[str, Any]]:
+    """Return the outputs of the last success of each task in `names`."""
+    outputs: Dict[str, Dict[str, Any]] = {name: {} for name in names}
+    missing = set(outputs)
+    for head in store.history(flow) if missing else ():
+        if not missing or head["status"] == "damaged":
+            continue
+        tasks = store.load(head["id"]).run.tasks
+        for name in sorted(missing & tasks.keys()):
+            if tasks[name].status in (SUCCESS, CACHED):
+                outputs[name] = dict(tasks[name].output or {})
+                missing.discard(name)
+    return outputs
+
+
+def start_run(store: Store, flow: Flow, stem: str, source: str, params: Mapping[str, Any], order: Order,
+              selection: Selection = Selection(), run_id: Optional[str] = None,
+              watcher: Watcher = Watcher()) -> Run:
+    """Run a checked flow from its beginning to its end, and return the Run."""
+    values = complete_params(flow, params)
+    left_out = _last_outputs(store, stem, select(flow, selection))
+    clock = Clock()
+    now = clock.now()
+    if run_id is None:
+        run_id = store.new_id(stem, now)
+    elif any(run_id.lower() == other.lower() for other in store.ids()):
+        raise UsageError(f"run {run_id} exists, or one whose id differs by case only; give another --run-id")
+    journal = Journal(store, run_id, order.durability)
+    run = Run(make_plan(flow, left_out), run_id, values, now, stem, source)
+    return _carry_out(run, journal, store, order, clock, watcher, None)
+
+
+def resume_run(store: Store, run_id: str, flow: Optional[Flow], order: Order, note: Callable[[str], None],
+               watcher: Watcher = Watcher()) -> Run:
+    """Go on with a run that did not succeed, by `flow` as it is now (None: as it was); return the Run.
+
+    A run that succeeded is returned as it stands.  `note` is told what a user should know.
+    """
+    if not store.exists(run_id):
+        store.load(run_id)                     # says what is wrong
+    journal = Journal(store, run_id, order.durability)
+    try:
+        last = store.load(run_id)
+        if last.damage:
+            note(f"{len(last.damage)} bytes at the end of {journal.files.journal} are torn; they are kept "
+                 "beside it and what they recorded happens again")
+        if last.run.outcome == SUCCESS:
+            note(f"run {run_id} has succeeded already; nothing is done")
+            if os.path.lexists(journal.files.journal):
+                journal.begin(last.run, Clock().now(), last)    # its engine died before it could tidy up
+                journal.finish(last.run)
+            else:
+                journal.give_up()
+            return last.run
+        if flow:
+            for name, change in changed_tasks(last.run.plan.flow, flow).items():
+                note(f"task {name} was {change} since run {run_id} began"
+                     + ("" if change == "removed" else "; it runs again, and so does its downstream"))
+        run = reopen(last.run, flow or last.run.plan.flow)
+    except BaseException:
+        journal.close()
+        raise
+    return _carry_out(run, journal, store, order, Clock(), watcher, last)
+
+
+# ============================================================================
+# == 16. REPORTING: how is it told to a person?
+# ============================================================================
+# Talk goes to stderr, results to stdout.  Text that came from a flow or a task is shown with its control
+# characters escaped, so that it can't drive the terminal.
+
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_COLOURS = {SUCCESS: "32", CACHED: "32", FAILED: "31", UPSTREAM_FAILED: "31", CANCELLED: "33", RETRYING: "33",
+            SKIPPED: "36", RUNNING: "34", INTERRUPTED: "33"}
+TAIL_LINES = 20
+
+
+def safe(text: Any) -> str:
+    """Return `text` with every character that could drive a terminal written as an escape."""
+    return _UNSAFE.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}",
+                       str(text))
+
+
+def say(text: str) -> None:
+    """Write a line of talk to stderr; if nobody listens any more, that is no reason to stop."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def format_span(seconds: Optional[float]) -> str:
+    """Return a duration for people: 0.42 s, 12.3 s, 3 min 20 s, 2 h 5 min."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def format_table(rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows, the first of them the heading, as columns; a last column may be of any width."""
+    cells = [["-" if cell is None else safe(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+                     for row in cells)
+
+
+def log_tail(path: str, lines: int = TAIL_LINES) -> Tuple[List[str], int]:
+    """Return the last lines of a log, decoded and safe to show, and how many bytes come before them."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            start = max(0, size - 64 * 1024)
+            file.seek(start)
+            content = file.read()
+    except OSError as exc:
+        return [f"({path}: {exc.strerror})"], 0
+    tail = content.splitlines(keepends=True)[-lines:]
+    return [safe(line.decode("utf-8", "replace").rstrip("\r\n")) for line in tail], size - sum(map(len, tail))
+
+
+def count_states(run: Run) -> str:
+    """Return how many tasks are in which state: 3 success, 1 failed."""
+    counts: Dict[str, int] = {}
+    for task_run in run.tasks.values():
+        counts[task_run.status] = counts.get(task_run.status, 0) + 1
+    return ", ".join(f"{counts[state]} {state}" for state in TASK_STATES if state in counts)
+
+
+def format_verdict(run: Run) -> str:
+    """Return one line that tells how a run ended."""
+    warnings = f", {run.warnings} tolerated failures" if run.warnings else ""
+    reason = f" ({safe(run.reason)})" if run.reason else ""
+    return (f"run {run.id}: {run.status}{reason}: {count_states(run)}{warnings} "
+            f"in {format_span(span(run.started, run.finished))}")
+
+
+class Lines(Watcher):
+    """Tells of a run on stderr, a line a change."""
+
+    def __init__(self, store: Store, colour: bool = False) -> None:
+        self.store, self.colour = store, colour
+
+    def begin(self, run: Run, slots: int) -> None:
+        self.run = run
+        left = f", {run.unsettled} of them to do" if run.unsettled < len(run.tasks) else ""
+        self.tell(f"run {run.id}: {len(run.tasks)} tasks{left}, {slots} at once")
+
+    def tell(self, text: str) -> None:
+        """Show a line for good."""
+        say(text)
+
+    def paint(self, status: str, text: str) -> str:
+        """Return `text` in the colour of `status`, where there are colours."""
+        return f"\x1b[{_COLOURS.get(status, '0')}m{text}\x1b[0m" if self.colour else text
+
+    def observe(self, event: Event) -> None:
+        if isinstance(event, AttemptStarted):
+            self.started(event)
+        elif isinstance(event, AttemptStopping):
+            self.line("stopping", event.task,
+                      f": {event.reason}" + (" (SIGKILL)" if event.signal == "KILL" else ""))
+        elif isinstance(event, AttemptEnded):
+            self.ended(event)
+        elif isinstance(event, TaskSettled):
+            self.line(event.status, event.task, f": {event.reason}")
+        elif isinstance(event, CancelRequested):
+            self.tell(f"{event.reason}: stopping what runs" + (" at once" if event.kill else
+                                                               "; once more to kill it at once"))
+
+    def line(self, word: str, task: str, rest: str = "") -> None:
+        """Show that something has happened to a task."""
+        stamp = time.strftime("%H:%M:%S")
+        self.tell(f"{stamp}  {self.paint(word, f'{word:<9}')}  {task}{safe(rest)}")
+
+    def started(self, event: AttemptStarted) -> None:
+        """An attempt has started."""
+        self.line("start", event.task, f" (attempt {event.attempt})" if event.attempt > 1 else "")
+
+    def ended(self, event: AttemptEnded) -> None:
+        """An attempt has ended, and its task with it, or it will be retried."""
+        task_run = self.run.tasks[event.task]
+        took = format_span(span(task_run.attempts[-1].started, event.at))
+        reason = f": {event.reason}" if event.reason else ""
+        if task_run.status == RETRYING:
+            wait = format_span(span(event.at, task_run.retry_at))
+            self.line(RETRYING, event.task, f"{reason} ({took}); attempt {event.attempt + 1} in {wait}")
+        else:
+            self.line(event.status, event.task, f"{reason} ({took})")
+        if event.status == FAILED:
+            self.tail(task_run.attempts[-1].log)
+
+    def tail(self, log: Optional[str]) -> None:
+        """Show the last lines of a failed attempt's log, and where the rest is."""
+        if log:
+            lines, before = log_tail(os.path.join(self.store.path, log))
+            for line in lines:
+                self.tell(f"    | {line}")
+            shown_path = os.path.relpath(os.path.join(self.store.path, log))
+            self.tell(f"    log: {shown_path}" + (f" ({before} bytes more)" if before else ""))
+
+    def end(self, run: Run) -> None:
+        self.tell(self.paint(run.status, format_verdict(run)))
+        if not run.ok:
+            self.tell(f"to go on with it: miniflow resume {run.id}")
+
+
+class Quiet(Lines):
+    """Tells of failures only."""
+
+    def begin(self, run: Run, slots: int) -> None:
+        self.run = run
+
+    def observe(self, event: Event) -> None:
+        if isinstance(event, AttemptEnded) and event.status == FAILED:
+            self.ended(event)
+
+    def end(self, run: Run) -> None:
+        if not run.ok:
+            super().end(run)
+
+
+def follow_lines(path: str, place: List[Any], whole: bool) -> Iterator[str]:
+    """Yield the new lines of a growing log; `place` keeps the offset and an unfinished line.
+
+    The unfinished line is given at the end if `whole`.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(place[0])
+            for raw in file:
+                place[0] += len(raw)
+                place[1] += raw
+                if place[1].endswith(b"\n"):
+                    line, place[1] = place[1], b""
+                    yield safe(line.decode("utf-8", "replace").rstrip("\r\n"))
+    except OSError:
+        return
+    if whole and place[1]:
+        yield safe(place[1].decode("utf-8", "replace"))
+        place[1] = b""
+
+
+class Grouped(Lines):
+    """Tells of a run a line a change, and shows each attempt's whole log when it has ended."""
+
+    def tail(self, log: Optional[str]) -> None:
+        pass                                   # ended() has shown it all
+
+    def ended(self, event: AttemptEnded) -> None:
+        log = self.run.tasks[event.task].attempts[-1].log
+        if log:
+            for line in follow_lines(os.path.join(self.store.path, log), [0, b""], True):
+                self.tell(f"    | {line}")
+        super().ended(event)
+
+
+class Prefixed(Lines):
+    """Tells of a run a line a change, and shows the lines of tasks as they come, each after its task's id."""
+
+    def begin(self, run: Run, slots: int) -> None:
+        super().begin(run, slots)
+        self.places: Dict[str, List[Any]] = {}
+
+    def started(self, event: AttemptStarted) -> None:
+        super().started(event)
+        self.places[event.task] = [0, b""]
+
+    def show(self, task: str, whole: bool) -> None:
+        """Show what is new in the log of a task."""
+        log = self.run.tasks[task].attempts[-1].log
+        for line in follow_lines(os.path.join(self.store.path, log or ""), self.places[task], whole):
+            self.tell(f"{task} | {line}")
+
+    def refresh(self, now: float) -> Optional[float]:
+        for task in self.places:
+            self.show(task, False)
+        return now + 0.1 if self.places else None
+
+    def tail(self, log: Optional[str]) -> None:
+        pass                                   # it was shown as it came
+
+    def ended(self, event: AttemptEnded) -> None:
+        if event.task in self.places:
+            self.show(event.task, True)
+            del self.places[event.task]
+        super().ended(event)
+
+
+class Live(Lines):
+    """Tells of a run on a terminal: what has happened above, and below it a line a running task and a bar."""
+
+    def begin(self, run: Run, slots: int) -> None:
+        self.drawn = 0                         # lines of the live part on the screen
+        self.next_draw = 0.0
+        super().begin(run, slots)
+        self.small = len(run.tasks) <= 50
+
+    def line(self, word: str, task: str, rest: str = "") -> None:
+        if self.small or word not in (SUCCESS, SKIPPED, UPSTREAM_FAILED, CANCELLED):
+            super().line(word, task, rest)
+
+    def started(self, event: AttemptStarted) -> None:
+        pass                                   # the live part shows it
+
+    def tell(self, text: str) -> None:
+        self.erase()
+        say(text)
+
+    def erase(self) -> None:
+        """Take the live part off the screen."""
+        if self.drawn:
+            self.write(f"\x1b[{self.drawn}F\x1b[J")
+            self.drawn, self.next_draw = 0, 0.0
+
+    def write(self, text: str) -> None:
+        """Write to the terminal as it is."""
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+
+    def refresh(self, now: float) -> Optional[float]:
+        if now >= self.next_draw:
+            lines = self.picture(now, *os.get_terminal_size(2))
+            self.erase()
+            self.write("".join(line + "\n" for line in lines))
+            self.drawn, self.next_draw = len(lines), now + 0.1
+        return self.next_draw
+
+    def picture(self, now: float, columns: int, rows: int) -> List[str]:
+        """Return the lines of the live part."""
+        run, room = self.run, max(1, min(rows - 3, 12))
+        names = list(run.running)
+        lines = []
+        for name in names[:room]:
+            since = format_span(span(run.tasks[name].attempts[-1].started, now))
+            lines.append(f"  {name[:max(8, columns - 16)]}  {since}"[:columns - 1])
+        if len(names) > room:
+            lines.append(f"  and {len(names) - room} more")
+        total, done = len(run.tasks), len(run.tasks) - run.unsettled
+        width = max(5, min(40, columns - 50))
+        filled = width * done // total
+        text = (f"[{'#' * filled}{'.' * (width - filled)}] {done}/{total} done, {len(names)} running, "
+                f"{format_span(span(run.started, now))}")
+        return lines + [text[:columns - 1]]
+
+    def end(self, run: Run) -> None:
+        self.erase()
+        super().end(run)
+
+
+class JsonLines(Watcher):
+    """Writes each event to stdout as one line of JSON that holds run, task and status."""
+
+    def begin(self, run: Run, slots: int) -> None:
+        self.run = run
+
+    def observe(self, event: Event) -> None:
+        members = event_to_json(event)
+        task = members.get("task")
+        status = self.run.tasks[task].status if task else self.run.status
+        text = json.dumps({**members, "run": self.run.id, "task": task, "status": status})
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:                # nobody listens: the run goes on all the same
+            sys.stdout = open(os.devnull, "w")
+
+
+OUTPUTS: Dict[str, Callable[[Store, bool], Watcher]] = {
+    "progress": Lines, "prefix": Prefixed, "group": Grouped, "quiet": Quiet,
+    "json": lambda store, colour: JsonLines()}
+
+
+def make_watcher(style: str, store: Store) -> Watcher:
+    """Return the Watcher for a --output; progress is live on a terminal that can do it."""
+    terminal = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    colour = terminal and not os.environ.get("NO_COLOR")
+    if style == "progress" and terminal:
+        return Live(store, colour)
+    return OUTPUTS[style](store, colour)
+
+
+def critical_path(run: Run) -> List[str]:
+    """Return the tasks that decided the run's end: from its last, back over whichever upstream ended last."""
+    def finished(name: str) -> float:
+        return run.tasks[name].finished or 0
+
+    ran = [name for name, task_run in run.tasks.items() if task_run.attempts]
+    path: List[str] = []
+    while ran:
+        path.append(max(ran, key=finished))
+        ran = [up for up in run.plan.tasks[path[-1]].depends_on if run.tasks[up].attempts]
+    return path[::-1]
+
+
+def format_run(loaded: Loaded, store: Store) -> str:
+    """Return what `show` tells of a run."""
+    run = loaded.run
+    lines = [f"run {run.id} of flow {safe(run.flow)}: {loaded.status}"
+             + (f" ({safe(run.reason)})" if run.reason else ""),
+             f"started {format_time(run.started)}, took {format_span(span(run.started, run.finished))}"]
+    if run.params:
+        lines.append("params " + safe(json.dumps(run.params, ensure_ascii=False)))
+    rows = [("task", "status", "attempts", "duration", "reason")]
+    rows += [(name, INTERRUPTED if task_run.status == RUNNING and not loaded.live else task_run.status,
+              str(len(task_run.attempts)), format_span(span(task_run.started, task_run.finished)),
+              task_run.reason or "")
+             for name, task_run in run.tasks.items()]
+    lines += ["", format_table(rows), ""]
+    path = critical_path(run)
+    if path:
+        lines.append("critical path: " + " -> ".join(path))
+    if any(task_run.attempts for task_run in run.tasks.values()):
+        lines.append("logs: " + os.path.relpath(store.files(run.id).logs))
+    return "\n".join(lines)
+
+
+def format_plan(plan: Plan, slots: int) -> str:
+    """Return what a run would do, in the order of the plan."""
+    rows = [("", "task", "does", "after", "with")]
+    for n, name in enumerate(plan.order, 1):
+        task = plan.tasks[name]
+        what = task.action.path if isinstance(task.action, Script) else (
+            task.action.command if isinstance(task.action.command, str) else " ".join(task.action.command))
+        extra = [f"{word} {value}" for word, value, usual in (
+            ("retries", task.retry.max_retries, 0), ("timeout_s", task.timeout_s, None),
+            ("trigger_rule", task.trigger_rule, "all_success")) if value != usual]
+        rows.append((str(n), name, shown(what) if len(what) > 60 else what,
+                     ", ".join(task.depends_on) or "-",
+                     "left out" if name in plan.left_out else ", ".join(extra)))
+    return f"{len(plan.order)} tasks, {slots} at once\n{format_table(rows)}"
+
+
+# ============================================================================
+# == 17. LIBRARY: what does a Python program use?
+# ============================================================================
+# A flow is known by the stem of its file, so looking one up reads one file and lists no directory.  Scripts
+# are checked when a flow is loaded: a run whose last script is missing should not find out after three hours.
+
+def flow_files(flows_dir: str) -> Dict[str, str]:
+    """Return the flow files of a directory: stem to path, sorted; raise NotFound if it can't be read."""
+    try:
+        names = sorted(os.listdir(flows_dir))
+    except OSError as exc:
+        raise NotFound(f"{flows_dir}: the flows directory can't be read: {exc.strerror}; "
+                       "give another by -f, or make an example: miniflow init") from None
+    return {name[:-5]: os.path.join(flows_dir, name) for name in names
+            if name.endswith(".json") and not name.startswith(".") and len(name) > 5}
+
+
+def find_flow(flows_dir: str, name: str) -> Tuple[str, str]:
+    """Return the name and the path of a flow, given by its name or by a path; raise FlowNotFound."""
+    if "/" in name or os.sep in name or name.endswith(".json"):
+        if os.path.exists(name):
+            return os.path.basename(name)[:-5] if name.endswith(".json") else os.path.basename(name), name
+        raise FlowNotFound(f"{safe(name)}: no such flow file")
+    path = os.path.join(flows_dir, name + ".json")
+    if name and os.path.lexists(path):
+        return name, path
+    try:
+        names = flow_files(flows_dir)
+    except NotFound as exc:
+        raise FlowNotFound(str(exc)) from None
+    raise FlowNotFound(f"no flow {shown(name)} in {flows_dir}"
+                       + (near(name, names) or f"; it has {', '.join(names) or 'none'}"))
+
+
+def script_checker(tasks_dir: str) -> Callable[[str], Optional[str]]:
+    """Return a function that tells what is wrong with the path of a script, if anything."""
+    root = os.path.realpath(tasks_dir)
+    known: Dict[str, Optional[str]] = {}
+
+    def problem(path: str) -> Optional[str]:
+        real = os.path.realpath(os.path.join(root, path))
+        if os.path.isabs(path) or not real.startswith(root + os.sep):
+            return (f"{shown(path)} lies outside the tasks directory {tasks_dir}; "
+                    "put it below it, or use command")
+        if not os.path.exists(real):
+            names = [os.path.relpath(os.path.join(folder, file), root)
+                     for folder, _, files in os.walk(root) for file in files] if os.path.isdir(root) else []
+            return f"there is no {shown(path)} in {tasks_dir}{near(path, names)}"
+        if not os.path.isfile(real) or not os.access(real, os.R_OK):
+            return f"{shown(path)} in {tasks_dir} is not a file that can be read"
+        return None
+
+    def remembered(path: str) -> Optional[str]:
+        if path not in known:
+            known[path] = problem(path)
+        return known[path]
+
+    return remembered
+
+
+def load_flow(path: str, tasks_dir: str) -> Flow:
+    """Read and check a flow file; raise FlowError with all that is wrong with it."""
+    where = os.path.relpath(path) if len(os.path.relpath(path)) < len(path) else path
+    try:
+        content = read_file(path, MAX_BYTES + 1)
+    except OSError as exc:
+        raise FlowError([f"{where}: can't be read: {exc.strerror}"]) from None
+    return parse_flow(content, where, script_checker(tasks_dir))
+
+
+def write_script(store: Store, stem: str, plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
+    """Write the bash script of a plan into the output directory and return its path."""
+    folder = store.prepare("scripts")
+    content = to_bash(plan, params, os.path.abspath(tasks_dir)).encode("utf-8", "surrogateescape")
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    name = re.sub("[^A-Za-z0-9_.-]", "_", stem)
+    for n in range(1, 10000):
+        path = os.path.join(folder, f"{name}-{stamp}{f'-{n}' if n > 1 else ''}.sh")
+        try:
+            fd = store.disk.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
+        except FileExistsError:
+            continue
+        except OSError as exc:
+            raise StateError(f"{path}: can't be written: {exc.strerror}") from None
+        try:
+            store.disk.write(fd, content)
+        except OSError as exc:
+            store.disk.unlink(path)
+            raise StateError(f"{path}: can't be written: {exc.strerror}") from None
+        finally:
+            store.disk.close(fd)
+        return path
+    raise StateError(f"{folder}: holds 10000 scripts of {stem} made in this second")
+
+
+class MiniFlow:
+    """The flows of a directory, to be run from a Python program."""
+
+    def __init__(self, flows_dir: str = "./flows", tasks_dir: str = "./tasks",
+                 output_dir: str = "./miniflow_output") -> None:
+        self.flows_dir, self.tasks_dir = os.fspath(flows_dir), os.fspath(tasks_dir)
+        self.store = Store(os.fspath(output_dir))
+
+    def list_flows(self) -> List[str]:
+        """Return the names of all flows, sorted, broken ones among them."""
+        return list(flow_files(self.flows_dir))
+
+    def load(self, name: str) -> Flow:
+        """Return a flow, checked; raise FlowNotFound or FlowError."""
+        return load_flow(find_flow(self.flows_dir, name)[1], self.tasks_dir)
+
+    def run(self, name: str, params: Optional[Mapping[str, Any]] = None, *, run_id: Optional[str] = None,
+            max_parallel: Optional[int] = None) -> Run:
+        """Run a flow to its end and return its Run, whether it succeeded or not.
+
+        A `run_id` that exists is gone on with, by its own params.  Raises FlowNotFound, FlowError,
+        UsageError, RunLocked or StateError if the run can't be made.
+        """
+        stem, path = find_flow(self.flows_dir, name)
+        flow = load_flow(path, self.tasks_dir)
+        order = Order(self.tasks_dir, max_parallel)
+        if run_id is not None and self.store.exists(run_id):
+            if params:
+                raise UsageError(f"run {run_id} exists and keeps its own params; "
+                                 "give none, or another run id")
+            return resume_run(self.store, run_id, flow, order, say)
+        return start_run(self.store, flow, stem, path, params or {}, order, run_id=run_id)
+
+    def execute_flow(self, name: str, params: Optional[Mapping[str, Any]] = None,
+                     dry_run: bool = False) -> str:
+        """Write a bash script that runs the flow, run it (unless `dry_run`), and return the script's path.
+
+        Raises FlowNotFound, FlowError, or FlowFailed (with the Run as `.run`) if the run did not succeed.
+        """
+        stem, path = find_flow(self.flows_dir, name)
+        flow = load_flow(path, self.tasks_dir)
+        script = write_script(self.store, stem, make_plan(flow), complete_params(flow, params or {}),
+                              self.tasks_dir)
+        if not dry_run:
+            run = start_run(self.store, flow, stem, path, params or {}, Order(self.tasks_dir))
+            if not run.ok:
+                raise FlowFailed(format_verdict(run), run)
+        return script
+
+
+# ============================================================================
+# == 18. COMMAND LINE: what can be typed?
+# ============================================================================
+# Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
+# its arguments to a parser; only the parser of the command that was typed is ever made.  Global options are
+# parsed twice, before the command and after it, and the later one wins.
+#
+# A command prints its result to stdout and returns its exit code; whatever goes wrong it raises.  main()
+# alone turns errors into text and codes.
+
+class Cli(NamedTuple):
+    """One command: its function, what it does, an example, and the function that adds its arguments."""
+
+    run: Callable[[Any], int]
+    does: str
+    example: str
+    add: Callable[[Any], None]
+
+
+COMMANDS: Dict[str, Cli] = {}
+Run_command = Callable[[Any], int]
+
+
+def command(name: str, does: str, example: str, add: Callable[[Any], None] = lambda parser: None
+            ) -> Callable[[Run_command], Run_command]:
+    """Enter the decorated function into COMMANDS; it gets the parsed arguments and returns an exit code."""
+    def enter(function: Run_command) -> Run_command:
+        COMMANDS[name] = Cli(function, does, example, add)
+        return function
+    return enter
+
+
+def print_result(text: str) -> None:
+    """Write a result to stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def print_json(value: Any) -> None:
+    """Write a result to stdout as JSON."""
+    print_result(json.dumps(value, indent=1))
+
+
+def _miniflow(options: Any) -> MiniFlow:
+    return MiniFlow(options.flows_dir, options.tasks_dir, options.output_dir)
+
+
+def _is_chatty(options: Any) -> bool:
+    return bool(options.level in ("DEBUG", "INFO"))
+
+
+_SAMPLE_FLOW = {
+    "name": "hello",
+    "description": "a script that hands a number on, and a command that prints it",
+    "params": {"names": {"type": "array", "default": ["world"], "description": "whom to greet"}},
+    "tasks": [
+        {"id": "greet", "script": "greet.py", "args": ["${{ params.names }}"]},
+        {"id": "count", "command": ["echo", "greeted:", "${{ tasks.greet.outputs.greeted }}"],
+         "depends_on": ["greet"]},
+    ],
+}
+_SAMPLE_SCRIPT = (
+    '"""Greets everybody in the JSON array that is its argument, and hands on how many they were."""\n'
+    '''import json
+import os
+import sys
+
+names = json.loads(sys.argv[1])
+for name in names:
+    print(f"Hello, {name}!")
+with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="utf-8") as file:
+    json.dump({"greeted": len(names)}, file)
+''')
+
+
+def _add_init(parser: Any) -> None:
+    parser.add_argument("dir", nargs="?", default=".", metavar="DIR", help="where to put it (default: here)")
+
+
+@command("init", "make a working example: a flow and its script",
+         "miniflow init demo && cd demo && miniflow run hello", _add_init)
+def run_init(options: Any) -> int:
+    """Write the example, over nothing that is there."""
+    files = {os.path.join(options.dir, "flows", "hello.json"): json.dumps(_SAMPLE_FLOW, indent=2) + "\n",
+             os.path.join(options.dir, "tasks", "greet.py"): _SAMPLE_SCRIPT}
+    for path in files:
+        if os.path.lexists(path):
+            raise UsageError(f"{safe(path)} is there already; give another directory")
+    for path, content in files.items():
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(content)
+        except OSError as exc:
+            raise UsageError(f"{safe(path)}: can't be written: {exc.strerror}") from None
+        print_result(safe(path))
+    return 0
+
+
+def _add_json(parser: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _list_row(row: Dict[str, Any]) -> Tuple[str, ...]:
+    """Return what `list` shows of a flow."""
+    named = row["flow_name"] not in (None, row["name"])
+    last = row["last_run"]
+    text = (f"broken: {row['error'][0]}"
+            + (f" (and {len(row['error']) - 1} more)" if len(row["error"]) > 1 else "")
+            if row["error"] else " ".join([row["description"]] + [f"#{tag}" for tag in row["tags"]]).strip())
+    return (row["name"] + (f" ({row['flow_name']})" if named else ""), str(row["tasks"] or "-"),
+            f"{last['status']} {(last['started'] or '')[:19]}" if last else "-", text)
+
+
+@command("list", "list the flows", "miniflow list --json", _add_json)
+def run_list(options: Any) -> int:
+    """List all flows; a broken one is shown with its error and stops no other."""
+    mini = _miniflow(options)
+    newest: Dict[str, Dict[str, Any]] = {}
+    for head in mini.store.history():
+        newest.setdefault(str(head["flow"]), head)
+    rows: List[Dict[str, Any]] = []
+    for name, path in flow_files(mini.flows_dir).items():
+        row: Dict[str, Any] = {"name": name, "path": path, "last_run": newest.get(name), "error": None}
+        try:
+            flow = load_flow(path, mini.tasks_dir)
+            row.update(flow_name=flow.name, tasks=len(flow.tasks), description=flow.description,
+                       version=flow.version, tags=flow.tags)
+        except FlowError as exc:
+            row.update(flow_name=None, tasks=None, description="", version="", tags=[], error=exc.problems)
+        rows.append(row)
+    if options.json:
+        print_json(rows)
+    elif rows:
+        print_result(format_table([("flow", "tasks", "last run", "description")]
+                                  + [_list_row(row) for row in rows]))
+    else:
+        say(f"no flows in {mini.flows_dir}; make an example: miniflow init")
+    return 0
+
+
+def _add_flows(parser: Any) -> None:
+    parser.add_argument("flows", nargs="*", metavar="FLOW", help="a flow's name or path (default: all)")
+
+
+@command("validate", "check flows and report all errors at once", "miniflow validate etl", _add_flows)
+def run_validate(options: Any) -> int:
+    """Check the named flows, or all of them."""
+    mini = _miniflow(options)
+    paths = [find_flow(mini.flows_dir, name) for name in options.flows]
+    paths = paths or list(flow_files(mini.flows_dir).items())
+    problems: List[str] = []
+    for name, path in paths:
+        try:
+            flow = load_flow(path, mini.tasks_dir)
+        except FlowError as exc:
+            problems += exc.problems
+            continue
+        print_result(f"{safe(path)}: ok, {len(flow.tasks)} tasks")
+        if flow.name != name:
+            say(f"warning: {safe(path)}: its name is {flow.name}; it is run as {safe(name)}")
+    if problems:
+        raise FlowError(problems)
+    return 0
+
+
+def _add_flow(parser: Any) -> None:
+    parser.add_argument("flow", metavar="FLOW", help="a flow's name or path")
+
+
+def _add_graph(parser: Any) -> None:
+    _add_flow(parser)
+    parser.add_argument("--format", choices=["text"], default="text", help="how (default: text)")
+
+
+@command("graph", "show a flow's tasks and what they wait for", "miniflow graph etl", _add_graph)
+def run_graph(options: Any) -> int:
+    """Print the graph."""
+    print_result(safe(to_text_graph(make_plan(_miniflow(options).load(options.flow)))))
+    return 0
+
+
+def _add_params(parser: Any) -> None:
+    parser.add_argument("-p", "--params", metavar="JSON",
+                        help="params as a JSON object, a file of it, or - for stdin")
+    parser.add_argument("--param", action="append", default=[], metavar="KEY=VALUE",
+                        help="one param; repeatable")
+
+
+def _positive(text: str) -> int:
+    """For argparse: a number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _add_execution(parser: Any) -> None:
+    parser.add_argument("-j", "--jobs", type=_positive, metavar="N",
+                        help="tasks at once (default: the flow's max_parallel, else usable CPUs)")
+    parser.add_argument("--output", choices=list(OUTPUTS), default="progress", help="how to tell of it")
+    parser.add_argument("--durability", choices=DURABILITIES, default="normal", help="when state is fsynced")
+
+
+def _add_run(parser: Any) -> None:
+    _add_flow(parser)
+    _add_params(parser)
+    parser.add_argument("--dry-run", action="store_true",
+                        help="write the bash script, print its path and the plan")
+    parser.add_argument("--run-id", metavar="ID", help="name the run; one that exists is resumed")
+    parser.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
+    for flag, does in (("--only", "run just this task"),
+                       ("--from", "run this task and what is downstream of it"),
+                       ("--until", "run this task and what it needs upstream"),
+                       ("--skip", "leave this task out"),
+                       ("--tags", "run the tasks with one of these tags, and what they need upstream")):
+        parser.add_argument(flag, action="append", default=[], metavar="TAGS" if flag == "--tags" else "T",
+                            dest=flag[2:] + "_", help=does + "; repeatable, or a,b")
+    _add_execution(parser)
+
+
+_positive.__name__ = "positive number"          # argparse says: invalid positive number value: '0'
+
+
+def read_params(options: Any, flow: Flow) -> Dict[str, Any]:
+    """Return the params that the command line gives; raise UsageError for any that can't be read."""
+    params: Dict[str, Any] = {}
+    source = options.params
+    if source is not None:
+        where, content = "--params", source
+        if source == "-":
+            where, content = "stdin", sys.stdin.buffer.read(MAX_BYTES + 1)
+        elif not source.lstrip().startswith(("{", "[", '"')):
+            where = source
+            try:
+                content = read_file(source, MAX_BYTES + 1)
+            except OSError as exc:
+                raise UsageError(f"--params {shown(source)}: neither a JSON object nor a file that can be "
+                                 f"read: {exc.strerror}") from None
+        params = parse_json(content, where).value
+        if not isinstance(params, dict):
+            raise UsageError(f"{where}: expected a JSON object of params, got {shown(params)}")
+    for text in options.param:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--param {shown(text)}: expected KEY=VALUE")
+        params[name] = parse_param(name, value, (flow.params or {}).get(name, Param()))
+    return params
+
+
+def _selection(options: Any) -> Selection:
+    """Return the part of the flow that the options name."""
+    given = vars(options)
+    return Selection(*(tuple(name for text in given[word + "_"] for name in text.split(",") if name)
+                       for word in ("only", "from", "until", "skip", "tags")))
+
+
+def _watcher(options: Any, store: Store) -> Watcher:
+    """Return who tells of the run: at a level above INFO, failures alone."""
+    style = options.output
+    return make_watcher("quiet" if style == "progress" and not _is_chatty(options) else style, store)
+
+
+def _exit_code(run: Run) -> int:
+    """Return what a run makes the command exit with."""
+    if run.outcome == CANCELLED and run.cancel:
+        return run.cancel.exit_code
+    return 0 if run.ok else 1
+
+
+def _dry_run(mini: MiniFlow, stem: str, flow: Flow, params: Dict[str, Any], options: Any) -> int:
+    """Write the script and print its path; the plan is talk."""
+    values = complete_params(flow, params)
+    plan = make_plan(flow, {name: {} for name in select(flow, _selection(options))})
+    print_result(write_script(mini.store, stem, plan, values, mini.tasks_dir))
+    sys.stdout.flush()
+    say(format_plan(plan, options.jobs or flow.max_parallel or usable_cpus()))
+    return 0
+
+
+@command("run", "run a flow", "miniflow run etl --param date=2026-11-21 -j 4", _add_run)
+def run_run(options: Any) -> int:
+    """Run a flow to its end; the run's id is the result."""
+    mini = _miniflow(options)
+    stem, path = find_flow(mini.flows_dir, options.flow)
+    flow = load_flow(path, mini.tasks_dir)
+    if options.fail_fast:
+        flow = flow._replace(fail_fast=True)
+    params = read_params(options, flow)
+    order = Order(mini.tasks_dir, options.jobs, options.durability)
+    if options.dry_run:
+        return _dry_run(mini, stem, flow, params, options)
+    watcher = _watcher(options, mini.store)
+    if options.run_id is not None and mini.store.exists(options.run_id):
+        if params:
+            raise UsageError(f"run {options.run_id} exists and keeps its own params; "
+                             "give none, or another --run-id")
+        run = resume_run(mini.store, options.run_id, flow, order, say, watcher)
+    else:
+        run = start_run(mini.store, flow, stem, path, params, order, _selection(options),
+                        options.run_id, watcher)
+    if options.output != "json":
+        print_result(run.id)
+    return _exit_code(run)
+
+
+def _add_run_id(parser: Any) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's id, or last")
+
+
+def _add_resume(parser: Any) -> None:
+    _add_run_id(parser)
+    _add_execution(parser)
+
+
+@command("resume", "go on with a run that failed, was cancelled or was interrupted",
+         "miniflow resume last", _add_resume)
+def run_resume(options: Any) -> int:
+    """Resume a run by its flow as it is now, or, where the flow is gone, as it was."""
+    mini = _miniflow(options)
+    run_id = mini.store.resolve(options.run)
+    recorded = mini.store.load(run_id).run
+    flow: Optional[Flow] = None
+    if os.path.lexists(recorded.source):
+        flow = load_flow(recorded.source, mini.tasks_dir)._replace(fail_fast=recorded.plan.flow.fail_fast)
+    else:
+        say(f"{safe(recorded.source)} is gone; going on by the definition that the run recorded")
+    run = resume_run(mini.store, run_id, flow, Order(mini.tasks_dir, options.jobs, options.durability), say,
+                     _watcher(options, mini.store))
+    if options.output != "json":
+        print_result(run.id)
+    return _exit_code(run)
+
+
+def _add_runs(parser: Any) -> None:
+    parser.add_argument("flow", nargs="?", metavar="FLOW", help="only runs of this flow")
+    parser.add_argument("--status", choices=RUN_STATES, help="only runs with this status")
+    parser.add_argument("--limit", type=_positive, default=20, metavar="N", help="at most N (default: 20)")
+    _add_json(parser)
+
+
+@command("runs", "list runs, newest first", "miniflow runs etl --status failed", _add_runs)
+def run_runs(options: Any) -> int:
+    """List the history."""
+    store = _miniflow(options).store
+    heads = [head for head in store.history(options.flow) if options.status in (None, head["status"])]
+    heads = heads[:options.limit]
+    if options.json:
+        print_json(heads)
+    elif heads:
+        print_result(format_table([("run", "flow", "status", "started", "duration", "reason")] + [
+            (head["id"], head["flow"], head["status"], (head["started"] or "-")[:19],
+             format_span(head["duration_s"]), head["reason"] or "") for head in heads]))
+    else:
+        say(f"no such runs in {store.runs}")
+    return 0
+
+
+def _add_show(parser: Any) -> None:
+    _add_run_id(parser)
+    _add_json(parser)
+
+
+@command("show", "show one run: tasks, durations, attempts, reasons", "miniflow show last", _add_show)
+def run_show(options: Any) -> int:
+    """Show a run; with --json its whole state as in RUN.json."""
+    store = _miniflow(options).store
+    loaded = store.load(store.resolve(options.run))
+    if options.json:
+        print_json({**run_to_json(loaded.run, loaded.engine), "status": loaded.status})
+    else:
+        print_result(format_run(loaded, store))
+    return 0
+
+
+def _add_logs(parser: Any) -> None:
+    _add_run_id(parser)
+    parser.add_argument("task", nargs="?", metavar="TASK", help="only this task's")
+    parser.add_argument("--attempt", type=_positive, metavar="N", help="only attempt N (default: the latest)")
+
+
+def _print_log(path: str) -> None:
+    """Copy a log to stdout."""
+    sys.stdout.flush()
+    try:
+        with open(path, "rb") as file:
+            if sys.stdout.isatty():
+                for line in file:
+                    print_result(safe(line.decode("utf-8", "replace").rstrip("\r\n")))
+                return
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise NotFound(f"{path}: the log can't be read: {exc.strerror}") from None
+
+
+@command("logs", "show the logs of a run", "miniflow logs last fetch", _add_logs)
+def run_logs(options: Any) -> int:
+    """Print the logs: bytes as they are into a file or pipe, made safe on a terminal."""
+    store = _miniflow(options).store
+    run = store.load(store.resolve(options.run)).run
+    if options.task is not None and options.task not in run.tasks:
+        raise NotFound(f"run {run.id} has no task {shown(options.task)}{near(options.task, run.tasks)}")
+    names = [options.task] if options.task is not None else list(run.tasks)
+    found = [(name, number, run.tasks[name].attempts[number - 1].log) for name in names
+             for number in [options.attempt or run.tasks[name].attempt]
+             if 0 < number <= len(run.tasks[name].attempts)]
+    if options.task is not None and not found:
+        raise NotFound(f"task {options.task} of run {run.id} has no attempt {options.attempt or 1}; "
+                       f"it is {run.tasks[options.task].status} and "
+                       f"had {len(run.tasks[options.task].attempts)}")
+    for name, number, log in found:
+        if len(names) > 1:
+            print_result(f"==> {name}, attempt {number} <==")
+        _print_log(os.path.join(store.path, log or ""))
+    return 0
+
+
+def _add_export(parser: Any) -> None:
+    _add_flow(parser)
+    _add_params(parser)
+    parser.add_argument("--to", required=True, choices=sorted(EXPORTERS), help="the language")
+    parser.add_argument("-o", dest="file", metavar="FILE", help="where to (default: stdout)")
+
+
+@command("export", "write a flow as a script that needs no MiniFlow",
+         "miniflow export etl --to bash -o etl.sh", _add_export)
+def run_export(options: Any) -> int:
+    """Export a flow."""
+    mini = _miniflow(options)
+    flow = mini.load(options.flow)
+    params = complete_params(flow, read_params(options, flow))
+    text = EXPORTERS[options.to](make_plan(flow), params, os.path.abspath(mini.tasks_dir))
+    content = text.encode("utf-8", "surrogateescape")
+    if options.file is None:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        return 0
+    try:
+        with open(options.file, "wb") as file:
+            file.write(content)
+        os.chmod(options.file, 0o755)
+    except OSError as exc:
+        raise UsageError(f"-o {shown(options.file)}: can't be written: {exc.strerror}") from None
+    return 0
+
+
+def _add_clean(parser: Any) -> None:
+    parser.add_argument("--keep", type=int, metavar="N", help="keep the newest N runs of each flow")
+    parser.add_argument("--older-than", type=float, metavar="DAYS",
+                        help="remove only what is older than this")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="say what would be removed, and remove nothing")
+
+
+Aged = Tuple[str, str, float]                   # what it belongs to, its name, and when it was made
+
+
+def _removable(newest_first: Iterable[Aged], keep: Optional[int], before: Optional[float]) -> List[Aged]:
+    """Return those that are beyond the newest `keep` of their kind and were made before `before`."""
+    seen: Dict[str, int] = {}
+    found = []
+    for kind, name, at in newest_first:
+        seen[kind] = seen.get(kind, 0) + 1
+        if (keep is None or seen[kind] > keep) and (before is None or at < before):
+            found.append((kind, name, at))
+    return found
+
+
+def _aged_runs(store: Store) -> List[Aged]:
+    """Return the runs that may be removed, newest first."""
+    return [(str(head["flow"]), head["id"], parse_time(head["started"]) or 0) for head in store.history()
+            if head["status"] not in (RUNNING, "damaged")]
+
+
+def _aged_scripts(store: Store) -> List[Aged]:
+    """Return the generated scripts, newest first."""
+    try:
+        with os.scandir(os.path.join(store.path, "scripts")) as entries:
+            found = [(entry.name, entry.stat(follow_symlinks=False).st_mtime) for entry in entries
+                     if entry.name.endswith(".sh")]
+    except FileNotFoundError:
+        return []
+    return sorted(((re.sub(r"-\d{8}T\d{6}Z(-\d+)?\.sh$", "", name), name, at) for name, at in found),
+                  key=lambda aged: (-aged[2], aged[1]))
+
+
+@command("clean", "remove old runs with their logs and scripts",
+         "miniflow clean --keep 10 --older-than 30", _add_clean)
+def run_clean(options: Any) -> int:
+    """Remove what is beyond --keep and older than --older-than, where both are given; never a live run."""
+    if options.keep is None and options.older_than is None:
+        raise UsageError("clean: say what to remove, by --keep N, --older-than DAYS or both")
+    if (options.keep or 0) < 0 or (options.older_than or 0) < 0:
+        raise UsageError("clean: --keep and --older-than can't be negative")
+    store = _miniflow(options).store
+    before = time.time() - options.older_than * 86400 if options.older_than is not None else None
+    for kind, name, _ in _removable(_aged_runs(store), options.keep, before):
+        if not options.dry_run:
+            try:
+                store.remove(name)
+            except RunLocked:
+                continue
+        print_result(f"{kind} {name}")
+    for kind, name, _ in _removable(_aged_scripts(store), options.keep, before):
+        if not options.dry_run:
+            store.disk.unlink(os.path.join(store.path, "scripts", name))
+        print_result(f"{kind} {name}")
+    return 0
+
+
+@command("schema", "print the JSON Schema of the flow file, for editors",
+         "miniflow schema > flow.schema.json")
+def run_schema(options: Any) -> int:
+    """Print the schema."""
+    print_json(flow_schema())
+    return 0
+
+
+# -- parsing --
+
+_GLOBALS = (("-f", "--flows-dir", "DIR", "./flows", "where the flows are"),
+            ("-t", "--tasks-dir", "DIR", "./tasks", "where the scripts are"),
+            ("-o", "--output-dir", "DIR", "./miniflow_output", "where state and logs go"),
+            ("-l", "--level", "LEVEL", "INFO", "how much to say: DEBUG, INFO, WARNING or ERROR"))
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def _make_parser(prog: str, description: str, epilog: str) -> Any:
+    """Return an argument parser that raises UsageError instead of ending the process."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UsageError(f"{self.format_usage().strip()}\n{prog}: {message}")
+
+    return Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _add_globals(parser: Any, taken: Iterable[str] = ()) -> None:
+    """Add the global options to a parser, but for those that the command has made its own."""
+    import argparse
+    group = parser.add_argument_group("options of every command, taken before and after it")
+    for short, long, metavar, default, does in _GLOBALS:
+        flags = [flag for flag in (short, long) if flag not in taken]
+        group.add_argument(*flags, metavar=metavar, default=argparse.SUPPRESS,
+                           help=f"{does} (default: {default})")
+
+
+def _environment_defaults() -> Dict[str, str]:
+    """Return the values of the global options where the command line gives none."""
+    return {long[2:].replace("-", "_"):
+            os.environ.get("MINIFLOW_" + long[2:].replace("-", "_").upper()) or default
+            for _, long, _, default, _ in _GLOBALS}
+
+
+def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
+    """Return the command that `argv` names and its options; raise UsageError."""
+    import argparse
+    listing = "\n".join(f"  {name:<9} {cli.does}" for name, cli in COMMANDS.items())
+    top = _make_parser("miniflow", "A workflow engine in one file.",
+                       f"commands:\n{listing}\n\nminiflow COMMAND --help tells more of each.\n\n"
+                       "example:\n  miniflow run sample_flow")
+    top.usage = "miniflow [-f DIR] [-t DIR] [-o DIR] [-l LEVEL] COMMAND ..."
+    top.add_argument("--version", action="version", version=f"miniflow {__version__}")
+    _add_globals(top)
+    top.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    top.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    first = top.parse_args(argv)
+    if first.command is None:
+        raise UsageError(top.format_help().strip())
+    if first.command not in COMMANDS:
+        raise UsageError(f"miniflow: there is no command {shown(first.command)}"
+                         + (near(first.command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"))
+    cli = COMMANDS[first.command]
+    parser = _make_parser(f"miniflow {first.command}", cli.does, f"example:\n  {cli.example}")
+    cli.add(parser)
+    _add_globals(parser, parser._option_string_actions)
+    given = argparse.Namespace(**{**_environment_defaults(), **{
+        name: value for name, value in vars(first).items() if name not in ("command", "rest")}})
+    options = parser.parse_args(first.rest, given)
+    options.level = options.level.upper()
+    if options.level not in LEVELS:
+        raise UsageError(f"--level {shown(options.level)}: expected one of {', '.join(LEVELS)}")
+    return first.command, options
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line and return the exit code; only here does an error become text and a code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        name, options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        code = COMMANDS[name].run(options)
+        sys.stdout.flush()
+    except MiniFlowError as exc:
+        say("\n".join(f"error: {line}" if isinstance(exc, FlowError) else line
+                      for line in safe(exc).split("\n")))
+        return exc.exit_code
+    except BrokenPipeError:                     # whoever read stdout has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        import traceback
+        traceback.print_exc()
+        say(f"this is a bug in MiniFlow {__version__}; "
+            "please report it with the lines above and what you typed")
+        return 70
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2468 @@
+"""The tests of miniflow.py: python3 test_miniflow.py.
+
+One class a section, in the same order; nothing to install.  What needs a tool that may be missing
+(shellcheck, …) is skipped with a reason; with MINIFLOW_TEST_ALL=1 such a skip is a failure.
+"""
+import ast
+import contextlib
+import errno
+import heapq
+import io
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import tokenize
+import unittest
+
+import miniflow as mf
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ENGINE = os.path.join(HERE, "miniflow.py")
+CASES = os.path.join(os.path.dirname(HERE), "shared", "cases", "flows")  # real graphs, where they are at hand
+LINUX = sys.platform == "linux"
+
+
+# -- builders and fakes --
+
+def task(id, *upstream, **fields):
+    """Return the JSON of a task; it runs `true` unless told otherwise."""
+    if not {"script", "command"} & set(fields):
+        fields["command"] = "true"
+    return {"id": id, **({"depends_on": list(upstream)} if upstream else {}), **fields}
+
+
+def flow_json(*tasks, **fields):
+    """Return the JSON of a flow named f."""
+    return {"name": "f", **fields, "tasks": list(tasks)}
+
+
+def make(*tasks, **fields):
+    """Return a checked Flow."""
+    return mf.parse_flow(json.dumps(flow_json(*tasks, **fields)), "f.json")
+
+
+def errors_of(text, **options):
+    """Return the problems parse_flow finds in a flow file's text (or JSON value), without the file's name."""
+    if not isinstance(text, (str, bytes)):
+        text = json.dumps(text, indent=1)
+    try:
+        mf.parse_flow(text, "f.json", **options)
+    except mf.FlowError as exc:
+        return [re.sub(r"^f\.json:(\d+:\d+: )?", "", line) for line in exc.problems]
+    return []
+
+
+class SimWorld:
+    """A World without processes: an attempt is (seconds, exit code), and waiting makes the clock jump."""
+
+    def __init__(self, script=None, cancels=(), stubborn=()):
+        self.script, self.stubborn, self.clock, self.log = script or {}, set(stubborn), 0.0, []
+        self.ends, self.serial = [], itertools.count()
+        self.cancels = sorted(cancels)
+
+    def now(self):
+        return self.clock
+
+    def start(self, run, action):
+        seconds, code = self.script.get(action.task, {}).get(action.attempt, (1, 0))
+        self.log.append(f"{self.clock:g} start {action.task}")
+        heapq.heappush(self.ends, (self.clock + seconds, next(self.serial), action.task, code))
+        return []
+
+    def stop(self, run, action):
+        self.log.append(f"{self.clock:g} {action.signal} {action.task}")
+        if action.signal == "KILL" or action.task not in self.stubborn:
+            code = -9 if action.signal == "KILL" else -15
+            self.ends = [(self.clock, n, name, code) if name == action.task else (at, n, name, old)
+                         for at, n, name, old in self.ends]
+            heapq.heapify(self.ends)
+        return []
+
+    def wait(self, run, until):
+        times = [at for at in (until, self.ends[0][0] if self.ends else None,
+                               self.cancels[0] if self.cancels else None) if at is not None]
+        assert times, "nothing can ever happen again"
+        self.clock = max(self.clock, min(times))
+        if self.cancels and self.cancels[0] <= self.clock:
+            self.cancels.pop(0)
+            return [mf.CancelRequested(self.clock, "cancelled by SIGINT", 130, run.cancel is not None)]
+        if self.ends and self.ends[0][0] <= self.clock:
+            _, _, name, code = heapq.heappop(self.ends)
+            return [mf.attempt_end(run, name, self.clock, code, lambda: {})]
+        return []
+
+
+def simulate(flow, script=None, slots=4, left_out=None, world=None, **options):
+    """Run a Flow in a SimWorld; return the Run, the world and the journal (a list of events)."""
+    run = mf.Run(mf.make_plan(flow, left_out or {}), "r")
+    world = world or SimWorld(script, **options)
+    journal = []
+    steps = mf.drive(run, world, journal.extend, slots)
+    events = None
+    with contextlib.suppress(StopIteration):
+        while True:
+            events = world.wait(run, steps.send(events))
+    return run, world, journal
+
+
+def ends(run):
+    """Return how each task of a run stands."""
+    return {name: task_run.status for name, task_run in run.tasks.items()}
+
+
+class Project:
+    """A directory with flows and scripts in which commands are run, as a user would; a context manager."""
+
+    def __init__(self, flows=None, scripts=None):
+        self.flows, self.scripts = flows or {}, scripts or {}
+
+    def __enter__(self):
+        self.path = os.path.realpath(tempfile.mkdtemp(prefix="miniflow-test-"))
+        for name in ("flows", "tasks"):
+            os.mkdir(self.at(name))
+        for name, flow in self.flows.items():
+            self.write(f"flows/{name}.json",
+                       flow if isinstance(flow, (str, bytes)) else json.dumps(flow, indent=1))
+        for name, text in self.scripts.items():
+            self.write(f"tasks/{name}", textwrap.dedent(text))
+        return self
+
+    def __exit__(self, *exc_info):
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def at(self, *parts):
+        return os.path.join(self.path, *parts)
+
+    def write(self, name, content):
+        os.makedirs(os.path.dirname(self.at(name)), exist_ok=True)
+        with open(self.at(name), "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+
+    def read(self, name):
+        with open(self.at(name), encoding="utf-8") as file:
+            return file.read()
+
+    def lines(self, name):
+        return self.read(name).splitlines()
+
+    def cli(self, *args, stdin=b"", **options):
+        """Run a command in a process of its own; return its CompletedProcess, output as text."""
+        done = subprocess.run([sys.executable, ENGINE, *args], cwd=self.path, input=stdin,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120, **options)
+        done.stdout, done.stderr = (part.decode("utf-8", "replace") for part in (done.stdout, done.stderr))
+        return done
+
+    def start(self, *args, **options):
+        """Start a command and return its Popen."""
+        return subprocess.Popen([sys.executable, ENGINE, *args], cwd=self.path, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+    def main(self, *args):
+        """Run a command in this process, which is quicker; return exit code, stdout and stderr."""
+        streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+        saved, before = (sys.stdout, sys.stderr), os.getcwd()
+        os.chdir(self.path)
+        try:
+            sys.stdout, sys.stderr = streams
+            code = mf.main(list(args))
+        except SystemExit as exc:              # argparse's --help and --version
+            code = exc.code
+        finally:
+            sys.stdout, sys.stderr = saved
+            os.chdir(before)
+        return (code, *(stream.buffer.getvalue().decode("utf-8", "replace") for stream in streams))
+
+    def run(self, name="f", **options):
+        """Run a flow by the library, from the project's directory; return the Run."""
+        before = os.getcwd()
+        os.chdir(self.path)
+        try:
+            return mf.MiniFlow().run(name, **options)
+        finally:
+            os.chdir(before)
+
+    def state(self, run_id):
+        """Return the content of a run's RUN.json."""
+        return json.loads(self.read(f"miniflow_output/runs/{run_id}.json"))
+
+    def log(self, run_id, name, attempt=1):
+        """Return the bytes of an attempt's log."""
+        with open(self.at("miniflow_output", "logs", run_id, f"{name}.{attempt}.log"), "rb") as file:
+            return file.read()
+
+
+def one(*tasks, scripts=None, **fields):
+    """Return a Project with one flow, f."""
+    return Project({"f": flow_json(*tasks, **fields)}, scripts)
+
+
+def wait_for(condition, what, seconds=20):
+    """Return the value of `condition` once it holds; fail after `seconds`, which no working machine needs."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"waited in vain for {what}")
+        time.sleep(0.01)
+
+
+def alive(pid):
+    """Tell whether a process runs (a zombie does not)."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        if LINUX:
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def needs(tool):
+    """Skip a test where `tool` is missing; with MINIFLOW_TEST_ALL=1 it must not be."""
+    if shutil.which(tool) or os.environ.get("MINIFLOW_TEST_ALL") == "1":
+        return lambda function: function
+    return unittest.skip(f"{tool} is not installed")
+
+
+def random_flow(chance, size=9, **options):
+    """Return a random Flow in shuffled order, and a SimWorld script for it."""
+    tasks, script = [], {}
+    for n in range(chance.randint(1, size)):
+        fields = {"trigger_rule": chance.choice(list(mf.TRIGGER_RULES)), "max_retries": chance.randint(0, 2),
+                  "backoff_s": chance.choice([0, 1, 5]), "jitter": chance.choice([0, 0.5]),
+                  "priority": chance.randint(-1, 1), "allow_failure": chance.random() < 0.2,
+                  "grace_s": chance.choice([0, 2])}
+        if chance.random() < 0.3:
+            fields["timeout_s"] = 3
+        if chance.random() < 0.2:
+            fields["retry_on"] = chance.choice([[1], [2], ["timeout"], []])
+        upstream = [f"t{k}" for k in range(n) if chance.random() < 0.35]
+        tasks.append(task(f"t{n}", *upstream, **fields))
+        script[f"t{n}"] = {k: (chance.randint(0, 6), chance.choice([0, 0, 1, 2])) for k in range(1, 9)}
+    chance.shuffle(tasks)
+    return make(*tasks, fail_fast=chance.random() < 0.2, **options), script
+
+
+class T01Errors(unittest.TestCase):
+
+    def test_each_error_has_the_exit_code_that_the_reference_gives(self):
+        codes = {mf.UsageError: 2, mf.NotFound: 3, mf.FlowNotFound: 3, mf.RunLocked: 4, mf.StateError: 74}
+        for kind, code in codes.items():
+            self.assertEqual(kind("x").exit_code, code, kind)
+        self.assertEqual(mf.FlowError(["x"]).exit_code, 2)
+        self.assertEqual(mf.FlowFailed("x", None).exit_code, 1)
+
+    def test_errors_are_also_what_a_python_program_expects(self):
+        self.assertTrue(issubclass(mf.FlowNotFound, FileNotFoundError))
+        self.assertTrue(issubclass(mf.FlowError, ValueError))
+
+    def test_values_in_messages_stay_on_one_line_and_short(self):
+        text = mf.shown("a\nb\x1b" + "x" * 500)
+        self.assertLessEqual(len(text), 60)
+        self.assertNotIn("\n", text)
+        self.assertNotIn("\x1b", text)
+
+
+class T02Model(unittest.TestCase):
+
+    def test_stored_words_are_never_renamed(self):
+        self.assertEqual(mf.TASK_STATES, ("pending", "running", "retrying", "success", "cached", "skipped",
+                                          "failed", "upstream_failed", "cancelled"))
+        self.assertEqual(mf.RUN_STATES, ("running", "success", "failed", "cancelled", "interrupted"))
+        self.assertEqual(list(mf.EVENTS), [
+            "attempt_started", "attempt_spawned", "attempt_stopping", "attempt_ended", "task_settled",
+            "cancel_requested", "run_finished"])
+
+    def test_trigger_rules_mean_what_airflow_documents(self):
+        """By whether the upstream holds a success, a skipped and a failed one.
+
+        In the table, r runs, s is skipped, u upstream_failed.
+        """
+        columns = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
+        table = {
+            "all_success": "rsusuuu", "all_done": "rrrrrrr", "all_failed": "ssrssss",
+            "one_success": "rsurrur", "one_failed": "ssrsrrr", "none_failed": "rruruuu",
+            "none_failed_min_one_success": "rsuruuu", "none_skipped": "rsrsrss", "always": "rrrrrrr"}
+        self.assertEqual(set(table), set(mf.TRIGGER_RULES))
+        words = {"r": mf.RUNNING, "s": mf.SKIPPED, "u": mf.UPSTREAM_FAILED}
+        for rule, row in table.items():
+            for counts, letter in zip(columns, row):
+                for factor in (1, 3):
+                    with self.subTest(rule=rule, counts=counts, factor=factor):
+                        up = mf.Counts(*(factor * n for n in counts))
+                        self.assertEqual(mf.TRIGGER_RULES[rule](up), words[letter])
+
+    def test_the_wait_doubles_up_to_its_limit_and_never_overflows(self):
+        retry = mf.Retry(max_retries=10**6, backoff_s=0.5, max_backoff_s=60)
+        self.assertEqual([retry.wait_s(n, 0) for n in (1, 2, 3, 4)], [0.5, 1, 2, 4])
+        for attempt in (8, 100, 10**6):
+            self.assertEqual(retry.wait_s(attempt, 0), 60)
+
+    def test_jitter_makes_that_share_of_the_wait_random_and_the_same_for_the_same_run(self):
+        retry = mf.Retry(backoff_s=10, jitter=0.3)
+        self.assertAlmostEqual(retry.wait_s(1, 0), 7)
+        self.assertAlmostEqual(retry.wait_s(1, 1), 10)
+        chances = [mf.chance("run", "task", n) for n in range(1000)]
+        self.assertEqual(chances, [mf.chance("run", "task", n) for n in range(1000)])
+        self.assertTrue(all(0 <= c < 1 for c in chances))
+        self.assertAlmostEqual(sum(chances) / 1000, 0.5, delta=0.05)
+
+
+class T03JsonText(unittest.TestCase):
+
+    BAD = [
+        ('{"a": 1, "a": 2}', '1:10: a: given twice in one object; keep one'),
+        ('{"a": NaN}', '1:7: a: NaN is not JSON; give a number, a string or null'),
+        ('[1, -Infinity]', '1:5: [1]: -Infinity is not JSON; give a number, a string or null'),
+        ('[1e999]', '1:2: [0]: 1e999 is too large for a number; give it as a string'),
+        ('{"a": "\\ud800"}', '1:7: a: half of a surrogate pair in "\\ud800"; write the whole character'),
+        ('["a\\u0000b"]', '1:2: [0]: a NUL character in "a\\u0000b"; remove it'),
+        ('{"a": 1,}', '1:9: a comma before }; remove the comma'),
+        ('[1 2]', '1:4: expected a comma or ], got "2]"'),
+        ('{"a" 1}', '1:6: a: expected a colon, got "1}"'),
+        ('{a: 1}', '1:2: expected a member\'s name in double quotes, got "a: 1}"'),
+        ('["a', '1:2: [0]: a string that is not closed, or holds a control character or a bad escape: "a"'),
+        ('["\\x"]', '1:2: [0]: a string that is not closed, or holds a control character or a bad escape: '
+         '"\\\\x\\"]"'),
+        ('{"a": tru}', '1:7: a: expected a JSON value, got "tru}"'),
+        ('{"a":\n 01}', '2:2: a: expected a JSON value, got "01}"'),
+        ('', '1:1: expected a JSON value, got the end of the text'),
+        ('{} x', '1:4: "x" after the end of the JSON value; remove it'),
+        ('[' + '9' * 400 + ']', '1:2: [0]: a number of more than 308 digits; give it as a string'),
+        ('[' * 100, '1:65: nested deeper than 64 levels; flatten it'),
+        ('[' * 65 + ']' * 65, '1:65: nested deeper than 64 levels; flatten it'),
+    ]
+
+    def problems(self, text):
+        try:
+            mf.parse_json(text, "x")
+        except mf.FlowError as exc:
+            return list(exc.problems)
+        return []
+
+    def test_each_way_to_be_wrong_is_named_with_line_and_column(self):
+        for text, expected in self.BAD:
+            with self.subTest(text=text[:40]):
+                self.assertEqual(self.problems(text), ["x:" + expected])
+
+    def test_bytes_that_are_not_utf8_are_named_by_their_place(self):
+        self.assertEqual(self.problems(b'{\n "a": "\xff"}'),
+                         ["x:2:8: byte 0xff is not UTF-8; save the file as UTF-8"])
+        self.assertIn("is not UTF-8", self.problems('{"a": 1}'.encode("utf-16"))[0])
+
+    def test_a_byte_order_mark_is_accepted(self):
+        self.assertEqual(mf.parse_json(b'\xef\xbb\xbf{"a": 1}', "x").value, {"a": 1})
+
+    def test_several_problems_are_reported_at_once(self):
+        self.assertEqual(len(self.problems('{"a": NaN, "b": 1e999, "b": 2}')), 3)
+
+    def test_both_readers_agree_on_random_text(self):
+        """What json.loads under strict hooks takes and what the Reader takes is the same, by value too."""
+        chance = random.Random(1)
+        pieces = ['{', '}', '[', ']', ',', ':', '"a"', '"b"', '1', '-2.5', '1e3', 'true', 'null', 'NaN', ' ',
+                  '\n', '"\\u00e9"', '"\\ud83d\\ude00"', '"\\ud83d"', '{"a":1}', '[1,2]', '"x":', '01', '"']
+        sound = 0
+        for _ in range(20000):
+            text = "".join(chance.choice(pieces) for _ in range(chance.randint(1, 7)))
+            reader = mf.Reader(text)
+            try:
+                value = json.loads(text, object_pairs_hook=mf._strict_object, parse_float=mf._strict_float,
+                                   parse_constant=mf._strict_constant)
+                lone = re.search(r"[\ud800-\udfff]", json.dumps(value, ensure_ascii=False))
+            except ValueError:
+                self.assertTrue(reader.problems, text)
+            else:
+                self.assertEqual(bool(lone), bool(reader.problems), text)
+                self.assertEqual(value, reader.value)
+                sound += 1
+        self.assertGreater(sound, 300)
+
+    def test_valid_surrogate_pairs_and_64_levels_are_fine(self):
+        self.assertEqual(mf.parse_json('["\\ud83d\\ude00"]', "x").value, ["\U0001f600"])
+        self.assertEqual(self.problems("[" * 64 + "]" * 64), [])
+
+    def test_a_hundred_thousand_duplicate_keys_give_a_bounded_report(self):
+        text = "{" + ",".join(['"a": 1'] * 100000) + "}"
+        problems = self.problems(text)
+        self.assertEqual(len(problems), mf.MAX_PROBLEMS + 1)
+        self.assertEqual(problems[-1], "x: and 99899 more problems like these")
+
+    def test_a_file_over_the_limit_is_refused_by_its_size(self):
+        with self.assertRaises(mf.FlowError) as caught:
+            mf.parse_json(b" " * 101, "x", 100)
+        self.assertEqual(str(caught.exception), "x: 101 bytes, more than the 100 that are read; split it up")
+
+
+class T04Values(unittest.TestCase):
+
+    VALUES = mf.Values({"n": 3, "s": "x y", "o": {"k": [1, {"z": "deep"}]}, "a-b": "dash"}, {"rows": 7},
+                       {"id": "r1", "scheduled_time": "T"}, {"HOME": "/h"},
+                       lambda name: {"status": "success", "outputs": {"path": f"/{name}", "n": None}})
+
+    def test_templates_give_the_value_that_their_path_leads_to(self):
+        for text, expected in [
+                ("plain", "plain"), ("${{ params.n }}", 3), ("${{params.n}}", 3),
+                ("n=${{ params.n }}!", "n=3!"), ("${{ params.o }}", {"k": [1, {"z": "deep"}]}),
+                ("<${{ params.o.k }}>", '<[1, {"z": "deep"}]>'), ("${{ params.o.k[1].z }}", "deep"),
+                ("${{ params['a-b'] }}", "dash"), ("${{ params.a-b }}", "dash"),
+                ('${{ params["o"]["k"][0] }}', 1), ("${{ ctx.rows }}", 7), ("${{ run.id }}", "r1"),
+                ("${{ run.scheduled_time }}", "T"), ("${{ env.HOME }}", "/h"),
+                ("${{ tasks.a.status }}", "success"),
+                ("${{ tasks.a.outputs.path }}", "/a"), ("${{ tasks.a.b-c.outputs.path }}", "/a.b-c"),
+                ("${{ tasks['x.outputs'].outputs.path }}", "/x.outputs"), ("${{ tasks.a.outputs.n }}", None),
+                ("v${{ tasks.a.outputs.n }}", "vnull"), ("$${{ params.n }}", "${{ params.n }}"),
+                ("$${{ ${{ params.n }} }}", "${{ 3 }}"), ("{{ params.n }} ${x} $(y) %s {0}", None),
+                ("${{ params.s }}${{ params.s }}", "x yx y")]:
+            with self.subTest(text=text):
+                self.assertEqual(mf.render(text, self.VALUES),
+                                 text if expected is None and "tasks" not in text else expected)
+
+    def test_what_is_not_a_path_of_known_names_is_refused(self):
+        for text, part in [
+                ("${{ }}", "unknown name"), ("${{ foo.x }}", 'unknown name "foo"'),
+                ("${{ parms.x }}", "did you mean params"),
+                ("${{ params }}", "write params.NAME"), ("${{ params.x() }}", "is not a path"),
+                ("${{ params.__class__.__init__.__globals__ }}", None), ("${{ 7*7 }}", "unknown name"),
+                ("${{ params.x | upper }}", "is not a path"), ("${{ run.secret }}", "write run.id"),
+                ("${{ tasks.a }}", "write tasks.ID.outputs"),
+                ("${{ tasks.a.status.x }}", "write tasks.ID.outputs"), ("${{ env.A.B }}", "write env.NAME"),
+                ("${{ params.x", "has no }}"), ("${{ params[-1] }}", "is not a path"),
+                ("${{ params['x }}", "is not a path")]:
+            with self.subTest(text=text):
+                if part is None:
+                    self.assertEqual(len(mf.refs(text)), 1)
+                    with self.assertRaises(LookupError):
+                        mf.render(text, self.VALUES)
+                else:
+                    with self.assertRaises(ValueError) as caught:
+                        mf.refs(text)
+                    self.assertIn(part, str(caught.exception))
+
+    def test_a_missing_value_says_what_is_there_instead(self):
+        with self.assertRaises(LookupError) as caught:
+            mf.render("${{ tasks.a.outputs.rows }}", self.VALUES)
+        self.assertEqual(caught.exception.args[0],
+                         'tasks.a.outputs.rows: there is no "rows" in ["n", "path"]')
+
+    def test_many_templates_in_one_string_cost_no_more_than_their_number(self):
+        text = "${{ params.n }}" * 20000
+        self.assertEqual(mf.render(text, self.VALUES), "3" * 20000)
+
+    def test_param_text_is_converted_by_the_declared_type_or_that_of_the_default(self):
+        param = mf.Param
+        for declared, text, expected in [
+                (param(), "5", "5"), (param(type="string"), "5", "5"), (param(type="integer"), "5", 5),
+                (param(type="number"), "0.5", 0.5), (param(type="boolean"), "true", True),
+                (param(type="array"), "[1]", [1]), (param(type="object"), '{"a": 1}', {"a": 1}),
+                (param(default=3), "5", 5), (param(default=3), "0.5", 0.5), (param(default="x"), "5", "5"),
+                (param(default=True), "false", False), (param(default=None), "5", "5")]:
+            with self.subTest(declared=declared, text=text):
+                self.assertEqual(mf.parse_param("x", text, declared), expected)
+                self.assertIs(type(mf.parse_param("x", text, declared)), type(expected))
+
+    def test_param_text_that_does_not_fit_is_refused_with_an_example(self):
+        for kind in ("integer", "number", "boolean", "array", "object"):
+            for text in ("x", "", "1.5x", "True", '{"a":1,"a":2}', "NaN"):
+                with self.subTest(kind=kind, text=text), self.assertRaises(mf.UsageError) as caught:
+                    mf.parse_param("x", text, mf.Param(type=kind))
+                self.assertIn(f"got {json.dumps(text)}; give ", str(caught.exception))
+
+    def test_params_are_completed_and_everything_wrong_is_reported_at_once(self):
+        flow = make(task("a"), params={"date": {"type": "string", "required": True, "pattern": r"^\d{4}$"},
+                                       "n": {"type": "integer", "default": 3, "min": 1, "max": 9},
+                                       "mode": {"enum": ["fast", "slow"]}, "x": 1.5})
+        self.assertEqual(mf.complete_params(flow, {"date": "2026"}), {"date": "2026", "n": 3, "x": 1.5})
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.complete_params(flow, {"n": 10, "mode": "fat", "dat": "2026"})
+        self.assertEqual(str(caught.exception).splitlines(), [
+            "params.dat: flow f has no such param, did you mean date?",
+            "params.date: is required; give --param date=VALUE",
+            "params.n: expected an integer from 1 to 9, got 10",
+            'params.mode: expected one of "fast", "slow", got "fat"'])
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.complete_params(flow, {"date": "20x6", "n": True})
+        self.assertEqual(len(str(caught.exception).splitlines()), 2)
+
+    def test_a_param_that_a_task_needs_and_nobody_gave_is_an_error_before_anything_runs(self):
+        flow = make(task("a", command=["echo", "${{ params.date }}"]))
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.complete_params(flow, {})
+        self.assertEqual(str(caught.exception),
+                         "params.date: task a needs it and nobody gave it; give --param date=VALUE")
+        self.assertEqual(mf.complete_params(flow, {"date": "x", "other": 1}), {"date": "x", "other": 1})
+
+    def test_lengths_of_strings_and_arrays_are_bounded_by_min_and_max(self):
+        flow = make(task("a"), params={"s": {"type": "string", "min": 2, "max": 3, "default": "ab"},
+                                       "l": {"type": "array", "min": 1, "default": [1]}})
+        for given in ({"s": "a"}, {"s": "abcd"}, {"l": []}):
+            with self.subTest(given=given), self.assertRaises(mf.UsageError):
+                mf.complete_params(flow, given)
+        mf.complete_params(flow, {"s": "abc"})
+
+    def test_two_params_that_would_be_one_variable_are_refused(self):
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.complete_params(make(task("a")), {"a-b": 1, "a_b": 2})
+        self.assertIn("MINIFLOW_PARAM_A_B as well", str(caught.exception))
+
+
+class T05Checking(unittest.TestCase):
+    """Every message is read: a flow that is wrong in one way gives just that line."""
+
+    BAD = [
+        (flow_json(task("a"), task("a")), 'tasks[1].id: a is the id of tasks[0] already; rename one'),
+        (flow_json(task("load"), task("b", "laod")),
+         'tasks[1].depends_on[0]: no task "laod" in this flow, did you mean load?'),
+        (flow_json(task("a"), task("b", "a", "a")),
+         'tasks[1].depends_on[1]: a is listed twice; once is enough'),
+        (flow_json(task("a", "c"), task("b", "a"), task("c", "b")),
+         'tasks[0].depends_on: a cycle: a -> b -> c -> a; remove one of these dependencies'),
+        (flow_json(task("a", "a")), 'tasks[0].depends_on: a cycle: a -> a; remove one of these dependencies'),
+        (flow_json(task("a", env={"1X": "y"})),
+         'tasks[0].env.1X: not a name of a variable; use letters, digits and _'),
+        (flow_json(task("a", env={"MINIFLOW_TASK": "y"})),
+         'tasks[0].env.MINIFLOW_TASK: MiniFlow sets this variable itself; use another name'),
+        (flow_json(task("a"), env={"MINIFLOW_PARAM_X": "y"}),
+         'env.MINIFLOW_PARAM_X: MiniFlow sets this variable itself; use another name'),
+        (flow_json(task("a", command="echo ${{ params.x }}")),
+         'tasks[0].command: a template in a shell string would run its value as code; use '
+         '$MINIFLOW_PARAM_NAME, an env entry, args ($1, $2, …) or an array command'),
+        (flow_json(task("a", args={"--x": 1})),
+         'tasks[0].args.--x: not a name of an option; write it without leading dashes and ='),
+        (flow_json(task("a", retry_on=["ValueError"])),
+         'tasks[0].retry_on[0]: "ValueError" is neither an exit code nor "timeout"'),
+        (flow_json(task("a", args=["${{ params.dat }}"]), params={"date": ""}),
+         'tasks[0].args[0]: params.dat: the flow has no param "dat", did you mean date?'),
+        (flow_json(task("a"), env={"X": "${{ ctx.rows }}"}),
+         "env.X: ctx.rows can't be used here; only params, run, env can"),
+        (flow_json(task("a", args=["${{ oops }}"])),
+         'tasks[0].args[0]: unknown name "oops" in ${{ oops }}; use one of params, ctx, run, env, tasks'),
+        (flow_json(task("a"), task("b", args={"x": ["${{ tasks.a.status }}"]})),
+         'tasks[1].args.x[0]: tasks.a.status: a is not upstream of b; add "a" to its depends_on'),
+        (flow_json(task("a", args=["${{ tasks.a.status }}"])),
+         'tasks[0].args[0]: tasks.a.status: a is not upstream of a; add "a" to its depends_on'),
+        (flow_json(task("a"), task("b", "a", stdin="${{ tasks.q.outputs.x }}")),
+         'tasks[1].stdin: tasks.q.outputs.x: no task "q" in this flow'),
+        (flow_json(task("a"), params={"d": {"type": "string", "pattern": "("}}),
+         'params.d.pattern: "(" is no regular expression: missing ), unterminated subpattern at position 0'),
+        (flow_json(task("a"), params={"d": {"type": "integer", "pattern": "x"}}),
+         'params.d.pattern: only a param of type string can have a pattern'),
+        (flow_json(task("a"), params={"d": {"type": "integer", "min": 3, "max": 2}}),
+         'params.d.min: 3 is more than max, 2'),
+        (flow_json(task("a"), params={"d": {"type": "integer", "default": "x"}}),
+         'params.d: the default does not fit: expected an integer, got "x"'),
+        (flow_json(task("a"), params={"a-b": 1, "A_B": 2}),
+         'params.A_B: a-b is MINIFLOW_PARAM_A_B as well; rename one'),
+    ]
+
+    def test_every_message_names_place_value_and_way_out(self):
+        for flow, expected in self.BAD:
+            with self.subTest(expected=expected):
+                self.assertEqual(errors_of(flow), [expected])
+
+    def test_all_problems_of_all_kinds_are_reported_in_the_order_of_the_file(self):
+        text = """{
+ "name": "f",
+ "fial_fast": true,
+ "params": {"n": {"type": "integer", "default": "x"}},
+ "tasks": [
+  {"id": "a", "command": "true", "depends_on": ["b"], "max_retries": -1},
+  {"id": "b", "command": "true", "depends_on": ["a"], "depend_on": []},
+  {"id": "c", "script": "gone.py", "args": ["${{ params.m }}"]},
+  {"id": "c", "command": "echo ${{ params.n }}", "python": "python3"},
+  {"id": "d"},
+  {"command": "true"},
+  7
+ ]
+}"""
+        with self.assertRaises(mf.FlowError) as caught:
+            mf.parse_flow(text, "flows/f.json", lambda path: f"there is no {path}")
+        self.assertEqual(list(caught.exception.problems), [
+            "flows/f.json:3:2: fial_fast: unknown field, did you mean fail_fast?",
+            'flows/f.json:4:13: params.n: the default does not fit: expected an integer, got "x"',
+            "flows/f.json:6:34: tasks[0].depends_on: a cycle: a -> b -> a; remove one of these dependencies",
+            "flows/f.json:6:55: tasks[0].max_retries: expected an integer from 0 to 1000000, got -1",
+            "flows/f.json:7:55: tasks[1].depend_on: unknown field, did you mean depends_on?",
+            "flows/f.json:8:15: tasks[2].script: there is no gone.py",
+            'flows/f.json:8:45: tasks[2].args[0]: params.m: the flow has no param "m"; it has n',
+            "flows/f.json:9:4: tasks[3].id: c is the id of tasks[2] already; rename one",
+            "flows/f.json:9:15: tasks[3].command: a template in a shell string would run its value as code; "
+            "use $MINIFLOW_PARAM_NAME, an env entry, args ($1, $2, …) or an array command",
+            "flows/f.json:9:50: tasks[3].python: goes with script only; remove it",
+            "flows/f.json:10:3: tasks[4]: the task does nothing; give one of script, command",
+            "flows/f.json:11:3: tasks[5]: id is missing; give a name of letters, digits, _, . and -, not "
+            "starting with . or -, of at most 128 characters",
+            "flows/f.json:12:3: tasks[6]: expected a task: an object, got 7"])
+
+    def test_each_of_several_cycles_is_printed(self):
+        problems = errors_of(flow_json(task("a", "b"), task("b", "a"), task("c", "d"), task("d", "c"),
+                                       task("e", "a", "c")))
+        self.assertEqual(len(problems), 2)
+        self.assertIn("a -> b -> a", problems[0])
+        self.assertIn("c -> d -> c", problems[1])
+
+    def test_a_template_may_read_any_ancestor(self):
+        make(task("a"), task("b", "a"), task("c", "b", args=["${{ tasks.a.outputs.x }}"]))
+
+    def test_the_topological_order_breaks_ties_by_declaration(self):
+        self.assertEqual(mf.topological_order({"z": ["a"], "y": [], "a": [], "x": ["y"]}),
+                         ["y", "a", "z", "x"])
+        for seed in range(200):
+            chance = random.Random(seed)
+            names = [f"n{k}" for k in range(chance.randint(1, 12))]
+            upstream = {name: [other for other in names[:n] if chance.random() < 0.3]
+                        for n, name in enumerate(names)}
+            self.assertEqual(mf.topological_order(upstream), names)
+
+    def test_what_an_inherited_field_does_wrong_is_shown_where_it_stands(self):
+        text = json.dumps(flow_json(task("a"), task("b"), defaults={"env": {"X": "${{ oops }}"}}), indent=1)
+        with self.assertRaises(mf.FlowError) as caught:
+            mf.parse_flow(text, "f.json")
+        self.assertEqual([line.split(": ")[1] for line in caught.exception.problems], ["defaults.env.X"])
+
+
+class T06JsonFrontEnd(unittest.TestCase):
+
+    BAD = [
+        ([], "expected an object with name and tasks, got []"),
+        ({"tasks": [task("a")]}, "name is missing; give a name of letters, digits, _, . and -, not starting "
+         "with . or -, of at most 128 characters"),
+        ({"name": "f"}, "tasks is missing; give a non-empty array of tasks"),
+        ({"name": "f", "tasks": []}, "tasks: expected a non-empty array of tasks, got []"),
+        ({"name": "f", "tasks": {}}, "tasks: expected a non-empty array of tasks, got {}"),
+        (flow_json(task("a", max_retries="5")),
+         'tasks[0].max_retries: expected an integer from 0 to 1000000, got "5"'),
+        (flow_json(task("a", max_retries=True)),
+         "tasks[0].max_retries: expected an integer from 0 to 1000000, got true"),
+        (flow_json(task("a", max_retries=1.5)),
+         "tasks[0].max_retries: expected an integer from 0 to 1000000, got 1.5"),
+        (flow_json(task("a", timeout_s=0)),
+         "tasks[0].timeout_s: expected a number from 0.001 to 315360000, got 0"),
+        (flow_json(task("a", timeout_s=None)),
+         "tasks[0].timeout_s: expected a number from 0.001 to 315360000, got null"),
+        (flow_json(task("a", jitter=1.1)), "tasks[0].jitter: expected a number from 0 to 1, got 1.1"),
+        (flow_json(task("a", trigger_rule="all")), "tasks[0].trigger_rule: expected one of " + ", ".join(
+            json.dumps(rule) for rule in mf.TRIGGER_RULES) + ', got "all"'),
+        (flow_json(task("a", command=[])),
+         "tasks[0].command: expected a shell string, or a non-empty array of strings, got []"),
+        (flow_json(task("a", command=["echo", 1])), "tasks[0].command[1]: expected a string, got 1"),
+        (flow_json(task("a", args=[None])),
+         "tasks[0].args[0]: expected a string, a number or a boolean, got null"),
+        (flow_json(task("a", args={"x": {}})),
+         "tasks[0].args.x: expected a string, a number, a boolean, null or an array of these, got {}"),
+        (flow_json(task("a", env={"X": None})),
+         "tasks[0].env.X: expected a string, a number or a boolean, got null"),
+        (flow_json(task("a", retry_on=[0])),
+         'tasks[0].retry_on[0]: expected an exit code from 1 to 255 or "timeout", got 0'),
+        (flow_json(task("-a")), 'tasks[0].id: expected a name of letters, digits, _, . and -, not starting '
+         'with . or -, of at most 128 characters, got "-a"'),
+        (flow_json(task("a", script="x.py", command="true")),
+         "tasks[0].command: a second action beside script; give only one of script, command"),
+        (flow_json(task("a"), params={"x": {"default": 1, "defualt": 2}}),
+         "params.x.defualt: unknown field, did you mean default?"),
+        (flow_json(task("a"), params={"x": {"type": "date"}}), 'params.x.type: expected one of "string", '
+         '"integer", "number", "boolean", "array", "object", got "date"'),
+        (flow_json(task("a"), max_parallel=0), "max_parallel: expected an integer from 1 to 100000, got 0"),
+        (flow_json(task("a"), defaults={"id": "x"}),
+         "defaults.id: unknown field; remove it (miniflow schema lists the fields)"),
+    ]
+
+    def test_every_message_names_place_value_and_way_out(self):
+        for flow, expected in self.BAD:
+            with self.subTest(expected=expected):
+                self.assertEqual(errors_of(flow), [expected])
+
+    def test_names_that_could_leave_their_directory_are_refused(self):
+        for name in ("../x", "a/b", ".", "..", "", "a\n", "x" * 129, "ａ", "-rf", "a b", "a\x00b"):
+            with self.subTest(name=name):
+                self.assertTrue(errors_of(flow_json(task(name))))
+                self.assertTrue(errors_of({**flow_json(task("a")), "name": name}))
+
+    def test_fields_that_do_not_exist_yet_are_unknown(self):
+        for field in ("schedule", "pools", "secrets", "preload", "timeout_s", "finally", "on_failure",
+                      "on_success"):
+            self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
+                             f"{field}: unknown field")
+        for field in ("flow", "http", "wait_for", "if", "foreach", "matrix", "inputs", "outputs", "pool",
+                      "executor"):
+            self.assertEqual(errors_of(flow_json(task("a", **{field: {}})))[0][:len(field) + 24],
+                             f"tasks[0].{field}: unknown field")
+
+    def test_a_task_gets_defaults_with_env_merged_and_the_rest_replaced(self):
+        flow = make(task("a", env={"X": "own"}, timeout_s=9), task("b"), task("c", script="x.py"),
+                    defaults={"env": {"X": "1", "Y": "2"}, "timeout_s": 5, "python": "pypy",
+                              "max_retries": 1})
+        a, b, c = flow.tasks
+        self.assertEqual((a.env, a.timeout_s, b.env, b.timeout_s),
+                         ({"X": "own", "Y": "2"}, 9, {"X": "1", "Y": "2"}, 5))
+        self.assertEqual((c.action.python, a.retry.max_retries), ("pypy", 1))
+
+    def test_a_flow_survives_the_way_to_json_and_back(self):
+        for seed in range(100):
+            flow, _ = random_flow(random.Random(seed), params={
+                "x": 1, "y": {"type": "string", "required": True}, "z": {"default": None}}, env={"A": 1})
+            again = mf.parse_flow(json.dumps(mf.flow_to_json(flow)), "f.json")
+            self.assertEqual(flow, again)
+
+    def test_the_published_schema_has_every_field_of_the_tables(self):
+        schema = mf.flow_schema()
+        self.assertEqual(set(schema["properties"]), {field.name for field in mf.FLOW_FIELDS})
+        self.assertEqual(set(schema["properties"]["tasks"]["items"]["properties"]),
+                         {f.name for f in mf.TASK_FIELDS})
+        json.dumps(schema)
+
+    def test_the_readme_explains_every_field(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+        for field in mf.FLOW_FIELDS + mf.TASK_FIELDS + mf.PARAM_FIELDS:
+            self.assertIn(f"`{field.name}`", readme)
+
+
+class T07Plan(unittest.TestCase):
+
+    FLOW = make(task("a", tags=["x"]), task("b", "a"), task("c", "b", tags=["y"]), task("d", "a"),
+                task("e", "d", "c"))
+
+    def test_a_selection_leaves_out_what_it_says(self):
+        for fields, kept in [
+                ({}, "abcde"), ({"only": ("b",)}, "b"), ({"only": ("b", "d")}, "bd"),
+                ({"from_": ("b",)}, "bce"), ({"until": ("c",)}, "abc"), ({"skip": ("d",)}, "abce"),
+                ({"from_": ("b",), "until": ("c",)}, "bc"), ({"tags": ("y",)}, "abc"),
+                ({"tags": ("x",)}, "a"), ({"tags": ("x", "y")}, "abc"),
+                ({"tags": ("y",), "skip": ("a",)}, "bc")]:
+            with self.subTest(fields=fields):
+                self.assertEqual(mf.select(self.FLOW, mf.Selection(**fields)), set("abcde") - set(kept))
+
+    def test_a_selection_of_what_is_not_there_or_of_nothing_is_an_error(self):
+        with self.assertRaises(mf.NotFound) as caught:
+            mf.select(self.FLOW, mf.Selection(only=("bb",)))
+        self.assertEqual(str(caught.exception), 'flow f has no task "bb", did you mean b?')
+        with self.assertRaises(mf.NotFound):
+            mf.select(self.FLOW, mf.Selection(tags=("z",)))
+        with self.assertRaises(mf.UsageError):
+            mf.select(self.FLOW, mf.Selection(only=("b",), skip=("b",)))
+
+    def test_ready_tasks_are_ordered_by_priority_then_work_behind_then_declaration(self):
+        flow = make(task("short"), task("long1"), task("long2", "long1"), task("urgent", priority=5),
+                    task("short2"))
+        _, world, _ = simulate(flow, slots=1)
+        self.assertEqual([line.split()[-1] for line in world.log],
+                         ["urgent", "long1", "short", "long2", "short2"])
+
+    def test_known_durations_count_as_work(self):
+        plan = mf.make_plan(make(task("a"), task("b")), durations={"b": 10})
+        self.assertLess(plan.key["b"], plan.key["a"])
+
+
+def ancestors(flow, name):
+    upstream = {t.id: t.depends_on for t in flow.tasks}
+    found, todo = set(), list(upstream[name])
+    while todo:
+        key = todo.pop()
+        if key not in found:
+            found.add(key)
+            todo += upstream[key]
+    return found
+
+
+class T08EventsAndRun(unittest.TestCase):
+
+    def test_a_task_sees_its_ancestors_merged_in_topological_order_whatever_the_timing(self):
+        for seed in range(300):
+            chance = random.Random(seed)
+            names = [f"t{n}" for n in range(chance.randint(1, 12))]
+            flow = make(*[task(name, *[up for up in names[:n] if chance.random() < 0.3])
+                          for n, name in enumerate(names)])
+            outputs = {name: {chance.choice("abcd"): f"{name}{k}" for k in range(chance.randint(0, 3))}
+                       for name in names}
+            order = mf.make_plan(flow).order
+            world = SimWorld({name: {1: (chance.random(), 0)} for name in names})
+            world.wait_plain = world.wait
+            seen = {}
+
+            def start(run, action, world=world, seen=seen):
+                seen[action.task] = (run.ctx_of(action.task),
+                                     list(run.outputs_of(run.tasks[action.task].scope)))
+                return SimWorld.start(world, run, action)
+
+            def wait(run, until, world=world, outputs=outputs):
+                return [event._replace(output=outputs[event.task])
+                        if isinstance(event, mf.AttemptEnded) else event
+                        for event in world.wait_plain(run, until)]
+
+            world.start, world.wait = start, wait
+            run, _, _ = simulate(flow, slots=chance.randint(1, 4), world=world)
+            for name in names:
+                expected = {}
+                above = [key for key in order if key in ancestors(flow, name)]
+                for key in above:
+                    expected.update(outputs[key])
+                self.assertEqual(seen[name], (expected, [key for key in above if outputs[key]]))
+            whole = {}
+            for key in order:
+                whole.update(outputs[key])
+            self.assertEqual(run.ctx, whole)
+
+    def test_a_chain_without_outputs_shares_one_scope(self):
+        run, _, _ = simulate(make(*[task(f"t{n}", *([f"t{n - 1}"] if n else [])) for n in range(50)]))
+        self.assertEqual({id(task_run.scope) for task_run in run.tasks.values()}, {id(mf.NO_SCOPE)})
+
+    def test_the_inputs_of_a_task_name_where_each_key_comes_from(self):
+        flow = make(task("a"), task("b", "a"), task("c", "b", args=["${{ ctx.k }} ${{ tasks.a.outputs.x }}"]))
+        run = mf.Run(mf.make_plan(flow), "r")
+        for name, output in (("a", {"k": 1, "x": 2}), ("b", {"k": 3})):
+            run.apply(mf.AttemptStarted(1, name, 1))
+            run.apply(mf.AttemptEnded(2, name, 1, mf.SUCCESS, output=output))
+        self.assertEqual(mf.inputs_of(run, run.plan.tasks["c"]), {"k": "b", "x": "a"})
+
+    def test_reasons_say_who_upstream_is_to_blame(self):
+        flow = make(task("a"), task("b", "a"), task("c", "b", trigger_rule="none_failed"),
+                    task("d", "a", trigger_rule="all_failed"), task("e", "d", trigger_rule="one_failed"))
+        run, _, _ = simulate(flow, {"a": {1: (1, 3)}})
+        self.assertEqual({name: (t.status, t.reason) for name, t in run.tasks.items()}, {
+            "a": ("failed", "exit 3"), "b": ("upstream_failed", "upstream a failed"),
+            "c": ("upstream_failed", "upstream b failed"), "d": ("success", None),
+            "e": ("skipped", "trigger rule one_failed does not hold")})
+
+
+class T09Scheduler(unittest.TestCase):
+
+    def test_a_diamond_runs_both_arms_at_once(self):
+        flow = make(task("a"), task("b", "a"), task("c", "a"), task("d", "b", "c"))
+        _, world, _ = simulate(flow, {"b": {1: (5, 0)}, "c": {1: (2, 0)}})
+        self.assertEqual(world.log, ["0 start a", "1 start b", "1 start c", "6 start d"])
+
+    def test_slots_limit_the_attempts_at_once(self):
+        _, world, _ = simulate(make(task("a"), task("b"), task("c")), {"a": {1: (3, 0)}}, slots=2)
+        self.assertEqual(world.log, ["0 start a", "0 start b", "1 start c"])
+
+    def test_a_failed_task_is_retried_with_backoff_and_holds_no_slot_meanwhile(self):
+        flow = make(task("a", max_retries=3, backoff_s=10), task("b"))
+        run, world, _ = simulate(flow, {"a": {1: (1, 1), 2: (1, 1)}}, slots=1)
+        self.assertEqual(world.log, ["0 start a", "1 start b", "11 start a", "32 start a"])
+        self.assertEqual((run.status, len(run.tasks["a"].attempts)), ("success", 3))
+
+    def test_retry_on_lets_only_what_it_names_be_retried(self):
+        for retry_on, code, attempts in [
+                ([2], 1, 1), ([2], 2, 3), (["timeout"], 1, 1), ([137], -9, 3), ([], 1, 1)]:
+            with self.subTest(retry_on=retry_on, code=code):
+                run, _, _ = simulate(make(task("a", max_retries=2, retry_on=retry_on)),
+                                     {"a": {n: (1, code) for n in (1, 2, 3)}})
+                self.assertEqual(len(run.tasks["a"].attempts), attempts)
+
+    def test_a_late_attempt_gets_term_then_kill_and_fails(self):
+        flow = make(task("a", timeout_s=5, grace_s=2, max_retries=1, retry_on=["timeout"]))
+        run, world, _ = simulate(flow, {"a": {1: (99, 0), 2: (1, 0)}}, stubborn=["a"])
+        self.assertEqual(world.log, ["0 start a", "5 TERM a", "7 KILL a", "7 start a"])
+        self.assertEqual(run.tasks["a"].attempts[0].reason, "timeout after 5 s")
+
+    def test_a_clean_up_task_that_succeeds_never_hides_a_failure(self):
+        run, _, _ = simulate(make(task("a"), task("b", "a"), task("clean", "b", trigger_rule="all_done")),
+                             {"a": {1: (1, 1)}})
+        self.assertEqual(ends(run), {"a": "failed", "b": "upstream_failed", "clean": "success"})
+        self.assertEqual((run.status, run.reason), ("failed", "a failed"))
+
+    def test_a_tolerated_failure_counts_as_success_and_as_a_warning(self):
+        run, _, _ = simulate(make(task("a", allow_failure=True), task("b", "a")), {"a": {1: (1, 1)}})
+        self.assertEqual((ends(run), run.status, run.warnings),
+                         ({"a": "failed", "b": "success"}, "success", 1))
+
+    def test_without_fail_fast_independent_branches_go_on_and_with_it_nothing_more_starts(self):
+        tasks = [task("a"), task("b"), task("c", "b"), task("d", "a")]
+        run, _, _ = simulate(make(*tasks), {"a": {1: (1, 1)}, "b": {1: (2, 0)}})
+        self.assertEqual(ends(run), {"a": "failed", "b": "success", "c": "success", "d": "upstream_failed"})
+        run, _, _ = simulate(make(*tasks, fail_fast=True), {"a": {1: (1, 1)}, "b": {1: (2, 0)}})
+        self.assertEqual(ends(run), {"a": "failed", "b": "success", "c": "cancelled", "d": "cancelled"})
+        self.assertEqual((run.tasks["c"].reason, run.status), ("fail_fast: a failed", "failed"))
+
+    def test_cancel_stops_what_runs_and_settles_the_rest(self):
+        run, world, _ = simulate(make(task("a"), task("b", "a")), {"a": {1: (99, 0)}}, cancels=[3])
+        self.assertEqual((ends(run), run.status), ({"a": "cancelled", "b": "cancelled"}, "cancelled"))
+        self.assertEqual(world.log, ["0 start a", "3 TERM a"])
+
+    def test_a_second_cancel_kills_at_once(self):
+        run, world, _ = simulate(make(task("a", grace_s=50)), {"a": {1: (99, 0)}},
+                                 cancels=[3, 4], stubborn=["a"])
+        self.assertEqual(world.log, ["0 start a", "3 TERM a", "4 KILL a"])
+        self.assertEqual((run.cancel.exit_code, run.status), (130, "cancelled"))
+
+    def test_what_is_left_out_counts_as_satisfied_with_its_outputs(self):
+        flow = make(task("a"), task("b", "a"), task("c", "b", args=["${{ tasks.b.outputs.x }}"]))
+        run, world, _ = simulate(flow, left_out={"a": {}, "b": {"x": 5}})
+        self.assertEqual(ends(run), {"a": "skipped", "b": "skipped", "c": "success"})
+        self.assertEqual((run.tasks["b"].reason, run.ctx_of("c"), run.status),
+                         ("left out", {"x": 5}, "success"))
+
+    def test_due_and_next_wake_change_nothing(self):
+        for seed in range(50):
+            flow, script = random_flow(random.Random(seed))
+            _, _, journal = simulate(flow, script)
+            run = mf.Run(mf.make_plan(flow), "r")
+            for event in journal:
+                before = (mf.run_to_json(run), list(run.ready), list(run.retries), list(run.deadlines),
+                          dict(run.barred))
+                mf.due(run, event.at, 2)
+                mf.next_wake(run, 2)
+                self.assertEqual(before, (mf.run_to_json(run), list(run.ready), list(run.retries),
+                                          list(run.deadlines), dict(run.barred)))
+                run.apply(event)
+
+    def test_3000_random_flows_end_keep_their_order_and_limits_and_replay_exactly(self):
+        outcomes = set()
+        for seed in range(3000):
+            chance = random.Random(seed)
+            flow, script = random_flow(chance)
+            slots = chance.choice([1, 2, 3, 4, None])
+            names = [t.id for t in flow.tasks]
+            options = {"cancels": [chance.randint(0, 20)] if chance.random() < 0.2 else [],
+                       "stubborn": [name for name in names if chance.random() < 0.3]}
+            left_out = {name: {} for name in names if chance.random() < 0.05}
+            run, _, journal = simulate(flow, script, slots, left_out, cancels=list(options["cancels"]),
+                                       stubborn=options["stubborn"])
+            outcomes.add(run.status)
+            self.check_journal(flow, run, journal, slots, left_out)
+            self.assertEqual(journal, simulate(flow, script, slots, left_out, **options)[2], seed)
+        self.assertEqual(outcomes, {"success", "failed", "cancelled"})
+
+    def check_journal(self, flow, run, journal, slots, left_out):
+        live, again = set(), mf.Run(mf.make_plan(flow, left_out), "r")
+        for event in journal:
+            if isinstance(event, mf.AttemptStarted):
+                self.assertNotIn(event.task, live)
+                self.assertNotIn(event.task, left_out)
+                live.add(event.task)
+                self.assertLessEqual(len(live), slots or len(flow.tasks))
+                for up in again.plan.tasks[event.task].depends_on:
+                    self.assertIn(again.tasks[up].status, mf.SETTLED)
+            elif isinstance(event, mf.AttemptEnded):
+                live.discard(event.task)
+            again.apply(mf.event_from_json(json.loads(json.dumps(mf.event_to_json(event)))))
+        self.assertFalse(live)
+        self.assertTrue(all(task_run.status in mf.SETTLED for task_run in run.tasks.values()))
+        self.assertEqual(mf.run_to_json(again), mf.run_to_json(run))
+        tolerated = {t.id for t in flow.tasks if t.allow_failure}
+        bad = any(t.status in ("failed", "upstream_failed") and name not in tolerated
+                  for name, t in run.tasks.items())
+        self.assertEqual(run.status, "cancelled" if run.cancel else "failed" if bad else "success")
+
+    def calls_per_task(self, flow, slots):
+        """Return how many Python functions are called for each task: a cost that no machine changes."""
+        run, calls = mf.Run(mf.make_plan(flow), "r"), itertools.count()
+        world = SimWorld()
+        steps, events = mf.drive(run, world, lambda events: None, slots), None
+        sys.setprofile(lambda frame, kind, arg: kind == "call" and next(calls))
+        try:
+            while True:
+                events = world.wait(run, steps.send(events))
+        except StopIteration:
+            pass
+        finally:
+            sys.setprofile(None)
+        self.assertTrue(run.ok)
+        return next(calls) / len(flow.tasks)
+
+    def test_the_cost_of_a_task_does_not_grow_with_the_flow(self):
+        shapes = {
+            "chain": lambda n: [task(f"t{k}", *([f"t{k - 1}"] if k else [])) for k in range(n)],
+            "fan": lambda n: [task("root")] + [task(f"t{k}", "root") for k in range(n)] + [
+                task("join", *[f"t{k}" for k in range(n)])]}
+        for name, shape in shapes.items():
+            with self.subTest(shape=name):
+                few, many = (self.calls_per_task(make(*shape(n)), 4) for n in (200, 4000))
+                self.assertLess(many, few * 1.2)
+
+
+class T10State(unittest.TestCase):
+
+    def journal_of(self, seed=7):
+        flow, script = random_flow(random.Random(seed))
+        run, _, journal = simulate(flow, script)
+        return run, journal
+
+    def test_times_survive_the_way_to_text_and_back(self):
+        chance = random.Random(3)
+        for _ in range(2000):
+            at = round(chance.uniform(0, 4e9), 6)
+            self.assertEqual(mf.parse_time(mf.format_time(at)), at)
+        self.assertEqual(mf.format_time(1795299240.5), "2026-11-21T22:14:00.500000Z")
+        self.assertIsNone(mf.format_time(None))
+
+    def test_a_run_survives_the_way_to_its_file_and_back_at_every_event(self):
+        for seed in range(60):
+            flow, script = random_flow(random.Random(seed))
+            run, _, journal = simulate(flow, script, cancels=[4] if seed % 5 == 0 else [])
+            for cut in range(len(journal) + 1):
+                part = mf.Run(mf.make_plan(flow), "r")
+                for event in journal[:cut]:
+                    part.apply(event)
+                state = mf.decode_state(mf.encode_state(mf.run_to_json(part), cut + 1))
+                self.assertEqual(state["seq"], cut + 1)
+                again = mf.run_from_json(state)
+                self.assertEqual(mf.run_to_json(again), mf.run_to_json(part))
+                for event in journal[cut:]:
+                    again.apply(event)
+                self.assertEqual(mf.run_to_json(again), mf.run_to_json(run))
+
+    def test_a_changed_byte_anywhere_in_state_or_record_is_noticed(self):
+        run, journal = self.journal_of()
+        for content in (mf.encode_state(mf.run_to_json(run), 5),
+                        mf.encode_record(mf.event_to_json(journal[0]), 9)):
+            self.assertIsNotNone(mf.decode_state(content))
+            for at in range(len(content)):
+                changed = bytearray(content)
+                changed[at] ^= 1 << random.Random(at).randint(0, 7)
+                self.assertIsNone(mf.decode_state(bytes(changed)), at)
+                self.assertIsNone(mf.decode_state(content[:at]), at)
+
+    def test_run_json_has_the_documented_keys_and_a_line_for_each_task(self):
+        run, _ = self.journal_of()
+        state = mf.run_to_json(run)
+        self.assertLessEqual({"id", "flow", "status", "started", "finished", "duration_s", "params", "ctx",
+                              "tasks", "miniflow", "definition"}, set(state))
+        for members in state["tasks"].values():
+            self.assertLessEqual({"status", "reason", "attempt", "started", "finished", "duration_s",
+                                  "inputs", "output", "error", "log", "attempts"}, set(members))
+            for attempt in members["attempts"]:
+                self.assertLessEqual({"status", "reason", "started", "finished", "duration_s", "error",
+                                      "log"}, set(attempt))
+        lines = mf.encode_state(state, 1).decode().splitlines()
+        for name in state["tasks"]:
+            self.assertEqual(sum(line.startswith(f' "{name}": {{"status"') for line in lines), 1)
+
+    def test_a_value_is_stored_where_it_was_made_and_in_the_context_and_nowhere_else(self):
+        value = "x" * 100000
+        flow = make(task("t0"), *[task(f"t{n}", f"t{n - 1}", args=["${{ ctx.big }}"]) for n in range(1, 300)])
+        run = mf.Run(mf.make_plan(flow), "r")
+        for n in range(300):
+            run.apply(mf.AttemptStarted(n, f"t{n}", 1, None, mf.inputs_of(run, run.plan.tasks[f"t{n}"])))
+            run.apply(mf.AttemptEnded(n, f"t{n}", 1, mf.SUCCESS, output=None if n else {"big": value}))
+        content = mf.encode_state(mf.run_to_json(run), 1)
+        self.assertEqual(content.count(b"xxxxx" * 20000), 2)
+        self.assertLess(len(content), 2 * 100000 + 300 * 1000)
+
+    def test_what_changed_in_a_flow_is_named(self):
+        old = make(task("a"), task("b"), task("c"))
+        new = make(task("a"), task("b", max_retries=1), task("d"))
+        self.assertEqual(mf.changed_tasks(old, new), {"b": "changed", "d": "added", "c": "removed"})
+        self.assertEqual(mf.changed_tasks(old, make(task("a"), task("b"), task("c"), env={"X": 1})),
+                         dict.fromkeys("abc", "changed"))
+        self.assertEqual(mf.changed_tasks(old, old), {})
+
+    def test_a_reopened_run_keeps_what_ended_well_and_runs_the_rest_and_its_downstream_again(self):
+        flow = make(task("a"), task("b", "a", max_retries=1), task("c", "b"), task("d", "a"),
+                    task("e", "c", "d", trigger_rule="all_done"))
+        old, _, _ = simulate(flow, {"b": {1: (1, 1), 2: (1, 1)}})
+        run = mf.reopen(old, flow)
+        self.assertEqual(ends(run), {
+            "a": "success", "d": "success", "b": "pending", "c": "pending", "e": "pending"})
+        world = SimWorld({"b": {3: (1, 1)}})
+        for _ in self.finish(run, world):
+            pass
+        self.assertTrue(run.ok)
+        self.assertEqual([a.status for a in run.tasks["b"].attempts],
+                         ["failed", "failed", "failed", "success"])
+        self.assertEqual(len(run.tasks["a"].attempts), 1)
+        self.assertEqual(len(run.tasks["e"].attempts), 2)
+
+    def finish(self, run, world):
+        steps, events = mf.drive(run, world, lambda events: None, 4), None
+        with contextlib.suppress(StopIteration):
+            while True:
+                events = world.wait(run, steps.send(events))
+                yield events
+
+    def test_an_interrupted_attempt_stays_in_the_record_and_uses_up_no_retry(self):
+        flow = make(task("a", max_retries=1))
+        run = mf.Run(mf.make_plan(flow), "r")
+        run.apply(mf.AttemptStarted(1, "a", 1))
+        again = mf.reopen(run, flow)
+        for _ in self.finish(again, SimWorld({"a": {2: (1, 1)}})):
+            pass
+        self.assertTrue(again.ok)
+        self.assertEqual([a.status for a in again.tasks["a"].attempts], ["interrupted", "failed", "success"])
+
+    def test_changed_tasks_and_their_downstream_run_again(self):
+        old, _, _ = simulate(make(task("a"), task("b", "a"), task("c")), {"c": {1: (1, 1)}})
+        run = mf.reopen(old, make(task("a"), task("b", "a", env={"X": 1}), task("c"), task("d", "b")))
+        self.assertEqual(ends(run), {"a": "success", "b": "pending", "c": "pending", "d": "pending"})
+
+
+class T11Invocation(unittest.TestCase):
+
+    def argv(self, args, **params):
+        values = mf.Values(params, {}, {}, {}, lambda name: {})
+        return mf.args_argv(args, values)
+
+    def test_args_become_arguments_one_element_in_one_element_out(self):
+        for args, expected in [
+                ((), []), (("a b", "", "*", "$x", "'\"", "é", 5, 1.5, True),
+                           ["a b", "", "*", "$x", "'\"", "é", "5", "1.5", "true"]),
+                ({"k": "v", "key": "v", "n": 5, "long-one": 1.5},
+                 ["-k", "v", "--key=v", "-n", "5", "--long-one=1.5"]),
+                ({"v": True, "verbose": True, "q": False, "none": None}, ["-v", "--verbose"]),
+                ({"x": [1, "a b"], "tag": ["p", "q"], "no": []},
+                 ["-x", "1", "-x", "a b", "--tag=p", "--tag=q"]),
+                ({"empty": ""}, ["--empty="]),
+                (("${{ params.l }}", "n=${{ params.n }}"), ['["x", 1]', "n=3"]),
+                ({"flag": "${{ params.yes }}", "off": "${{ params.no }}", "many": "${{ params.l }}"},
+                 ["--flag", "--many=x", "--many=1"])]:
+            with self.subTest(args=args):
+                self.assertEqual(self.argv(args, l=["x", 1], n=3, yes=True, no=False), expected)
+
+    def test_what_a_task_writes_is_read_as_json_or_as_github_does(self):
+        for content, expected in [
+                (b"", {}), (b"\n\n", {}), (b'{"a": [1, null]}', {"a": [1, None]}),
+                (b' \n{"a": 1}\n', {"a": 1}), (b"\xef\xbb\xbf{}", {}),
+                (b"a=1\nb=x=y\n", {"a": "1", "b": "x=y"}), (b"a=\r\n", {"a": ""}),
+                (b"a<<EOF\nline 1\nline=2\nEOF\nb=2\n", {"a": "line 1\nline=2", "b": "2"}),
+                (b"a<<E\nE\n", {"a": ""}), (b"a=x<<y\n", {"a": "x<<y"}), (b"a=1\na=2\n", {"a": "2"}),
+                ("é=ü\n".encode(), {"é": "ü"})]:
+            with self.subTest(content=content):
+                self.assertEqual(mf.parse_output(content), expected)
+
+    def test_anything_else_a_task_writes_is_refused_with_its_place(self):
+        for content, part in [
+                (b"[1]", 'line 1, "[1]", is neither a JSON object nor name=value'),
+                (b"a=1\nfoo\n", 'line 2, "foo"'),
+                (b'{"a": 1, "a": 2}', "output:1:10: a: given twice"), (b'{"a": NaN}', "NaN is not JSON"),
+                (b'{"a": 1', "expected a comma or }"),
+                (b"a<<EOF\nx\n", 'line 1 opens "a<<EOF", which no line "EOF" closes'),
+                (b"=x\n", "line 1 has no name"), (b"\xff\xfe", "byte 0xff at 0 is not UTF-8"),
+                (b"{}{}", "after the end")]:
+            with self.subTest(content=content), self.assertRaises(ValueError) as caught:
+                mf.parse_output(content)
+            self.assertIn(part, str(caught.exception))
+
+    def setting(self, **environ):
+        return mf.Setting(environ, "/py", "/start", "/tasks", "/tmp/x", "/ctx", "/out")
+
+    def invoke(self, flow, **environ):
+        run = mf.Run(mf.make_plan(flow), "r1", {"a-b": [1], "s": "x"}, flow="stem")
+        run.apply(mf.AttemptStarted(1, "t", 1))
+        return mf.invoke(run, "t", self.setting(**environ))
+
+    def test_the_environment_is_the_engines_then_the_flows_then_the_tasks_then_miniflows(self):
+        flow = make(task("t", env={"B": "task ${{ env.B }}", "C": "${{ env.A }}", "N": 5, "Z": True}),
+                    env={"A": "flow ${{ env.A }}", "B": "flow"})
+        env = self.invoke(flow, A="engine", MINIFLOW_TASK="outer").env
+        self.assertEqual({key: env[key] for key in "ABCNZ"},
+                         {"A": "flow engine", "B": "task flow", "C": "flow engine", "N": "5", "Z": "true"})
+        self.assertEqual({key: value for key, value in env.items() if len(key) > 1}, {
+            "MINIFLOW_RUN_ID": "r1", "MINIFLOW_FLOW": "stem", "MINIFLOW_TASK": "t", "MINIFLOW_ATTEMPT": "1",
+            "MINIFLOW_PARAM_A_B": "[1]", "MINIFLOW_PARAM_S": "x", "MINIFLOW_CONTEXT": "/ctx",
+            "MINIFLOW_OUTPUT": "/out", "GITHUB_OUTPUT": "/out", "TMP_DIR": "/tmp/x"})
+
+    def test_each_kind_of_action_becomes_an_argument_vector(self):
+        for fields, argv in [
+                ({"script": "a/b.py", "args": [1]}, ("/py", "/tasks/a/b.py", "1")),
+                ({"script": "b.py", "python": "pypy3"}, ("pypy3", "/tasks/b.py")),
+                ({"script": "b.py", "python": "venv/bin/python"}, ("/start/venv/bin/python", "/tasks/b.py")),
+                ({"command": "echo $1 $${{", "args": ["x y"]}, ("/bin/sh", "-c", "echo $1 ${{", "sh", "x y")),
+                ({"command": ["echo", "${{ params.s }}"], "args": ["z"]}, ("echo", "x", "z"))]:
+            with self.subTest(fields=fields):
+                self.assertEqual(self.invoke(make(task("t", **fields))).argv, argv)
+
+    def test_the_working_directory_is_relative_to_where_miniflow_was_started(self):
+        self.assertEqual([self.invoke(make(task("t", **fields))).cwd for fields in (
+            {}, {"cwd": "sub"}, {"cwd": "/abs"}, {"cwd": "${{ params.s }}"})],
+            ["/start", "/start/sub", "/abs", "/start/x"])
+
+    def test_the_end_of_an_attempt_is_told_by_its_exit_code_and_by_why_it_was_stopped(self):
+        def end(code, stopping=None, cancel=None, output=dict):
+            run = mf.Run(mf.make_plan(make(task("t"))), "r")
+            run.apply(mf.AttemptStarted(1, "t", 1))
+            if cancel:
+                run.apply(mf.CancelRequested(1, cancel))
+            if stopping:
+                run.apply(mf.AttemptStopping(1, "t", 1, stopping))
+            event = mf.attempt_end(run, "t", 2, code, output)
+            return event.status, event.reason, event.code
+
+        def bad():
+            raise ValueError("output: line 1")
+
+        self.assertEqual(end(0), ("success", None, None))
+        self.assertEqual(end(3), ("failed", "exit 3", 3))
+        self.assertEqual(end(-9), ("failed", "killed by signal 9", 137))
+        self.assertEqual(end(0, "timeout after 5 s"), ("failed", "timeout after 5 s", "timeout"))
+        self.assertEqual(end(0, "cancelled by X", "cancelled by X"), ("cancelled", "cancelled by X", None))
+        self.assertEqual(end(1, None, "cancelled by X"), ("failed", "exit 1", 1))
+        self.assertEqual(end(0, output=bad), ("failed", "bad output: output: line 1", None))
+
+
+HOSTILE = ["", " ", "a b", "'", '"', "\\", "\\\\'", "$HOME", "$(touch PWN)", "`touch PWN`", "; touch PWN",
+           "a[$(touch PWN)]", "x\ny", "\n", "trailing\n\n", "--flag", "-n", "*", "?", "~", "!!", "%s%d",
+           "{a,b}", "é\U0001f600", "\x01\x7f\t", "${{x", "$${{ x }}", "&& false", "|| true", "#no", "\\n",
+           "a\\", "${HOME}", "$'x'", "\u2028"]
+
+
+class T12Exporters(unittest.TestCase):
+
+    def script(self, project, name="f", *args):
+        code, out, err = project.main("run", name, "--dry-run", *args)
+        self.assertEqual(code, 0, err)
+        return out.strip()
+
+    def run_script(self, project, path):
+        done = subprocess.run(["bash", path], cwd=project.path, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+        logs = re.search(r"logs and ends\.tsv: (.*)", done.stderr.decode("utf-8", "replace"))
+        self.assertTrue(logs, done.stderr)
+        with open(os.path.join(logs[1], "ends.tsv"), encoding="utf-8") as file:
+            rows = [line.rstrip("\n").split("\t") for line in file]
+        return done.returncode, {row[0]: (row[1], int(row[2])) for row in rows}, logs[1]
+
+    def test_the_text_graph_shows_levels_rules_and_what_each_task_waits_for(self):
+        flow = make(task("a"), task("b", "a", script="x.py"),
+                    task("c", "a", "b", trigger_rule="all_done", allow_failure=True))
+        self.assertEqual(mf.to_text_graph(mf.make_plan(flow)).splitlines(), [
+            "f: 3 tasks, 3 levels", "1", "   a  command true", "2", "   b  script x.py  <- a", "3",
+            "   c  command true  [all_done, allow_failure]  <- a, b"])
+
+    def test_the_same_flow_gives_the_same_bytes(self):
+        plan = mf.make_plan(make(task("a"), task("b", "a", args={"x": "${{ params.p }}"})))
+        self.assertEqual(mf.to_bash(plan, {"p": 1}, "/t"), mf.to_bash(plan, {"p": 1}, "/t"))
+
+    @needs("shellcheck")
+    def test_the_script_passes_bash_n_and_shellcheck(self):
+        with one(task("a", script="s.py", args=[v.replace("${{", "$${{") for v in HOSTILE],
+                      env={"X": "${{ env.HOME }}"}, stdin="it's"),
+                 task("b", "a", max_retries=3, backoff_s=0.5, jitter=0.5, timeout_s=2,
+                      retry_on=[1, "timeout"], args=["${{ tasks.a.outputs.x }}", "${{ tasks.a.status }}"],
+                      trigger_rule="all_done", cwd="${{ run.id }}"),
+                 scripts={"s.py": ""}, env={"Y": "${{ params.p }}"}, params={"p": "$(x)'"}) as project:
+            for path in (self.script(project), self.script(project, "f", "--only", "b")):
+                for tool in (["bash", "-n"], ["shellcheck"]):
+                    done = subprocess.run([*tool, path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                    self.assertEqual((done.returncode, done.stdout), (0, b""))
+
+    def test_engine_and_script_end_alike_over_random_flows(self):
+        """Every task's end, its attempts and its output, and the exit code."""
+        for seed in range(14):
+            chance = random.Random(seed)
+            flow, script = random_flow(chance, 7)
+            tasks = []
+            for _, t in enumerate(mf.flow_to_json(flow)["tasks"]):
+                codes = [script[t["id"]][k][1] for k in range(1, 5)]
+                t.update(backoff_s=0.02, jitter=0, script="t.py", args=codes, grace_s=1)
+                t.pop("command")
+                t.pop("timeout_s", None)
+                if chance.random() < 0.2:
+                    t["timeout_s"] = 0.4
+                    t["env"] = {"SLEEP": "3"}
+                tasks.append(t)
+            with self.subTest(seed=seed), one(*tasks, fail_fast=flow.fail_fast, scripts={"t.py": """
+                    import json, os, sys, time
+                    if "SLEEP" in os.environ: time.sleep(float(os.environ["SLEEP"]))
+                    n = int(os.environ["MINIFLOW_ATTEMPT"])
+                    ctx = json.load(open(os.environ["MINIFLOW_CONTEXT"]))
+                    with open("seen-%s-%s" % (os.environ["WHO"], os.environ["MINIFLOW_TASK"]), "w") as f:
+                        json.dump(ctx, f)
+                    with open(os.environ["MINIFLOW_OUTPUT"], "w") as f:
+                        json.dump({os.environ["MINIFLOW_TASK"]: n, "last": os.environ["MINIFLOW_TASK"]}, f)
+                    sys.exit(int(sys.argv[n]))
+                    """}) as project:
+                os.environ["WHO"] = "engine"
+                run = project.run(max_parallel=1)
+                os.environ["WHO"] = "script"
+                code, table, _ = self.run_script(project, self.script(project))
+                del os.environ["WHO"]
+                self.assertEqual({name: (t.status, len(t.attempts)) for name, t in run.tasks.items()}
+                                 if not flow.fail_fast else {}, table if not flow.fail_fast else {})
+                self.assertEqual(code, 0 if run.ok else 1)
+                if not flow.fail_fast:
+                    for name in table:
+                        seen = [project.at(f"seen-{who}-{name}") for who in ("engine", "script")]
+                        self.assertEqual(*[json.load(open(path)) if os.path.exists(path) else None
+                                           for path in seen])
+
+    def test_hostile_values_reach_the_tasks_of_the_script_byte_for_byte(self):
+        show = ('import json, os, sys; json.dump([sys.argv[1:], os.environ["V"], os.environ["W"], '
+                'sys.stdin.read(), os.environ["MINIFLOW_PARAM_P"]], open("seen.json", "w"))')
+        for value in HOSTILE:
+            literal = value.replace("${{", "$${{")
+            with self.subTest(value=value), one(
+                    task("a", command=[sys.executable, "-c", show, literal, "${{ params.p }}",
+                                       "x${{ env.IN }}"], args={"key": "${{ params.p }}", "k": literal},
+                         env={"V": literal, "W": "${{ env.IN }}"}, stdin=literal),
+                    params={"p": {"type": "string"}}) as project:
+                os.environ["IN"] = value
+                seen = []
+                for run in (lambda value=value: project.run(params={"p": value}),
+                            lambda value=value: self.run_script(
+                                project, self.script(project, "f", "--param", f"p={value}"))):
+                    run()
+                    seen.append(json.loads(project.read("seen.json")))
+                del os.environ["IN"]
+                argv = [value, value, "x" + value, f"--key={value}"]
+                self.assertEqual(seen[0][0][:4], argv if value else argv[:3] + ["--key="])
+                self.assertEqual(seen[0][1:], [value] * 4)
+                self.assertEqual(seen[0], seen[1])
+                self.assertFalse(os.path.exists(project.at("PWN")))
+
+    def test_a_timeout_in_the_script_kills_the_whole_group_and_so_does_a_signal(self):
+        hang = ("import subprocess, sys, os; p = subprocess.Popen(['sleep', '60']); "
+                "open('pids', 'w').write(str(p.pid)); p.wait()")
+        with one(task("a", command=[sys.executable, "-c", hang], timeout_s=0.5, grace_s=0.5)) as project:
+            path = self.script(project)
+            code, table, _ = self.run_script(project, path)
+            self.assertEqual((code, table), (1, {"a": ("failed", 1)}))
+            self.assertFalse(alive(int(project.read("pids"))))
+        with one(task("a", command=[sys.executable, "-c", hang])) as project:
+            process = subprocess.Popen(["bash", self.script(project)], cwd=project.path,
+                                       stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            pid = int(wait_for(lambda: os.path.exists(project.at("pids")) and project.read("pids"),
+                               "the task"))
+            process.terminate()
+            self.assertEqual(process.wait(30), 143)
+            wait_for(lambda: not alive(pid), "the end of the task")
+
+    def test_what_bash_cant_express_is_named_and_refused(self):
+        with one(task("a"), task("b", "a", args={"x": "${{ tasks.a.outputs.x }}"}),
+                 task("c", "a", stdin="${{ ctx.x }}")) as project:
+            code, out, err = project.main("export", "f", "--to", "bash")
+            self.assertEqual((code, out), (2, ""))
+            self.assertEqual(err.splitlines(), [
+                "task b: args.x: whether tasks.a.outputs.x is a flag shows at run time only, which bash "
+                "can't express; give args as an array",
+                "task c: stdin: ctx.x shows at run time only, which bash can't express; use args or env"])
+
+    def test_bad_output_and_missing_values_fail_the_task_in_the_script_too(self):
+        with one(task("a", command="echo '[1]' > $MINIFLOW_OUTPUT"), task("b", command="true"),
+                 task("c", "b", args=["${{ tasks.b.outputs.gone }}"], max_retries=2),
+                 task("d", command=["no-such-command"], max_retries=2)) as project:
+            run = project.run()
+            code, table, _ = self.run_script(project, self.script(project))
+            self.assertEqual(table, {name: (t.status, len(t.attempts)) for name, t in run.tasks.items()})
+            self.assertEqual((code, table["a"], table["c"], table["d"]), (1, *[("failed", 1)] * 3))
+
+
+class FaultyDisk(mf.Disk):
+    """A Disk of which call number `at` fails with `error`; `calls` counts them."""
+
+    def __init__(self, at=0, error=errno.ENOSPC):
+        self.at, self.error, self.calls = at, error, 0
+
+
+for _name in ("open", "write", "sync", "sync_dir", "replace", "unlink", "truncate", "make_dir"):
+    def _faulty(self, *args, _call=getattr(mf.Disk, _name), **options):
+        self.calls += 1
+        if self.calls == self.at:
+            raise OSError(self.error, os.strerror(self.error), str(args[0]))
+        return _call(self, *args, **options)
+    setattr(FaultyDisk, _name, _faulty)
+
+
+class T13Store(unittest.TestCase):
+
+    FLOW = make(task("a"), task("b", "a"))
+
+    def setUp(self):
+        self.path = tempfile.mkdtemp(prefix="miniflow-test-")
+        self.addCleanup(shutil.rmtree, self.path, ignore_errors=True)
+
+    def store(self, disk=None):
+        return mf.Store(os.path.join(self.path, "out"), disk)
+
+    def events(self):
+        return simulate(self.FLOW)[2]
+
+    def write_run(self, store, until=None, run_id="r", finish=True):
+        """Carry a run through the store as an engine does, up to event number `until`; return the Run."""
+        journal = mf.Journal(store, run_id)
+        run = mf.Run(mf.make_plan(self.FLOW), run_id, started=1)
+        try:
+            journal.begin(run, 1.0)
+            for n, event in enumerate(self.events()[:until]):
+                journal.append([event])
+                run.apply(event)
+                journal.idle(run, float(n))
+            if finish and until is None:
+                journal.finish(run)
+        finally:
+            journal.close()
+        return run
+
+    def test_a_finished_run_leaves_one_file_and_it_says_what_happened(self):
+        store = self.store()
+        run = self.write_run(store)
+        self.assertEqual(os.listdir(store.runs), ["r.json"])
+        loaded = store.load("r")
+        self.assertEqual((mf.run_to_json(loaded.run), loaded.status, loaded.live),
+                         (mf.run_to_json(run), "success", False))
+        self.assertEqual(store.summary("r")["status"], "success")
+
+    def test_a_run_whose_engine_is_gone_is_interrupted_whatever_its_file_says(self):
+        store = self.store()
+        for until in range(len(self.events()) - 1):
+            self.write_run(store, until, f"r{until}")
+            self.assertEqual(store.load(f"r{until}").status, "interrupted")
+            self.assertEqual(store.summary(f"r{until}")["status"], "interrupted")
+
+    def test_a_journal_cut_at_any_byte_loads_as_a_prefix(self):
+        store = self.store()
+        self.write_run(store, finish=False)
+        files = store.files("r")
+        content = mf.read_file(files.journal)
+        os.unlink(files.state)
+        states = [mf.run_to_json(run) for run in self.prefixes()]
+        first = content.index(b"\n") + 1
+        for cut in range(len(content)):
+            with open(files.journal, "wb") as file:
+                file.write(content[:cut])
+            if cut < first:
+                with self.assertRaises(mf.StateError):
+                    store.load("r")
+            else:
+                loaded = store.load("r")
+                whole = content[:cut].count(b"\n") - 1
+                self.assertEqual(mf.run_to_json(loaded.run), states[whole])
+                self.assertEqual(len(loaded.damage), cut - content.rindex(b"\n", 0, cut) - 1)
+
+    def prefixes(self):
+        run = mf.Run(mf.make_plan(self.FLOW), "r", started=1)
+        yield run
+        for event in self.events():
+            run.apply(event)
+            yield run
+
+    def prefixes_json(self):
+        return [mf.run_to_json(run) for run in self.prefixes()]
+
+    def test_a_fault_at_any_call_of_the_disk_loses_nothing_that_was_acknowledged(self):
+        """The disk is full at call n; then it is not, and the run is resumed from what is there."""
+        counter = FaultyDisk()
+        self.write_run(self.store(counter))
+        self.assertGreater(counter.calls, 20)
+        for at in range(1, counter.calls + 1):
+            with self.subTest(at=at):
+                shutil.rmtree(self.path)
+                os.mkdir(self.path)
+                done = []
+                journal = None
+                store = self.store(FaultyDisk(at))
+                try:
+                    journal = mf.Journal(store, "r")
+                    run = mf.Run(mf.make_plan(self.FLOW), "r", started=1)
+                    journal.begin(run, 1.0)
+                    for n, event in enumerate(self.events()):
+                        journal.append([event])
+                        run.apply(event)
+                        done.append(event)
+                        journal.idle(run, float(n))
+                    journal.finish(run)
+                except mf.StateError as exc:
+                    self.assertIn("No space left on device", str(exc))
+                finally:
+                    if journal:
+                        journal.close()
+                store = self.store()
+                if not store.exists("r"):
+                    self.assertEqual(done, [])
+                    continue
+                again = store.load("r").run
+                expected = mf.Run(mf.make_plan(self.FLOW), "r", started=1)
+                for event in done:
+                    expected.apply(event)
+                self.assertEqual(mf.run_to_json(again), mf.run_to_json(expected))
+
+    def test_damage_is_reported_and_nothing_is_replaced_by_an_empty_state(self):
+        store = self.store()
+        self.write_run(store)
+        path = store.files("r").state
+        for content in (b"", b"{}", mf.read_file(path)[:-5],
+                        mf.read_file(path).replace(b"success", b"sucsess")):
+            with open(path, "wb") as file:
+                file.write(content)
+            with self.assertRaises(mf.StateError) as caught:
+                store.load("r")
+            self.assertIn(path, str(caught.exception))
+            self.assertEqual(mf.read_file(path), content)
+            self.assertEqual(store.summary("r")["status"], "damaged")
+            with self.assertRaises(mf.StateError):
+                mf.resume_run(store, "r", None, mf.Order("."), self.fail)
+            self.assertEqual(mf.read_file(path), content)
+
+    def test_files_are_private_under_any_umask(self):
+        for mask in (0, 0o077, 0o777):
+            old = os.umask(mask)
+            try:
+                store = mf.Store(os.path.join(self.path, f"out{mask}"))
+                self.write_run(store, 2)
+                self.write_run(store, None, "done")
+            finally:
+                os.umask(old)
+            for folder, _, names in os.walk(store.path):
+                self.assertEqual(os.stat(folder).st_mode & 0o777, 0o700)
+                for name in names:
+                    self.assertEqual(os.stat(os.path.join(folder, name)).st_mode & 0o777, 0o600, name)
+
+    def test_no_symbolic_link_below_the_output_directory_is_followed(self):
+        victim = os.path.join(self.path, "victim")
+        with open(victim, "w") as file:
+            file.write("untouched")
+        store = self.store()
+        store.prepare("runs")
+        files = store.files("r")
+        for path in (files.journal + ".tmp", files.state + ".tmp"):
+            os.symlink(victim, path)
+        self.write_run(store)
+        os.symlink(victim, store.files("q").lock)
+        with self.assertRaises(mf.StateError):
+            mf.Journal(store, "q")
+        with open(victim) as file:
+            self.assertEqual(file.read(), "untouched")
+        os.mkdir(os.path.join(self.path, "elsewhere"))
+        os.symlink(os.path.join(self.path, "elsewhere"), os.path.join(store.path, "logs"))
+        with self.assertRaises(mf.StateError):
+            store.prepare("logs", "r")
+
+    def test_run_ids_that_are_no_names_are_refused(self):
+        for run_id in ("../x", "a/b", "", ".", "-rf", "a.json", "x" * 129, "a\0b", "CON", "nul", "ａ", "a\n",
+                       "C:\\x"):
+            with self.subTest(run_id=run_id), self.assertRaises(mf.UsageError):
+                self.store().files(run_id)
+
+    def test_made_ids_sort_by_time_and_are_run_ids(self):
+        store = self.store()
+        ids = [store.new_id("my.flow", at) for at in (0, 1e9, 1.8e9)]
+        self.assertEqual(ids, sorted(ids))
+        self.assertRegex(ids[-1], r"^my_flow-20270115T080000Z-[0-9a-f]{4}$")
+        for run_id in ids + [store.new_id("-" * 3, 0), store.new_id("é" * 200, 0)]:
+            store.files(run_id)
+
+    def test_of_many_racers_for_one_run_one_wins_and_the_others_are_told_who(self):
+        store = self.store()
+        first = mf.Journal(store, "r")
+        first.begin(mf.Run(mf.make_plan(self.FLOW), "r"), mf.Clock().now())
+        with self.assertRaises(mf.RunLocked) as caught:
+            mf.Journal(store, "r")
+        self.assertRegex(str(caught.exception),
+                         rf"^run r is being run by process {os.getpid()} on host \S+ since 20\S+Z; ")
+        self.assertTrue(store.is_live("r"))
+        self.assertEqual(store.load("r").status, "running")
+        first.close()
+        self.assertFalse(store.is_live("r"))
+        mf.Journal(store, "r").close()
+
+    def test_somebody_who_only_looks_does_not_keep_an_engine_out(self):
+        store = self.store()
+        self.write_run(store, 2)
+        looker = subprocess.Popen([sys.executable, "-c", textwrap.dedent(f"""
+            import sys, time; sys.path.insert(0, {HERE!r}); import miniflow
+            store, end = miniflow.Store({store.path!r}), time.monotonic() + 3
+            print(flush=True)
+            while time.monotonic() < end: store.is_live("r")
+            """)], stdout=subprocess.PIPE)
+        looker.stdout.readline()
+        for _ in range(200):
+            mf.Journal(store, "r").close()
+        looker.kill()
+        looker.communicate()
+
+    def test_a_torn_tail_is_kept_aside_when_the_run_is_resumed(self):
+        with one(task("a")) as project:
+            store = mf.Store(project.at("miniflow_output"))
+            self.write_run(store, 2)
+            with open(store.files("r").journal, "ab") as file:
+                file.write(b'{"event":"attempt_en')
+            notes = []
+            run = mf.resume_run(store, "r", None, mf.Order(project.at("tasks")), notes.append)
+            self.assertTrue(run.ok)
+            self.assertIn("20 bytes at the end of", notes[0])
+            kept = [name for name in os.listdir(store.runs) if ".bad-" in name]
+            self.assertEqual([mf.read_file(os.path.join(store.runs, name)) for name in kept],
+                             [b'{"event":"attempt_en'])
+
+
+class T14Processes(unittest.TestCase):
+
+    def test_the_end_of_a_task_is_its_exit_code(self):
+        with one(task("ok"), task("bad", command="exit 3"), task("killed", command="kill -9 $$"),
+                 task("gone", command=["no-such-program"]), task("dir", cwd="no-such-dir"),
+                 task("nul", command=["/tmp"])) as project:
+            run = project.run()
+            reasons = {name: task_run.reason for name, task_run in run.tasks.items()}
+            self.assertEqual({name: reasons[name] for name in ("ok", "bad", "killed")},
+                             {"ok": None, "bad": "exit 3", "killed": "killed by signal 9"})
+            for name, part in (("gone", "no-such-program"), ("dir", "no-such-dir"),
+                               ("nul", "Permission denied")):
+                self.assertRegex(reasons[name], f"^cannot start: .*{part}")
+
+    def test_a_program_that_cannot_start_is_not_tried_again_unless_asked(self):
+        with one(task("a", command=["no-such-program"], max_retries=2),
+                 task("b", command=["no-such-program"], max_retries=2, retry_on=[127])) as project:
+            run = project.run()
+            self.assertEqual([len(run.tasks[name].attempts) for name in "ab"], [1, 3])
+
+    def test_arguments_environment_and_input_arrive_byte_for_byte(self):
+        show = ("import json, os, sys; "
+                "json.dump([sys.argv[1:], os.environ['V'], sys.stdin.read()], open('seen.json', 'w'))")
+        values = [value.replace("${{", "$${{") for value in HOSTILE]
+        with one(task("a", script="show.py", args=values, env={"V": "".join(values)}, stdin="".join(values)),
+                 scripts={"show.py": show}) as project:
+            self.assertTrue(project.run().ok)
+            self.assertEqual(json.loads(project.read("seen.json")),
+                             [HOSTILE, "".join(HOSTILE), "".join(HOSTILE)])
+
+    def test_a_param_never_runs_as_code_in_a_shell_task(self):
+        for value in HOSTILE:
+            with self.subTest(value=value), one(
+                    task("a", command='printf %s "$MINIFLOW_PARAM_P" > seen; printf %s "$1" >> seen',
+                         args=["${{ params.p }}"])) as project:
+                self.assertTrue(project.run(params={"p": value}).ok)
+                with open(project.at("seen"), "rb") as file:
+                    self.assertEqual(file.read().decode(), value * 2)
+                self.assertFalse(os.path.exists(project.at("PWN")))
+
+    def test_standard_output_and_error_go_to_the_log_in_order_and_as_bytes(self):
+        with one(task("a", command=r"printf 'out\377\000'; printf 'err\n' >&2; printf last")) as project:
+            run = project.run()
+            self.assertEqual(project.log(run.id, "a"), b"out\xff\x00err\nlast")
+
+    def test_a_task_sees_no_file_of_the_engine(self):
+        reader, writer = os.pipe()
+        os.set_inheritable(writer, True)
+        with one(task("a", command=["ls", "/proc/self/fd"])) as project:
+            run = project.run()
+            os.close(reader)
+            os.close(writer)
+            if LINUX:                          # 3 is what ls itself reads the directory by
+                self.assertEqual(project.log(run.id, "a").split(), [b"0", b"1", b"2", b"3"])
+
+    def test_standard_input_is_empty(self):
+        with one(task("a", command="cat")) as project:
+            self.assertTrue(project.run().ok)
+
+    def test_a_timeout_kills_the_whole_group_of_a_stubborn_task(self):
+        with one(task("a", script="a.py", timeout_s=0.5, grace_s=0.3), scripts={"a.py": """
+                import os, signal, subprocess, sys, time
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                child = subprocess.Popen(["sleep", "60"])
+                open("pids", "w").write(f"{os.getpid()} {child.pid}")
+                time.sleep(60)
+                """}) as project:
+            run = project.run()
+            self.assertEqual((run.tasks["a"].status, run.tasks["a"].reason),
+                             ("failed", "timeout after 0.5 s"))
+            self.assertEqual([alive(int(pid)) for pid in project.read("pids").split()], [False, False])
+
+    def test_a_task_that_takes_term_ends_without_waiting_for_the_grace_to_pass(self):
+        with one(task("a", command=["sleep", "60"], timeout_s=0.2, grace_s=3600)) as project:
+            self.assertEqual(project.run().tasks["a"].reason, "timeout after 0.2 s")
+
+    def test_what_a_task_leaves_in_its_group_does_not_survive_it(self):
+        for trap in ("", "trap '' TERM; "):
+            with self.subTest(trap=trap), one(
+                    task("a", command=f"({trap}echo $BASHPID >/dev/null; exec sleep 60) & echo $! > pid",
+                         grace_s=0.2)) as project:
+                self.assertTrue(project.run().ok)
+                self.assertFalse(alive(int(project.read("pid"))))
+
+    def test_a_run_gives_its_tasks_what_the_reference_promises(self):
+        with one(task("a", command='echo "{\\"rows\\": 5}" > $MINIFLOW_OUTPUT'),
+                 task("b", "a", command='echo "name=value" > $GITHUB_OUTPUT'),
+                 task("c", "b", script="c.py"), scripts={"c.py": """
+            import json, os
+            env = {k: v for k, v in os.environ.items() if k.startswith(("MINIFLOW", "GITHUB_O", "TMP_D"))}
+            assert not os.path.exists(env["MINIFLOW_OUTPUT"]) and os.path.isdir(env["TMP_DIR"])
+            open(os.path.join(env["TMP_DIR"], "scratch"), "w").close()
+            json.dump([env, json.load(open(env["MINIFLOW_CONTEXT"])), os.getcwd()], open("seen.json", "w"))
+            """}) as project:
+            run = project.run(params={"p": [1, "x"]})
+            env, context, cwd = json.loads(project.read("seen.json"))
+            self.assertEqual(context, {"params": {"p": [1, "x"]},
+                                       "tasks": {"a": {"rows": 5}, "b": {"name": "value"}},
+                                       "ctx": {"p": [1, "x"], "rows": 5, "name": "value"}})
+            self.assertEqual((env["MINIFLOW_RUN_ID"], env["MINIFLOW_FLOW"], env["MINIFLOW_TASK"],
+                              env["MINIFLOW_ATTEMPT"], env["MINIFLOW_PARAM_P"], cwd),
+                             (run.id, "f", "c", "1", '[1, "x"]', project.path))
+            self.assertEqual(env["GITHUB_OUTPUT"], env["MINIFLOW_OUTPUT"])
+            self.assertFalse(os.path.exists(env["TMP_DIR"]))
+            self.assertEqual(run.ctx, context["ctx"])
+
+    def test_output_that_cannot_be_used_fails_the_task_and_says_why(self):
+        for command, part in [("echo '[1]' > $MINIFLOW_OUTPUT", "is neither a JSON object nor"),
+                              ("mkdir $MINIFLOW_OUTPUT", "not a regular file"),
+                              ("mkfifo $MINIFLOW_OUTPUT", "not a reg"),
+                              ("head -c 17000000 /dev/zero > $MINIFLOW_OUTPUT", "more than 16777216 bytes")]:
+            with self.subTest(command=command), one(task("a", command=command)) as project:
+                run = project.run()
+                self.assertEqual(run.status, "failed")
+                self.assertIn(part, run.tasks["a"].reason)
+
+    def test_a_template_without_a_value_fails_the_task_without_a_retry(self):
+        with one(task("a"), task("b", "a", args=["${{ tasks.a.outputs.rows }}"], max_retries=3),
+                 task("c", args=["${{ env.NO_SUCH_VARIABLE }}"])) as project:
+            run = project.run()
+            self.assertEqual((run.tasks["b"].reason, len(run.tasks["b"].attempts)),
+                             ('tasks.a.outputs.rows: there is no "rows" in []', 1))
+            self.assertIn('env.NO_SUCH_VARIABLE: there is no "NO_SUCH_VARIABLE"; set it',
+                          run.tasks["c"].reason)
+
+    def test_the_first_signal_stops_the_run_and_the_exit_code_tells_which_it_was(self):
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+            with self.subTest(signal=number), one(
+                    task("a", command="echo $$ > pid; sleep 60"), task("b", "a")) as project:
+                process = project.start("run", "f", "--run-id", "r")
+                pid = int(wait_for(lambda: os.path.exists(project.at("pid")) and project.read("pid").strip(),
+                                   "the task"))
+                process.send_signal(number)
+                _, err = process.communicate(timeout=60)
+                self.assertEqual(process.returncode, code, err)
+                state = project.state("r")
+                self.assertEqual((state["status"], state["tasks"]["a"]["status"],
+                                  state["tasks"]["b"]["status"]), ("cancelled",) * 3)
+                self.assertFalse(alive(pid))
+
+    def test_a_second_signal_kills_at_once(self):
+        with one(task("a", script="a.py", grace_s=3600), scripts={"a.py": """
+                import os, signal, time
+                signal.signal(signal.SIGTERM, lambda *args: open("term", "w").close())
+                open("pid", "w").write(str(os.getpid()))
+                while True: time.sleep(1)
+                """}) as project:
+            process = project.start("run", "f", "--run-id", "r")
+            wait_for(lambda: os.path.exists(project.at("pid")) and project.read("pid"), "the task")
+            process.send_signal(signal.SIGINT)
+            wait_for(lambda: os.path.exists(project.at("term")), "SIGTERM")
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+            self.assertEqual((process.returncode, project.state("r")["status"]), (130, "cancelled"))
+            self.assertFalse(alive(int(project.read("pid"))))
+
+    def test_a_hangup_is_ignored_under_nohup(self):
+        with one(task("a", command="touch started; sleep 0.7")) as project:
+            process = project.start("run", "f",
+                                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+            wait_for(lambda: os.path.exists(project.at("started")), "the task")
+            process.send_signal(signal.SIGHUP)
+            process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 0)
+
+    def test_a_run_in_a_thread_leaves_signals_alone_and_works(self):
+        import threading
+        with one(task("a")) as project:
+            before, found = signal.getsignal(signal.SIGINT), []
+            thread = threading.Thread(target=lambda: found.append(project.run()))
+            thread.start()
+            thread.join(60)
+            self.assertTrue(found[0].ok)
+            self.assertIs(signal.getsignal(signal.SIGINT), before)
+
+    def test_without_pidfds_ends_are_seen_all_the_same(self):
+        """As on macOS, where SIGCHLD tells, and in a thread there, where nobody does."""
+        code = f"""
+            import os, sys, threading
+            sys.path.insert(0, {HERE!r})
+            if hasattr(os, "pidfd_open"): del os.pidfd_open
+            import miniflow
+            def go(): assert miniflow.MiniFlow().run("f").ok
+            go(); thread = threading.Thread(target=go); thread.start(); thread.join()
+            """
+        with one(task("a"), task("b", "a", command="sleep 0.1 & true")) as project:
+            done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=project.path,
+                                  stderr=subprocess.PIPE, timeout=60)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    def test_tasks_really_run_at_once_and_never_more_than_allowed(self):
+        meet = ("import os, sys, time; open('here-' + sys.argv[1], 'w').close(); "
+                "end = time.monotonic() + 20\n"
+                "while not os.path.exists('here-' + sys.argv[2]): "
+                "assert time.monotonic() < end; time.sleep(0.01)")
+        with one(task("a", command=[sys.executable, "-c", meet, "1", "2"]),
+                 task("b", command=[sys.executable, "-c", meet, "2", "1"])) as project:
+            self.assertTrue(project.run(max_parallel=2).ok)
+        count = ("n=$(ls live 2>/dev/null | wc -l); mkdir -p live; touch live/$$; "
+                 "ls live | wc -l >> seen; sleep 0.05; rm live/$$")
+        with one(*[task(f"t{n}", command=count) for n in range(12)], max_parallel=3) as project:
+            self.assertTrue(project.run().ok)
+            self.assertLessEqual(max(map(int, project.read("seen").split())), 3)
+
+    def test_a_power_cut_that_took_the_record_of_an_attempt_keeps_its_log(self):
+        with one(task("a", command="echo new")) as project:
+            project.write("miniflow_output/logs/r/a.1.log", "old")
+            os.chmod(project.at("miniflow_output"), 0o700)
+            self.assertTrue(project.run(run_id="r").ok)
+            self.assertEqual((project.log("r", "a"), project.read("miniflow_output/logs/r/a.1.log.lost")),
+                             (b"new\n", "old"))
+
+
+class T15Runner(unittest.TestCase):
+
+    def test_a_failed_run_is_resumed_and_repeats_nothing_that_succeeded(self):
+        with one(task("a", command="echo a >> ran"), task("b", "a", command="echo b >> ran; test -e ready"),
+                 task("c", "b", command="echo c >> ran")) as project:
+            run = project.run(run_id="r")
+            self.assertEqual(run.status, "failed")
+            self.assertEqual(project.main("resume", "r")[0], 1)
+            project.write("ready", "")
+            code, out, _ = project.main("resume", "last")
+            self.assertEqual((code, out), (0, "r\n"))
+            self.assertEqual(project.lines("ran"), ["a", "b", "b", "b", "c"])
+            state = project.state("r")
+            self.assertEqual([a["status"] for a in state["tasks"]["b"]["attempts"]],
+                             ["failed", "failed", "success"])
+            self.assertEqual(state["tasks"]["b"]["log"], "logs/r/b.3.log")
+
+    def test_a_run_that_succeeded_is_returned_as_it_stands_with_a_note(self):
+        with one(task("a", command="echo a >> ran")) as project:
+            project.run(run_id="r")
+            before = project.read("miniflow_output/runs/r.json")
+            for args in (("resume", "r"), ("run", "f", "--run-id", "r")):
+                code, _, err = project.main(*args)
+                self.assertEqual((code, err), (0, "run r has succeeded already; nothing is done\n"))
+            self.assertEqual(project.lines("ran"), ["a"])
+            self.assertEqual(project.read("miniflow_output/runs/r.json"), before)
+            self.assertEqual(os.listdir(project.at("miniflow_output/runs")), ["r.json"])
+
+    def test_resume_keeps_the_params_and_refuses_others(self):
+        with one(task("a", command="echo $MINIFLOW_PARAM_P >> ran; test -e ready")) as project:
+            project.main("run", "f", "--run-id", "r", "--param", "p=first")
+            code, _, err = project.main("run", "f", "--run-id", "r", "--param", "p=second")
+            self.assertEqual(code, 2)
+            self.assertIn("run r exists and keeps its own params", err)
+            project.write("ready", "")
+            self.assertEqual(project.main("resume", "r")[0], 0)
+            self.assertEqual(project.lines("ran"), ["first", "first"])
+
+    def test_a_changed_flow_is_named_and_its_changed_tasks_run_again(self):
+        with one(task("a", command="echo a >> ran"), task("b", "a", command="echo b >> ran"),
+                 task("c", command="exit 1")) as project:
+            project.run(run_id="r")
+            project.write("flows/f.json", json.dumps(flow_json(
+                task("a", command="echo A >> ran"), task("b", "a", command="echo b >> ran"))))
+            code, _, err = project.main("resume", "r")
+            self.assertEqual(code, 0)
+            self.assertIn("task a was changed since run r began; it runs again, and so does its downstream",
+                          err)
+            self.assertIn("task c was removed since run r began", err)
+            self.assertEqual(project.lines("ran"), ["a", "b", "A", "b"])
+
+    def test_a_killed_engine_leaves_an_interrupted_run_that_can_be_resumed(self):
+        with one(task("a", command="echo a >> ran"),
+                 task("b", "a", command="echo b >> ran; test -e ready || sleep 60"),
+                 task("c", "b")) as project:
+            process = project.start("run", "f", "--run-id", "r")
+            journal = "miniflow_output/runs/r.jsonl"
+            wait_for(lambda: os.path.exists(project.at("ran")) and "b" in project.lines("ran")
+                     and re.search('attempt_spawned.*"task":"b"', project.read(journal)), "task b")
+            process.kill()
+            process.communicate()
+            state = json.loads(project.main("show", "r", "--json")[1])
+            self.assertEqual(state["status"], "interrupted")
+            pid = state["tasks"]["b"]["attempts"][0]["pid"]
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            project.write("ready", "")
+            self.assertEqual(project.main("resume", "r")[0], 0)
+            self.assertEqual(project.lines("ran"), ["a", "b", "b"])
+            self.assertEqual([a["status"] for a in project.state("r")["tasks"]["b"]["attempts"]],
+                             ["interrupted", "success"])
+
+    def test_what_is_left_out_counts_with_the_outputs_of_its_last_success(self):
+        with one(task("a", command='echo "{\\"x\\": \\"$MINIFLOW_PARAM_P\\"}" > $MINIFLOW_OUTPUT'),
+                 task("b", "a", command=["sh", "-c", "echo $0 >> ran", "${{ tasks.a.outputs.x }}"])
+                 ) as project:
+            for value in ("one", "two"):
+                self.assertTrue(project.run(params={"p": value}).ok)
+            self.assertEqual(project.main("run", "f", "--only", "b", "--param", "p=three")[0], 0)
+            self.assertEqual(project.lines("ran"), ["one", "two", "two"])
+
+    def test_a_run_id_that_differs_from_another_by_case_only_is_refused(self):
+        with one(task("a")) as project:
+            project.run(run_id="Run")
+            self.assertEqual(project.main("run", "f", "--run-id", "run")[0], 2)
+
+    def test_a_full_disk_is_one_clear_error_and_leaves_no_process(self):
+        with one(task("a", command="echo $$ > pid; sleep 60"), task("b", command="sleep 0.3")) as project:
+            disk = FaultyDisk()
+            mini = mf.MiniFlow(project.at("flows"), project.at("tasks"), project.at("out"))
+            mini.store.disk = disk
+            disk.at = 10**9
+
+            class Full(mf.Watcher):
+                def observe(self, event):
+                    if isinstance(event, mf.AttemptEnded):
+                        disk.at = disk.calls + 1
+            os.chdir(project.path)
+            self.addCleanup(os.chdir, HERE)
+            with self.assertRaises(mf.StateError) as caught:
+                mf.start_run(mini.store, mini.load("f"), "f", project.at("flows/f.json"), {},
+                             mf.Order(project.at("tasks"), 2), run_id="r", watcher=Full())
+            self.assertRegex(str(caught.exception),
+                             "state can't be written: No space left on device; .* miniflow resume r$")
+            self.assertFalse(alive(int(project.read("pid"))))
+            os.chdir(HERE)
+
+    def test_real_workflow_graphs_run_to_success(self):
+        if not os.path.isdir(CASES):
+            self.skipTest("the graphs are not at hand")
+        names = sorted(os.listdir(CASES))
+        for name in names:
+            with open(os.path.join(CASES, name), encoding="utf-8") as file:
+                flow = mf.parse_flow(file.read(), name)
+            run, _, _ = simulate(flow, slots=8)
+            self.assertTrue(run.ok)
+            if len(flow.tasks) < 110:
+                with Project() as project:
+                    shutil.copy(os.path.join(CASES, name), project.at("flows/f.json"))
+                    self.assertTrue(project.run().ok)
+
+    def test_a_chain_of_5000_and_a_fan_of_2000_run_without_recursion_errors(self):
+        run, _, _ = simulate(make(*[task(f"t{n}", *([f"t{n - 1}"] if n else [])) for n in range(5000)]))
+        self.assertTrue(run.ok)
+        with one(task("root"), *[task(f"t{n}", "root", command=["true"]) for n in range(300)],
+                 task("join", *[f"t{n}" for n in range(300)])) as project:
+            self.assertTrue(project.run().ok)
+
+    def test_with_one_slot_the_order_is_always_the_same(self):
+        flow, _ = random_flow(random.Random(5), 30)
+        tasks = mf.flow_to_json(flow)["tasks"]
+        for t in tasks:
+            t.update(command=f"echo {t['id']} >> ran", max_retries=0)
+        orders = []
+        for _ in range(2):
+            with one(*tasks) as project:
+                project.run(max_parallel=1)
+                orders.append(project.lines("ran"))
+        self.assertEqual(*orders)
+
+
+class T16Reporting(unittest.TestCase):
+
+    def test_control_characters_cannot_drive_the_terminal(self):
+        for text, shown in [("\x1b]0;pwn\x07", "\\x1b]0;pwn\\x07"), ("\x1b[2J", "\\x1b[2J"),
+                            ("\r[ok]", "\\x0d[ok]"), ("\x9b31m", "\\x9b31m"), ("a\u202eb", "a\\u202eb"),
+                            ("tab\tnew\nline é", "tab\tnew\nline é")]:
+            self.assertEqual(mf.safe(text), shown)
+
+    def test_a_failed_task_shows_its_last_lines_and_where_the_rest_is(self):
+        with one(task("a", command="for i in $(seq 30); do echo line $i; done; printf '\\033[2Jend\\n'; "
+                                   "exit 4")) as project:
+            code, _, err = project.main("run", "f", "--run-id", "r")
+            self.assertEqual(code, 1)
+            shown = re.findall(r"^    \| (.*)$", err, re.M)
+            self.assertEqual(shown, [f"line {n}" for n in range(12, 31)] + ["\\x1b[2Jend"])
+            self.assertRegex(err, r"(?m)^    log: miniflow_output/logs/r/a\.1\.log \(\d+ bytes more\)$")
+            self.assertIn("to go on with it: miniflow resume r", err)
+
+    def test_each_style_of_output_says_what_it_should(self):
+        with one(task("a", command="echo hello; echo there >&2"),
+                 task("b", "a", command="printf partial; exit 2")) as project:
+            talk = {style: project.main("run", "f", "--output", style) for style in mf.OUTPUTS}
+            for style, (code, out, _) in talk.items():
+                self.assertEqual(code, 1)
+                self.assertEqual(out.count("\n"), 1 if style != "json" else 7)
+            self.assertRegex(talk["progress"][2],
+                             r"(?s)start      a\n.*success    a \(.*failed     b: exit 2")
+            self.assertIn("a | hello\na | there\n", talk["prefix"][2])
+            self.assertIn("b | partial\n", talk["prefix"][2])
+            self.assertIn("    | hello\n    | there\n", talk["group"][2])
+            self.assertNotIn("start", talk["quiet"][2])
+            self.assertIn("failed     b: exit 2", talk["quiet"][2])
+            events = [json.loads(line) for line in talk["json"][1].splitlines()]
+            self.assertEqual([(event["event"], event["task"], event["status"]) for event in events], [
+                ("attempt_started", "a", "running"), ("attempt_spawned", "a", "running"),
+                ("attempt_ended", "a", "success"),
+                ("attempt_started", "b", "running"), ("attempt_spawned", "b", "running"),
+                ("attempt_ended", "b", "failed"),
+                ("run_finished", None, "failed")])
+            self.assertEqual({event["run"] for event in events}, {events[0]["run"]})
+
+    def test_the_live_part_fits_the_terminal_and_counts(self):
+        live = mf.Live(mf.Store("x"))
+        run = mf.Run(mf.make_plan(make(*[task("t" * 60 + str(n)) for n in range(20)])), "r", started=0)
+        for n in range(15):
+            run.apply(mf.AttemptStarted(1, "t" * 60 + str(n), 1))
+        run.apply(mf.AttemptEnded(5, "t" * 60 + "0", 1, "success"))
+        live.run = run
+        for columns, rows in ((40, 10), (80, 24), (200, 5)):
+            lines = live.picture(7, columns, rows)
+            self.assertLess(len(lines), rows)
+            self.assertTrue(all(len(line) < columns for line in lines))
+        self.assertIn("1/20 done, 14 running, 7.00 s", lines[-1])
+
+    def test_a_terminal_gets_a_live_part_and_it_is_gone_at_the_end(self):
+        import pty
+        with one(task("a", command="sleep 0.3"), task("b", "a", command="exit 3")) as project:
+            primary, secondary = pty.openpty()
+            env = {**os.environ, "TERM": "xterm"}
+            env.pop("NO_COLOR", None)
+            process = subprocess.Popen([sys.executable, ENGINE, "run", "f"], cwd=project.path,
+                                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                       stderr=secondary, env=env)
+            os.close(secondary)
+            shown = b""
+            with contextlib.suppress(OSError):
+                while True:
+                    chunk = os.read(primary, 65536)
+                    if not chunk:
+                        break
+                    shown += chunk
+            os.close(primary)
+            self.assertEqual(process.wait(30), 1)
+            text = shown.decode()
+            self.assertIn("0/2 done, 1 running", text)
+            self.assertRegex(text, r"\x1b\[31mfailed   \x1b\[0m  b: exit 3")
+            self.assertRegex(text.rsplit("\x1b[J", 1)[1],
+                             r"run f-\S+: failed \(b failed\): 1 success, 1 failed in")
+
+    def test_the_critical_path_is_what_decided_the_end(self):
+        run, _, _ = simulate(make(task("a"), task("b", "a"), task("c", "a"), task("d", "b", "c")),
+                             {"c": {1: (9, 0)}})
+        self.assertEqual(mf.critical_path(run), ["a", "c", "d"])
+
+    def test_a_reader_that_goes_away_never_ends_a_run(self):
+        with one(*[task(f"t{n}") for n in range(20)]) as project:
+            reader, writer = os.pipe()
+            process = subprocess.Popen(
+                [sys.executable, ENGINE, "run", "f", "--run-id", "r", "--output", "json"],
+                cwd=project.path, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer)
+            os.close(writer)
+            os.read(reader, 1)
+            os.close(reader)
+            process.wait(60)
+            self.assertEqual(project.state("r")["status"], "success")
+
+
+class T17Library(unittest.TestCase):
+
+    def test_a_program_lists_and_runs_flows_as_the_readme_shows(self):
+        with Project({"b": flow_json(task("x", command="exit 1")),
+                      "a": flow_json(task("x", command="echo hi")), "bad": "{"}) as project:
+            mini = mf.MiniFlow(flows_dir=project.at("flows"), tasks_dir=project.at("tasks"),
+                               output_dir=project.at("out"))
+            self.assertEqual(mini.list_flows(), ["a", "b", "bad"])
+            path = mini.execute_flow("a", dry_run=True)
+            self.assertIsInstance(path, str)
+            self.assertEqual(os.path.dirname(path), project.at("out", "scripts"))
+            self.assertFalse(os.path.exists(project.at("out", "runs")))
+            self.assertTrue(os.path.exists(mini.execute_flow("a", {"any": 1})))
+            self.assertEqual(len(os.listdir(project.at("out", "runs"))), 1)
+            with self.assertRaises(mf.FlowFailed) as caught:
+                mini.execute_flow("b")
+            self.assertEqual(caught.exception.run.tasks["x"].reason, "exit 1")
+            with self.assertRaises(FileNotFoundError):
+                mini.execute_flow("nope")
+            with self.assertRaises(ValueError):
+                mini.execute_flow("bad")
+
+    def test_run_returns_the_run_whether_it_succeeded_or_not(self):
+        with one(task("a", command='echo "{\\"n\\": 1}" > $MINIFLOW_OUTPUT'),
+                 task("b", command="exit 2")) as project:
+            run = project.run(run_id="r")
+            self.assertEqual(
+                (run.ok, run.status, run.id, run.ctx, run.tasks["a"].status, run.tasks["b"].reason),
+                (False, "failed", "r", {"n": 1}, "success", "exit 2"))
+
+    def test_scripts_have_to_lie_below_the_tasks_directory(self):
+        with Project(scripts={"ok.py": "", "sub/deep.py": ""}) as project:
+            project.write("out.py", "")
+            os.symlink(project.at("out.py"), project.at("tasks/link.py"))
+            os.symlink(project.at("tasks/ok.py"), project.at("tasks/inner.py"))
+            check = mf.script_checker(project.at("tasks"))
+            for path in ("ok.py", "sub/deep.py", "sub/../ok.py", "inner.py"):
+                self.assertIsNone(check(path))
+            for path in ("../out.py", "link.py", project.at("out.py"), project.at("tasks/ok.py"), ".."):
+                self.assertIn("outside the tasks directory", check(path))
+            self.assertIn("did you mean ok.py?", check("okk.py"))
+            self.assertIn("is not a file", check("sub"))
+
+
+class T18CommandLine(unittest.TestCase):
+
+    def test_every_promise_of_an_exit_code(self):
+        with Project({"good": flow_json(task("a")), "red": flow_json(task("a", command="exit 1")),
+                      "bad": "{"}) as project:
+            for args, code in [
+                    ((), 2), (("--version",), 0), (("--help",), 0), (("run", "--help"), 0), (("rum",), 2),
+                    (("run",), 2), (("run", "good"), 0), (("run", "red"), 1), (("run", "bad"), 2),
+                    (("run", "nope"), 3), (("run", "./x"), 3), (("run", "good", "-j", "0"), 2),
+                    (("run", "good", "-j", "x"), 2), (("run", "good", "--bogus"), 2),
+                    (("run", "good", "--only", "zz"), 3), (("run", "good", "--run-id", "../x"), 2),
+                    (("run", "good", "--params", "[1]"), 2), (("run", "good", "--params", "nofile"), 2),
+                    (("run", "good", "--param", "x"), 2), (("-l", "LOUD", "list"), 2),
+                    (("show", "nope"), 3), (("show", "../x"), 2), (("logs", "last", "zz"), 3),
+                    (("resume", "nope"), 3), (("validate",), 2), (("validate", "good"), 0),
+                    (("validate", "nope"), 3), (("graph", "nope"), 3), (("-f", "nowhere", "list"), 3),
+                    (("clean",), 2), (("export", "good"), 2), (("export", "good", "--to", "cobol"), 2),
+                    (("schema",), 0), (("list",), 0), (("runs",), 0)]:
+                with self.subTest(args=args):
+                    got, out, err = project.main(*args)
+                    self.assertEqual(got, code, err)
+                    self.assertNotIn("Traceback", err)
+                    if code:
+                        self.assertTrue(err.strip())
+
+    def test_help_of_every_command_has_an_example(self):
+        with Project() as project:
+            for name in mf.COMMANDS:
+                self.assertIn("example:\n  miniflow ", project.main(name, "--help")[1])
+            self.assertEqual(project.main("--version")[1], f"miniflow {mf.__version__}\n")
+
+    def test_global_options_are_taken_before_and_after_the_command_and_from_the_environment(self):
+        with Project() as project:
+            project.write("ff/x.json", json.dumps(flow_json(task("a"))))
+            for args in (("-f", "ff", "-o", "oo", "run", "x"), ("run", "-f", "ff", "x", "-o", "oo"),
+                         ("run", "x", "--flows-dir", "ff", "--output-dir=oo"),
+                         ("-f", "wrong", "run", "x", "-f", "ff", "-o", "oo")):
+                self.assertEqual(project.main(*args)[0], 0)
+            self.assertEqual(len(os.listdir(project.at("oo/runs"))), 4)
+            os.environ["MINIFLOW_FLOWS_DIR"] = "ff"
+            try:
+                self.assertEqual(project.main("validate", "x")[0], 0)
+            finally:
+                del os.environ["MINIFLOW_FLOWS_DIR"]
+            self.assertFalse(os.path.exists(project.at("miniflow_output")))
+
+    def test_a_letter_means_what_the_command_says_after_it_and_the_global_before_it(self):
+        with one(task("a")) as project:
+            self.assertEqual(project.main("-o", "oo", "export", "f", "--to", "bash", "-o", "x.sh")[0], 0)
+            self.assertTrue(os.access(project.at("x.sh"), os.X_OK))
+            self.assertEqual(subprocess.run(["bash", "-n", project.at("x.sh")]).returncode, 0)
+
+    def test_params_come_in_every_form(self):
+        seen = ("import json, os; json.dump(json.load(open(os.environ['MINIFLOW_CONTEXT']))['params'], "
+                "open('seen.json', 'w'))")
+        with one(task("a", command=[sys.executable, "-c", seen]),
+                 params={"n": {"type": "integer"}, "s": "x"}) as project:
+            project.write("p.json", '{"n": 3}')
+            for args, expected, stdin in [
+                    ((), {"s": "x"}, b""), (("--params", '{"n": 1, "s": "y"}'), {"n": 1, "s": "y"}, b""),
+                    (("-p", "p.json"), {"n": 3, "s": "x"}, b""),
+                    (("-p", "-"), {"n": 4, "s": "x"}, b'{"n": 4}'),
+                    (("--param", "n=5", "--param", "s=a=b"), {"n": 5, "s": "a=b"}, b""),
+                    (("-p", "p.json", "--param", "n=6"), {"n": 6, "s": "x"}, b""),
+                    (("--param", "s="), {"s": ""}, b"")]:
+                with self.subTest(args=args):
+                    done = project.cli("run", "f", *args, stdin=stdin)
+                    self.assertEqual(done.returncode, 0, done.stderr)
+                    self.assertEqual(json.loads(project.read("seen.json")), expected)
+            for args, part in [(("-p", '{"n": 1, "n": 2}'), "--params:1:10: n: given twice"),
+                               (("--param", "n=x"), '--param n: expected an integer, got "x"; give 7'),
+                               (("--param", "m=1"), "params.m: flow f has no such param"),
+                               (("-p", '{"n": 1.5}'), "params.n: expected an integer, got 1.5")]:
+                with self.subTest(args=args):
+                    code, _, err = project.main("run", "f", *args)
+                    self.assertEqual(code, 2)
+                    self.assertIn(part, err)
+
+    def test_a_broken_flow_beside_good_ones_stops_none_of_them(self):
+        with Project({"bad": '{"name": 3}', "good": flow_json(task("a"), description="fine")}) as project:
+            code, out, _ = project.main("list")
+            self.assertEqual(code, 0)
+            self.assertRegex(
+                out, r"(?m)^bad +- +- +broken: flows/bad\.json:1:1: tasks is missing.* \(and 1 more\)$")
+            self.assertRegex(out, r"(?m)^good \(f\) +1 +- +fine$")
+            rows = json.loads(project.main("list", "--json")[1])
+            self.assertEqual([row["name"] for row in rows], ["bad", "good"])
+            self.assertEqual(len(rows[0]["error"]), 2)
+            self.assertEqual(project.main("run", "good")[0], 0)
+            code, out, err = project.main("validate")
+            self.assertEqual((code, out), (2, "./flows/good.json: ok, 1 tasks\n"))
+            self.assertIn("error: flows/bad.json:1:2: name: expected a name", err)
+            self.assertIn("warning: ./flows/good.json: its name is f; it is run as good", err)
+
+    def test_nothing_runs_when_validation_fails(self):
+        with one(task("a", command="touch ran"), task("b", "zz")) as project:
+            self.assertEqual(project.main("run", "f")[0], 2)
+            self.assertEqual(sorted(os.listdir(project.path)), ["flows", "tasks"])
+
+    def test_a_flow_can_be_named_by_its_path(self):
+        with one(task("a")) as project:
+            os.rename(project.at("flows/f.json"), project.at("mine.json"))
+            self.assertEqual(project.main("run", "mine.json", "--run-id", "r")[0], 0)
+            self.assertEqual(project.state("r")["flow"], "mine")
+            self.assertEqual(project.main("run", "./mine.json", "-o", project.at("o"))[0], 0)
+
+    def test_a_dry_run_prints_a_scripts_path_and_the_plan_and_runs_nothing(self):
+        with one(task("a", command="touch ran"), task("b", "a", max_retries=2)) as project:
+            code, out, err = project.main("run", "f", "--dry-run")
+            self.assertEqual(code, 0)
+            self.assertTrue(os.path.isfile(out.strip()))
+            self.assertRegex(err, r"(?m)^2  b +true +a +retries 2$")
+            self.assertFalse(os.path.exists(project.at("ran")))
+            self.assertFalse(os.path.exists(project.at("miniflow_output/runs")))
+
+    def test_history_is_listed_newest_first_and_filtered(self):
+        with Project({"a": flow_json(task("x")), "b": flow_json(task("x", command="exit 1"))}) as project:
+            for n, name in enumerate("abab"):
+                project.main("run", name, "--run-id", f"r{n}")
+            ids = [row["id"] for row in json.loads(project.main("runs", "--json")[1])]
+            self.assertEqual(ids, ["r3", "r2", "r1", "r0"])
+            self.assertEqual([row["id"] for row in json.loads(project.main("runs", "a", "--json")[1])],
+                             ["r2", "r0"])
+            self.assertEqual([row["id"] for row in json.loads(project.main(
+                "runs", "--status", "failed", "--limit", "1", "--json")[1])], ["r3"])
+            self.assertRegex(project.main("runs")[1], r"(?m)^r3 +b +failed +20\S+ +\S+ s +x failed$")
+
+    def test_show_tells_tasks_reasons_and_the_critical_path(self):
+        with one(task("a"), task("b", "a", command="exit 7", max_retries=1), task("c", "b")) as project:
+            project.main("run", "f", "--run-id", "r")
+            out = project.main("show", "last")[1]
+            self.assertRegex(out, r"(?m)^run r of flow f: failed \(b failed\)$")
+            self.assertRegex(out, r"(?m)^b +failed +2 +\S+ s +exit 7$")
+            self.assertRegex(out, r"(?m)^c +upstream_failed +0 +\S+( s)? +upstream b failed$")
+            self.assertIn("critical path: a -> b", out)
+            self.assertEqual(json.loads(project.main("show", "r", "--json")[1])["tasks"],
+                             project.state("r")["tasks"])
+
+    def test_logs_are_shown_by_task_and_attempt(self):
+        with one(task("a", command="echo try $MINIFLOW_ATTEMPT; test $MINIFLOW_ATTEMPT = 2", max_retries=3),
+                 task("b", "a")) as project:
+            project.main("run", "f", "--run-id", "r")
+            self.assertEqual(project.main("logs", "r", "a")[1], "try 2\n")
+            self.assertEqual(project.main("logs", "r", "a", "--attempt", "1")[1], "try 1\n")
+            self.assertEqual(project.main("logs", "r")[1],
+                             "==> a, attempt 2 <==\ntry 2\n==> b, attempt 1 <==\n")
+            self.assertEqual(project.main("logs", "r", "b", "--attempt", "2")[0], 3)
+
+    def test_clean_removes_what_it_says_and_nothing_else(self):
+        with Project({"a": flow_json(task("x")), "b": flow_json(task("x"))}) as project:
+            for n in range(3):
+                project.main("run", "a", "--run-id", f"a{n}")
+            project.main("run", "b", "--run-id", "b0")
+            for _ in range(2):
+                project.main("run", "a", "--dry-run")
+            project.write("miniflow_output/scripts/mine.txt", "")
+            self.assertEqual(project.main("clean", "--keep", "1", "--older-than", "1")[1], "")
+            plan = project.main("clean", "--keep", "1", "--dry-run")[1]
+            self.assertEqual(len(os.listdir(project.at("miniflow_output/runs"))), 4)
+            self.assertEqual(project.main("clean", "--keep", "1")[1], plan)
+            self.assertEqual([line.split()[1] for line in plan.splitlines()][:2], ["a1", "a0"])
+            self.assertEqual(sorted(os.listdir(project.at("miniflow_output/runs"))), ["a2.json", "b0.json"])
+            self.assertEqual(sorted(os.listdir(project.at("miniflow_output/logs"))), ["a2", "b0"])
+            self.assertEqual(len(os.listdir(project.at("miniflow_output/scripts"))), 2)
+
+    def test_clean_never_removes_a_run_that_goes_on(self):
+        with one(task("a", command="touch here; sleep 60")) as project:
+            process = project.start("run", "f", "--run-id", "r")
+            wait_for(lambda: os.path.exists(project.at("here")), "the task")
+            self.assertEqual(project.main("clean", "--keep", "0")[1], "")
+            code, _, err = project.main("resume", "r")
+            self.assertEqual(code, 4)
+            self.assertRegex(
+                err, rf"^run r is being run by process {process.pid} on host \S+ since \S+; wait for it")
+            process.terminate()
+            process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 143)
+
+    def test_init_makes_an_example_that_works_and_overwrites_nothing(self):
+        with Project() as project:
+            self.assertEqual(project.main("init", "demo")[0], 0)
+            done = subprocess.run([sys.executable, ENGINE, "run", "hello", "--run-id", "r"],
+                                  cwd=project.at("demo"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            with open(project.at("demo/miniflow_output/logs/r/count.1.log")) as file:
+                self.assertEqual(file.read(), "greeted: 1\n")
+            self.assertEqual(project.main("init", "demo")[0], 2)
+
+    def test_the_sample_flow_makes_a_real_report(self):
+        with Project() as project:
+            for name in ("flows", "tasks"):
+                shutil.rmtree(project.at(name))
+                shutil.copytree(os.path.join(HERE, name), project.at(name))
+            done = project.cli("run", "sample_flow", "--param", "days=10")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            report = json.loads(project.read("sample_report.json"))
+            counts = report["readings"]
+            self.assertEqual(counts["fetched"], 10 * 24 * 3)
+            self.assertEqual(counts["used"] + counts["missing"] + counts["impossible"], counts["fetched"])
+            self.assertGreater(counts["missing"], 0)
+            self.assertEqual(report["warmest_station"], "old_town")
+
+    def test_an_unreadable_flow_or_state_is_one_clear_error(self):
+        with one(task("a")) as project:
+            project.write("flows/latin.json", b'{"name": "\xe9"}')
+            code, _, err = project.main("run", "latin")
+            self.assertEqual((code, err), (
+                2, "error: flows/latin.json:1:11: byte 0xe9 is not UTF-8; save the file as UTF-8\n"))
+            os.mkdir(project.at("flows/dir.json"))
+            code, _, err = project.main("run", "dir")
+            self.assertEqual((code, err), (
+                2, "error: flows/dir.json: can't be read: it is not a regular file\n"))
+            project.write("file", "")
+            code, _, err = project.main("run", "f", "-o", "file")
+            self.assertEqual(code, 74)
+            self.assertIn("can't be used for state", err)
+            self.assertEqual(project.main("list")[0], 0)
+
+    def test_a_bug_ends_with_70_a_traceback_and_a_line_that_asks_to_report_it(self):
+        @mf.command("crash", "", "")
+        def crash(options):
+            raise RuntimeError("boom")
+        try:
+            with Project() as project:
+                code, _, err = project.main("crash")
+                self.assertEqual(code, 70)
+                self.assertIn("RuntimeError: boom", err)
+                self.assertIn("this is a bug in MiniFlow", err)
+        finally:
+            del mf.COMMANDS["crash"]
+
+
+class T99HouseRules(unittest.TestCase):
+    """What keeps the file readable."""
+
+    @classmethod
+    def setUpClass(cls):
+        with open(ENGINE, encoding="utf-8") as file:
+            cls.text = file.read()
+        cls.tree = ast.parse(cls.text)
+        cls.line = cls.text[:cls.text.index("## THE LINE")].count("\n") + 1
+        cls.banners = re.findall(r"(?m)^# == (.*)$", cls.text)
+
+    def bound(self):
+        where = {}
+        for node in self.tree.body:
+            names = [node.name] if hasattr(node, "name") else [
+                t.id for t in getattr(node, "targets", [getattr(node, "target", None)])
+                if isinstance(t, ast.Name)]
+            for name in names:
+                where.setdefault(name, node.lineno)
+        return where
+
+    def test_a_section_mentions_only_names_bound_above_it(self):
+        where = self.bound()
+        late = [(node.name, use.id) for node in self.tree.body if hasattr(node, "name")
+                for use in ast.walk(node)
+                if isinstance(use, ast.Name) and isinstance(use.ctx, ast.Load)
+                and where.get(use.id, 0) > node.end_lineno]
+        self.assertEqual(late, [])
+
+    def test_nothing_above_the_line_touches_the_outside(self):
+        outside = {"os", "time", "signal", "sys", "subprocess", "socket", "open", "print", "input", "random",
+                   "threading", "shutil", "select", "stat", "errno"}
+        used = [(node.lineno, node.id) for node in ast.walk(self.tree)
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+                and node.id in outside and node.lineno < self.line]
+        now = [node.lineno for node in ast.walk(self.tree) if isinstance(node, ast.Attribute)
+               and node.attr in ("now", "today", "utcnow") and node.lineno < self.line
+               and not (isinstance(node.value, ast.Name) and node.value.id == "world")]
+        self.assertEqual((used, now), ([], []))
+
+    def test_contents_banners_and_all_agree(self):
+        contents = re.findall(r"(?m)^ +(\d+\. [A-Z].*)$", ast.get_docstring(self.tree, clean=False))
+        self.assertEqual(contents, self.banners)
+        self.assertEqual([int(banner.split(".")[0]) for banner in self.banners],
+                         list(range(1, len(self.banners) + 1)))
+        starts = [self.text[:self.text.index(f"# == {banner}")].count("\n") + 1 for banner in self.banners]
+        where, section, claimed = self.bound(), "", []
+        for line in self.text[self.text.index("__all__ = ["):].split("]")[0].splitlines()[1:]:
+            if line.strip().startswith("#"):
+                section = line.strip("# ").strip()
+            for name in re.findall(r'"(\w+)"', line):
+                claimed.append(name)
+                index = max(n for n, start in enumerate(starts) if start < where[name])
+                self.assertEqual(self.banners[index].split(":")[0], section, name)
+        self.assertEqual(claimed, mf.__all__)
+
+    def test_functions_and_classes_stay_small(self):
+        lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(self.tree)
+                   if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+        self.assertEqual([name for name, length in lengths.items() if length > 60], [])
+        ordered = sorted(lengths.values())
+        self.assertLessEqual(ordered[len(ordered) // 2], 10)
+        self.assertLessEqual(ordered[len(ordered) * 9 // 10], 30)
+        self.assertEqual([node.name for node in self.tree.body if isinstance(node, ast.ClassDef)
+                          and node.end_lineno - node.lineno + 1 > 250], [])
+
+    def test_public_names_have_a_docstring_of_which_the_first_line_is_a_sentence(self):
+        for node in self.tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                text = ast.get_docstring(node)
+                self.assertTrue(text, node.name)
+                self.assertIn(text.splitlines()[0][-1], ".;:?", node.name)
+
+    def test_comments_and_docstrings_are_a_sixth_to_a_third_of_the_lines(self):
+        """Texts in other languages, which are constants of many lines, count as neither code nor comment."""
+        with open(ENGINE, "rb") as file:
+            told = {token.start[0] for token in tokenize.tokenize(file.readline)
+                    if token.type == tokenize.COMMENT}
+        texts = set()
+        for node in ast.walk(self.tree):
+            documented = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
+            if documented and ast.get_docstring(node) is not None:
+                told.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                texts.update(range(node.lineno + 1, node.end_lineno + 1))
+        written = {n for n, line in enumerate(self.text.splitlines(), 1) if line.strip()} - texts
+        share = len(told & written) / len(written)
+        self.assertTrue(1 / 6 <= share <= 1 / 3, share)
+
+    def test_no_line_is_wider_than_110_columns(self):
+        for path in (ENGINE, os.path.abspath(__file__)):
+            with open(path, encoding="utf-8") as file:
+                self.assertEqual([n for n, line in enumerate(file, 1) if len(line) > 111], [], path)
+
+    def test_errors_carry_their_value(self):
+        """Most raises of the user's errors are built from the offending value."""
+        raises = [node for node in ast.walk(self.tree)
+                  if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+        with_value = [node for node in raises if any(
+            isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)
+            for arg in node.exc.args for part in ast.walk(arg))]
+        self.assertGreaterEqual(len(with_value) / len(raises), 0.8)
+
+    def test_only_the_standard_library_is_imported(self):
+        known = getattr(sys, "stdlib_module_names", None)
+        if known is None:
+            return                             # 3.9 does not tell what its library holds; a newer Python does
+        for path in (ENGINE, os.path.abspath(__file__)):
+            with open(path, encoding="utf-8") as file:
+                tree = ast.parse(file.read())
+            names = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+                     for alias in node.names}
+            names |= {node.module.split(".")[0] for node in ast.walk(tree)
+                      if isinstance(node, ast.ImportFrom) and node.module}
+            self.assertEqual(names - set(known) - {"miniflow"}, set())
+
+    def test_starting_up_imports_nothing_slow(self):
+        slow = ("asyncio", "argparse", "subprocess", "dataclasses", "inspect", "logging", "http.server",
+                "urllib.request", "difflib", "shutil", "tempfile", "concurrent.futures")
+        code = (f"import sys; sys.path.insert(0, {HERE!r}); import miniflow; "
+                f"print([m for m in {slow!r} if m in sys.modules])")
+        done = subprocess.run([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+        self.assertEqual(done.stdout, b"[]\n")
+
+    def test_the_licence_and_the_picture_travel_with_the_file(self):
+        self.assertIn("Permission is hereby granted, free of charge", mf.__doc__)
+
+
+class _Result(unittest.TextTestResult):
+    """Counts what passed as well."""
+
+    passed = 0
+
+    def addSuccess(self, test):
+        super().addSuccess(test)
+        self.passed += 1
+
+
+def run_all():
+    """Run all tests and end with a line of counts; return the exit code."""
+    program = unittest.main(exit=False, testRunner=unittest.TextTestRunner(resultclass=_Result))
+    result = program.result
+    failed = (len({test.id().split(" ")[0] for test, _ in result.failures + result.errors})
+              + len(result.unexpectedSuccesses))
+    print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped")
+    return 0 if result.passed and not failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_all())
