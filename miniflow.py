@@ -660,12 +660,13 @@ def describe_schema(schema: Schema) -> str:
     words = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
     if kind == "array" and "items" in schema:
         words += " of which each is " + describe_schema(schema["items"])
-    if "minimum" in schema and "maximum" in schema:
-        words += f" from {schema['minimum']} to {schema['maximum']}"
-    elif "minimum" in schema:
-        words += f" of at least {schema['minimum']}"
-    elif "maximum" in schema:
-        words += f" of at most {schema['maximum']}"
+    for low, high, unit in (("minimum", "maximum", ""), ("minLength", "maxLength", " characters"),
+                            ("minItems", "maxItems", " items")):
+        if low in schema and high in schema:
+            words += f" from {schema[low]} to {schema[high]}{unit}"
+        elif low in schema or high in schema:
+            bound = "least" if low in schema else "most"
+            words += f" of at {bound} {schema.get(low, schema.get(high))}{unit}"
     if "pattern" in schema:
         words += f" that matches {schema['pattern']}"
     return words
@@ -687,7 +688,7 @@ def accepts(schema: Schema, value: Any) -> bool:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
     if isinstance(value, list):
-        return bool(len(value) >= schema.get("minItems", 0))
+        return bool(schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)))
     return True
 
 
@@ -889,13 +890,12 @@ def param_schema(param: Param) -> Schema:
 
 
 def _same_kind(param: Param) -> str:
-    """Return the declared type, else the type of the default, which says as much to whoever types a value."""
+    """Return the declared type, else that of the default or of all `enum` values: they say as much."""
     if param.type:
         return param.type
-    for kind in ("boolean", "number", "array", "object"):
-        if _TYPES[kind](param.default):
-            return kind
-    return "string"
+    examples = param.enum or (param.default,)
+    return next((kind for kind in ("boolean", "number", "array", "object")
+                 if all(_TYPES[kind](example) for example in examples)), "string")
 
 
 def parse_param(name: str, text: str, param: Param) -> Any:
@@ -911,7 +911,7 @@ def parse_param(name: str, text: str, param: Param) -> Any:
         example = {"integer": "7", "number": "0.5", "boolean": "true or false", "array": '["a", 1]',
                    "object": '{"a": 1}'}[kind]
         raise UsageError(f"--param {name}: expected {describe_schema({'type': kind})}"
-                         f"{'' if param.type else f' as its default {shown(param.default)} is one'}, "
+                         f"{'' if param.type else f' like {shown((param.enum or (param.default,))[0])}'}, "
                          f"got {shown(text)}; give {example}")
     return value
 
@@ -1068,7 +1068,7 @@ def _check_env(env: Mapping[str, Any], path: Path) -> Iterator[Problem]:
 
 
 def _check_action(task: Task, path: Path) -> Iterator[Problem]:
-    """Yield what is wrong with what a task executes, and with when it is retried."""
+    """Yield what is wrong with what a task executes."""
     action = task.action
     if isinstance(action, Command) and isinstance(action.command, str):
         if any(match[0] != "$${{" for match in _TEMPLATE.finditer(action.command)):
@@ -1079,9 +1079,6 @@ def _check_action(task: Task, path: Path) -> Iterator[Problem]:
             if not _OPTION.fullmatch(key):
                 yield Problem(path + ("args", key), "not a name of an option; "
                               "write it without leading dashes and =")
-    for n, code in enumerate(task.retry.retry_on or ()):
-        if isinstance(code, str) and code != "timeout":
-            yield Problem(path + ("retry_on", n), f"{shown(code)} is neither an exit code nor \"timeout\"")
 
 
 def _check_ref(ref: Ref, flow: Flow, roots: Iterable[str]) -> Optional[str]:
@@ -1222,7 +1219,7 @@ _COMMAND: Schema = {"anyOf": [{"type": "string", "minLength": 1},
                               {"type": "array", "items": _STR, "minItems": 1}],
                     "title": "a shell string, or a non-empty array of strings"}
 _RETRY_ON: Schema = {"type": "array", "items": {
-    "anyOf": [{"type": "integer", "minimum": 1, "maximum": 255}, _STR],
+    "anyOf": [{"type": "integer", "minimum": 1, "maximum": 255}, {"type": "string", "enum": ["timeout"]}],
     "title": "an exit code from 1 to 255 or \"timeout\""}}
 
 PARAM_FIELDS = (
@@ -1247,7 +1244,7 @@ ACTION_FIELDS = (
 TASK_FIELDS = (
     Field("id", _NAME, "the task's name, unique in the flow", required=True),
     *ACTION_FIELDS,
-    Field("description", _STR, "shown by list and graph"),
+    Field("description", _STR, "shown by graph"),
     Field("tags", _STRS, "run --tags takes the tasks with a tag and what they need"),
     Field("depends_on", _STRS, "ids of the tasks that it waits for"),
     Field("args", _ARGS, "arguments: an array as it is, or an object of options"),
@@ -1903,7 +1900,7 @@ class Run:
         self._settle(event.task, event.status, event.at, event.reason, event.output, None)
 
     def _on_cancel(self, event: CancelRequested) -> None:
-        self.cancel = event._replace(exit_code=self.cancel.exit_code) if self.cancel else event
+        self.cancel = self.cancel._replace(kill=self.cancel.kill or event.kill) if self.cancel else event
 
     def _on_finished(self, event: RunFinished) -> None:
         self.outcome, self.reason, self.finished = event.status, event.reason, event.at
@@ -2598,8 +2595,9 @@ def to_text_graph(plan: Plan) -> str:
     for name in plan.order:
         level[name] = 1 + max((level[up] for up in plan.tasks[name].depends_on), default=0)
     flow = plan.flow
-    lines = [f"{flow.name}: {len(plan.order)} tasks, {max(level.values())} levels"
-             + (f"  {flow.description}" if flow.description else "")]
+    head = [f"{flow.name}: {len(plan.order)} tasks, {max(level.values())} levels", flow.description,
+            f"version {flow.version}" if flow.version else "", *(f"#{tag}" for tag in flow.tags)]
+    lines = ["  ".join(word for word in head if word)]
     width = max(len(name) for name in plan.order)
     for number in range(1, max(level.values()) + 1):
         lines.append(f"{number}")
@@ -2609,7 +2607,8 @@ def to_text_graph(plan: Plan) -> str:
             marks += ["allow_failure"] if task.allow_failure else []
             line = f"   {name:<{width}}  {describe_action(task)}"
             line += f"  [{', '.join(marks)}]" if marks else ""
-            lines.append(line + (f"  <- {', '.join(task.depends_on)}" if task.depends_on else ""))
+            line += f"  <- {', '.join(task.depends_on)}" if task.depends_on else ""
+            lines.append(line + (f"  ({task.description})" if task.description else ""))
     return "\n".join(lines)
 
 
@@ -2629,7 +2628,7 @@ _BASH_HEAD = r'''#!/usr/bin/env bash
 # Needs bash 5.1 or newer, coreutils and, for Python scripts and for outputs, python3 (or what PYTHON names).
 # Logs and ends.tsv (task, end, attempts, reason) go below MINIFLOW_OUTPUT_DIR, by default ./miniflow_output.
 # Exit code: 0 success, 1 a task failed, 2 can't run, 130 or 143 interrupted.
-# shellcheck disable=SC1003,SC1112,SC2016,SC2034,SC2093,SC2317,SC2329
+# shellcheck disable=SC1003,SC1112,SC2016,SC2034,SC2093,SC2154,SC2317,SC2329
 set -u
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
     echo 'this script needs bash 5.1 or newer' >&2
@@ -2639,27 +2638,27 @@ fi
 
 _BASH_ENGINE = r'''
 # ---- the engine
-export io start_dir
-start_dir=$PWD
-out=${MINIFLOW_OUTPUT_DIR:-miniflow_output}
-[[ $out == /* ]] || out=$start_dir/$out
-MINIFLOW_RUN_ID=${flow//[^A-Za-z0-9_-]/_}-$(date -u +%Y%m%dT%H%M%SZ)-$$
-scheduled_time=$(date -u +%Y-%m-%dT%H:%M:%S.%6NZ)
-export MINIFLOW_RUN_ID scheduled_time MINIFLOW_FLOW=$flow
-export PYTHON=${PYTHON:-python3}
-mask=$(umask)
+export mf_io mf_start_dir
+mf_start_dir=$PWD
+mf_out=${MINIFLOW_OUTPUT_DIR:-miniflow_output}
+[[ $mf_out == /* ]] || mf_out=$mf_start_dir/$mf_out
+MINIFLOW_RUN_ID=${mf_flow//[^A-Za-z0-9_-]/_}-$(date -u +%Y%m%dT%H%M%SZ)-$$
+mf_scheduled_time=$(date -u +%Y-%m-%dT%H:%M:%S.%6NZ)
+export MINIFLOW_RUN_ID mf_scheduled_time MINIFLOW_FLOW=$mf_flow
+export mf_python=${PYTHON:-python3}
+mf_mask=$(umask)
 umask 077
-logs=$out/logs/$MINIFLOW_RUN_ID
-mkdir -p -- "$logs" || exit 2
-io=$(mktemp -d) || exit 2
-export TMP_DIR=$io/work
+mf_logs=$mf_out/logs/$MINIFLOW_RUN_ID
+mkdir -p -- "$mf_logs" || exit 2
+mf_io=$(mktemp -d) || exit 2
+export TMP_DIR=$mf_io/work
 mkdir -- "$TMP_DIR" || exit 2
-trap 'rm -rf -- "$io"' EXIT
-printf '%s' "$context" >"$io/context.json" || exit 2
-umask "$mask"
+trap 'rm -rf -- "$mf_io"' EXIT
+printf '%s' "$mf_context" >"$mf_io/context.json" || exit 2
+umask "$mf_mask"
 
 # Outputs are JSON, so python3 reads them: what a task wrote, what its downstream sees, one value of that.
-export py_outputs='
+export mf_py_outputs='
 import json, re, sys
 verb, io, number, *rest = sys.argv[1:]
 def load(path):
@@ -2726,53 +2725,55 @@ else:
 '
 
 set_end() { # number end reason
-    end[$1]=$2
-    reason[$1]=$3
-    export "MINIFLOW_STATUS_$1=$2"
+    mf_end[$1]=$2
+    mf_reason[$1]=$3
+    export "mf_status_$1=$2"
     local as=$2
-    [[ $as == skipped && -z ${left_out[$1]:-} ]] || as=success
+    [[ $as == skipped && -z ${mf_left_out[$1]:-} ]] || as=success
     if [[ $2 == *failed ]]; then
         as=success
-        if [[ -z ${allow_failure[$1]:-} ]]; then as=failed red=1; fi
+        if [[ -z ${mf_allow_failure[$1]:-} ]]; then as=failed mf_red=1; fi
     fi
-    counts_as[$1]=$as
-    printf '%s\t%s\t%s\t%s\n' "${id[$1]}" "$2" "${attempts[$1]:-0}" "$3" >>"$logs/ends.tsv"
-    printf '%-16s %s%s\n' "$2" "${id[$1]}" "${3:+: $3}" >&2
+    mf_counts_as[$1]=$as
+    printf '%s\t%s\t%s\t%s\n' "${mf_id[$1]}" "$2" "${mf_attempts[$1]:-0}" "$3" >>"$mf_logs/ends.tsv"
+    printf '%-16s %s%s\n' "$2" "${mf_id[$1]}" "${3:+: $3}" >&2
 }
 
 judge() { # number: sets verdict to run, skipped or upstream_failed
     local up success=0 skipped=0 failed=0
-    verdict=run
-    [[ ${needs[$1]:-} ]] || return 0
-    for up in ${needs[$1]}; do
-        case ${counts_as[up]} in
+    mf_verdict=run
+    [[ ${mf_needs[$1]:-} ]] || return 0
+    for up in ${mf_needs[$1]}; do
+        case ${mf_counts_as[up]} in
             success) ((success += 1)) ;;
             skipped) ((skipped += 1)) ;;
             *) ((failed += 1)) ;;
         esac
     done
-    case ${rule[$1]:-all_success} in
+    case ${mf_rule[$1]:-all_success} in
         all_success)
-            if ((failed)); then verdict=upstream_failed; elif ((skipped)); then verdict=skipped; fi ;;
-        all_failed) if ((success + skipped)); then verdict=skipped; fi ;;
+            if ((failed)); then mf_verdict=upstream_failed; elif ((skipped)); then mf_verdict=skipped; fi ;;
+        all_failed) if ((success + skipped)); then mf_verdict=skipped; fi ;;
         one_success)
-            if ((success)); then :; elif ((failed)); then verdict=upstream_failed; else verdict=skipped; fi ;;
-        one_failed) if ((!failed)); then verdict=skipped; fi ;;
-        none_failed) if ((failed)); then verdict=upstream_failed; fi ;;
+            if ((failed && !success)); then mf_verdict=upstream_failed; fi
+            if ((!failed && !success)); then mf_verdict=skipped; fi
+            ;;
+        one_failed) if ((!failed)); then mf_verdict=skipped; fi ;;
+        none_failed) if ((failed)); then mf_verdict=upstream_failed; fi ;;
         none_failed_min_one_success)
-            if ((failed)); then verdict=upstream_failed; elif ((!success)); then verdict=skipped; fi ;;
-        none_skipped) if ((skipped)); then verdict=skipped; fi ;;
+            if ((failed)); then mf_verdict=upstream_failed; elif ((!success)); then mf_verdict=skipped; fi ;;
+        none_skipped) if ((skipped)); then mf_verdict=skipped; fi ;;
     esac
 }
 
 see() { # number: sets MINIFLOW_CONTEXT to a file with what the task may read
     local up
-    export MINIFLOW_CONTEXT=$io/context.json
-    for up in ${needs[$1]:-}; do
-        if [[ -e $io/$up.json || -e $io/$up.seen ]]; then
+    export MINIFLOW_CONTEXT=$mf_io/context.json
+    for up in ${mf_needs[$1]:-}; do
+        if [[ -e $mf_io/$up.json || -e $mf_io/$up.seen ]]; then
             # shellcheck disable=SC2086
-            "$PYTHON" -c "$py_outputs" context "$io" "$1" ${needs[$1]} || return 1
-            MINIFLOW_CONTEXT=$io/$1.ctx
+            "$mf_python" -c "$mf_py_outputs" context "$mf_io" "$1" ${mf_needs[$1]} || return 1
+            MINIFLOW_CONTEXT=$mf_io/$1.ctx
             return 0
         fi
     done
@@ -2783,6 +2784,7 @@ sweep() { # group, grace in ms: ends what is left of it
     kill -TERM -- "-$1" 2>/dev/null || return 0
     while kill -0 -- "-$1" 2>/dev/null; do
         if ((ms >= $2)); then kill -KILL -- "-$1" 2>/dev/null; fi
+        if ((ms >= $2 + 2000)); then return 0; fi # what is left then are zombies that nobody reaps
         sleep 0.05
         ((ms += 50))
     done
@@ -2790,47 +2792,49 @@ sweep() { # group, grace in ms: ends what is left of it
 
 interrupt() { # exit code
     trap '' INT TERM
-    if [[ $group ]]; then sweep "$group" 5000; fi
+    if [[ $mf_group ]]; then sweep "$mf_group" 5000; fi
     exit "$1"
 }
-group=''
+mf_group=''
 trap 'interrupt 130' INT
 trap 'interrupt 143' TERM
 
 give_up() { # reason: for a task that no attempt can help
     echo "$1" >&2
-    : >"$io/final"
+    : >"$mf_io/final"
     exit "${2:-125}"
 }
 
 value() { # path: sets v to the value that it leads to in the context
-    v=$("$PYTHON" -c "$py_outputs" value '' "$MINIFLOW_CONTEXT" "$@") || give_up "$*: there is no such value"
-    v=${v%.}
+    mf_v=$("$mf_python" -c "$mf_py_outputs" value '' "$MINIFLOW_CONTEXT" "$@") ||
+        give_up "$*: there is no such value"
+    mf_v=${mf_v%.}
 }
 
 attempt() { # number: one attempt; sets why, and code to what retry_on is held against
-    local n=$1 log began limit=${timeout_ms[$1]:-0} grace=${grace_ms[$1]:-5000} rc
-    ((attempts[n] += 1))
-    export MINIFLOW_TASK=${id[n]} MINIFLOW_ATTEMPT=${attempts[n]} MINIFLOW_OUTPUT=$io/$n.out
+    local n=$1 log began limit=${mf_timeout_ms[$1]:-0} grace=${mf_grace_ms[$1]:-5000} rc
+    ((mf_attempts[n] += 1))
+    export MINIFLOW_TASK=${mf_id[n]} MINIFLOW_ATTEMPT=${mf_attempts[n]} MINIFLOW_OUTPUT=$mf_io/$n.out
     export GITHUB_OUTPUT=$MINIFLOW_OUTPUT
-    log=$logs/${id[n]}.${attempts[n]}.log
-    rm -f -- "$MINIFLOW_OUTPUT" "$io/final"
+    log=$mf_logs/${mf_id[n]}.${mf_attempts[n]}.log
+    rm -f -- "$MINIFLOW_OUTPUT" "$mf_io/final"
     see "$n" || return 1
     began=${EPOCHREALTIME/[.,]/}
-    timeout -k "$(seconds "$grace")" "$(seconds "$limit")" \
-        bash -c "$(declare -f give_up value "task_$n"); task_$n" <"${stdin[n]:-/dev/null}" >"$log" 2>&1 &
-    group=$!
-    wait "$group"
+    timeout -k "$(seconds $((grace ? grace : 1)))" "$(seconds "$limit")" \
+        bash -c "$(declare -f give_up value "task_$n"); task_$n" <"${mf_stdin[n]:-/dev/null}" >"$log" 2>&1 &
+    mf_group=$!
+    wait "$mf_group" 2>/dev/null
     rc=$?
-    sweep "$group" "$grace"
-    group=''
-    code=$rc why="exit $rc"
+    sweep "$mf_group" "$grace"
+    mf_group=''
+    mf_code=$rc mf_why="exit $rc"
     if ((limit && rc && ${EPOCHREALTIME/[.,]/} - began >= limit * 1000)); then
-        code=timeout why="timeout after ${timeout_words[n]} s"
+        mf_code=timeout mf_why="timeout after ${mf_timeout_words[n]} s"
     fi
     ((rc == 0)) || return 1
     if [[ -e $MINIFLOW_OUTPUT ]]; then
-        why=$("$PYTHON" -c "$py_outputs" take "$io" "$n" "${id[n]}" 2>&1) || { code=output; return 1; }
+        mf_code=output
+        mf_why=$("$mf_python" -c "$mf_py_outputs" take "$mf_io" "$n" "${mf_id[n]}" 2>&1) || return 1
     fi
 }
 
@@ -2840,44 +2844,44 @@ seconds() { # milliseconds, as seconds
 
 run_task() { # number: its attempts
     local n=$1 tried=0 list ms
-    read -ra list <<<"${waits_ms[n]:-0}"
-    attempts[n]=0
+    read -ra list <<<"${mf_waits_ms[n]:-0}"
+    mf_attempts[n]=0
     until attempt "$n"; do
-        echo "attempt ${attempts[n]} of ${id[n]} failed: $why" >&2
-        if ((tried++ >= ${retries[n]:-0})) ||
-            { [[ ${retry_on[n]:-} ]] && [[ ${retry_on[n]} != *" $code "* ]]; } ||
-            { [[ -e $io/final ]] && [[ -z ${retry_on[n]:-} ]]; }; then
-            set_end "$n" failed "$why"
+        echo "attempt ${mf_attempts[n]} of ${mf_id[n]} failed: $mf_why" >&2
+        if ((tried++ >= ${mf_retries[n]:-0})) ||
+            { [[ ${mf_retry_on[n]:-} ]] && [[ ${mf_retry_on[n]} != *" $mf_code "* ]]; } ||
+            { [[ -e $mf_io/final ]] && [[ -z ${mf_retry_on[n]:-} ]]; }; then
+            set_end "$n" failed "$mf_why"
             return
         fi
         ms=${list[tried > ${#list[@]} ? ${#list[@]} - 1 : tried - 1]}
-        ((ms -= ms * ${jitter[n]:-0} * (SRANDOM % 1001) / 1000000))
+        ((ms -= ms * ${mf_jitter[n]:-0} * (SRANDOM % 1001) / 1000000))
         sleep "$(seconds "$ms")" &
         wait $!
     done
     set_end "$n" success ''
 }
 
-red=0
-declare -a end reason attempts counts_as
-for n in "${!id[@]}"; do
-    if [[ ${left_out[n]:-} ]]; then
-        set_end "$n" skipped 'left out'
+mf_red=0
+declare -a mf_end mf_reason mf_attempts mf_counts_as
+for mf_n in "${!mf_id[@]}"; do
+    if [[ ${mf_left_out[mf_n]:-} ]]; then
+        set_end "$mf_n" skipped 'left out'
         continue
     fi
-    if ((red)) && [[ $fail_fast ]]; then
-        set_end "$n" cancelled 'fail_fast: a task failed'
+    if ((mf_red)) && [[ $mf_fail_fast ]]; then
+        set_end "$mf_n" cancelled 'fail_fast: a task failed'
         continue
     fi
-    judge "$n"
-    if [[ $verdict == run ]]; then
-        run_task "$n"
+    judge "$mf_n"
+    if [[ $mf_verdict == run ]]; then
+        run_task "$mf_n"
     else
-        set_end "$n" "$verdict" 'its trigger rule does not hold'
+        set_end "$mf_n" "$mf_verdict" 'its trigger rule does not hold'
     fi
 done
-echo "logs and ends.tsv: $logs" >&2
-exit "$red"
+echo "logs and ends.tsv: $mf_logs" >&2
+exit "$mf_red"
 '''
 
 
@@ -2908,20 +2912,20 @@ class _BashTask:
         if root == "params":
             return bash_quote(to_text(lookup(ref, self.values)))
         self.count += 1
-        name = f"v{self.count}"
+        name = f"mf_v{self.count}"
         if root == "run":
-            self.lines.append(f"{name}=${'MINIFLOW_RUN_ID' if path[0] == 'id' else 'scheduled_time'}")
+            self.lines.append(f"{name}=${'MINIFLOW_RUN_ID' if path[0] == 'id' else 'mf_scheduled_time'}")
         elif root == "env":
             if not _VARIABLE.fullmatch(path[0]):
                 raise ValueError(f"{ref.text}: bash can't read a variable of that name")
             self.lines.append(f"[[ -v {path[0]} ]] || give_up 'env.{path[0]} is not set'")
             self.lines.append(f"{name}=${path[0]}")
         elif root == "tasks" and path[1] == "status":
-            self.lines.append(f"{name}=$MINIFLOW_STATUS_{self.plan.rank[path[0]] + 1}")
+            self.lines.append(f"{name}=$mf_status_{self.plan.rank[path[0]] + 1}")
         else:
             steps = ["tasks", path[0]] + path[2:] if root == "tasks" else ["ctx"] + path
             self.lines.append(f"value {' '.join(map(bash_quote, steps))}")
-            self.lines.append(f"{name}=$v")
+            self.lines.append(f"{name}=$mf_v")
         return f'"${name}"'
 
     def exports(self, env: Mapping[str, Any]) -> None:
@@ -2955,7 +2959,7 @@ class _BashTask:
         self.exports(self.plan.flow.env)
         self.exports(self.task.env)
         if isinstance(action, Script):
-            head = [bash_quote(action.python) if action.python else '"$PYTHON"',
+            head = [bash_quote(action.python) if action.python else '"$mf_python"',
                     bash_quote(f"{tasks_dir}/{action.path}")]
         elif isinstance(action.command, str):
             head = ["/bin/sh", "-c", bash_quote(action.command.replace("$${{", "${{")), "sh"]
@@ -2964,8 +2968,9 @@ class _BashTask:
         words = head + self.argument_words()
         if self.task.cwd:
             self.lines.append(f"cd -- {self.word(self.task.cwd)} "
-                              "|| give_up 'the working directory is not there' 126")
-        self.lines += ["export -n io start_dir scheduled_time py_outputs \"${!MINIFLOW_STATUS_@}\"",
+                              "|| give_up 'the working directory is not there' 127")
+        own = "mf_io mf_start_dir mf_scheduled_time mf_py_outputs mf_python"
+        self.lines += [f'export -n {own} "${{!mf_status_@}}"',
                        "shopt -s execfail", f"exec {' '.join(words)}", 'give_up "cannot start" "$?"']
         return f"task_{number}() {{\n" + "".join(f"    {line}\n" for line in self.lines) + "}\n"
 
@@ -2987,7 +2992,7 @@ def _bash_tables(plan: Plan) -> Iterator[str]:
 
     def table(name: str, cells: Iterable[Tuple[int, Any]]) -> str:
         rows = "".join(f"    [{n}]={bash_quote(str(cell))}\n" for n, cell in cells)
-        return f"{name}=(\n{rows})\n" if rows else f"{name}=()\n"
+        return f"mf_{name}=(\n{rows})\n" if rows else f"mf_{name}=()\n"
 
     def of(name: str, value: Callable[[Task], Any]) -> str:
         cells = ((number[key], value(plan.tasks[key])) for key in plan.order)
@@ -3015,8 +3020,8 @@ def _bash_stdin(plan: Plan, task: Task, values: Values, number: int) -> str:
         raise ValueError(f"stdin: {refused[0]} shows at run time only, "
                          "which bash can't express; use args or env")
     content = to_text(render(task.action.stdin, values))
-    return (f'printf \'%s\' {bash_quote(content)} >"$io/{number}.in" || exit 2\n'
-            f'stdin[{number}]=$io/{number}.in\n')
+    return (f'printf \'%s\' {bash_quote(content)} >"$mf_io/{number}.in" || exit 2\n'
+            f'mf_stdin[{number}]=$mf_io/{number}.in\n')
 
 
 @exporter("bash")
@@ -3024,7 +3029,7 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
     """Return a bash script that runs `plan` with `params` alone; raise UsageError for what bash can't do."""
     values = Values(params, {}, {}, {}, lambda name: {})
     functions, problems = [], []
-    files = ['stdin=()\n']
+    files = ['mf_stdin=()\n']
     for n, name in enumerate(plan.order, 1):
         task = plan.tasks[name]
         try:
@@ -3033,18 +3038,19 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
                 files.append(_bash_stdin(plan, task, values, n))
             if plan.left_out.get(name):
                 content = bash_quote(json.dumps([name, plan.left_out[name]]))
-                files.append(f'printf \'%s\' {content} >"$io/{n}.json" || exit 2\n')
+                files.append(f'printf \'%s\' {content} >"$mf_io/{n}.json" || exit 2\n')
         except ValueError as exc:
             problems.append(f"task {name}: {exc}")
     if problems:
         raise UsageError("\n".join(problems))
     context = json.dumps({"params": params, "tasks": {}, "ctx": params})
-    settings = f"flow={bash_quote(plan.flow.name)}\nfail_fast={'1' if plan.flow.fail_fast else ''}\n"
+    settings = f"mf_flow={bash_quote(plan.flow.name)}\nmf_fail_fast={'1' if plan.flow.fail_fast else ''}\n"
     exports = "".join(f"export MINIFLOW_PARAM_{param_variable(name)}={bash_quote(to_text(value))}\n"
                       for name, value in params.items())
-    head, loop = _BASH_ENGINE.split("\nred=0\n")
-    return "".join([_BASH_HEAD, "\n# ---- the flow\n", settings, f"context={bash_quote(context)}\n", exports,
-                    *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nred=0\n", loop])
+    head, loop = _BASH_ENGINE.split("\nmf_red=0\n")
+    return "".join([_BASH_HEAD, "\n# ---- the flow\n", settings, f"mf_context={bash_quote(context)}\n",
+                    exports,
+                    *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nmf_red=0\n", loop])
 
 
 # ############################################################################
@@ -3393,7 +3399,9 @@ class Store:
         try:
             for path in (files.logs, files.tmp):
                 shutil.rmtree(path, ignore_errors=True)
-            for path in (files.journal, files.state, files.lock):
+            aside = [os.path.join(self.runs, name) for name in os.listdir(self.runs)
+                     if name.startswith(f"{run_id}.jsonl.bad-")]
+            for path in (files.journal, files.state, *aside, files.lock):
                 self.disk.unlink(path)
         finally:
             self.disk.close(fd)
@@ -3423,7 +3431,7 @@ class Journal:
         self._fd: Optional[int] = None
         self._seq = self._good = 0
         self._dirty = self._unsynced = False
-        self._next_view = self._last_sync = 0.0
+        self._next_view = self._next_sync = 0.0
 
     def begin(self, run: Run, now: float, last: Optional[Loaded] = None) -> None:
         """Start a fresh journal with the state of `run`, which goes on from `last` if it is resumed."""
@@ -3463,19 +3471,24 @@ class Journal:
         self._good += len(content)
         self._dirty = self._unsynced = True
 
-    def idle(self, run: Run, now: float) -> None:
-        """Use a moment without work: sync the journal and bring the view up to date, if it is time."""
+    def idle(self, run: Run, now: float) -> Optional[float]:
+        """Use a moment without work to sync the journal and bring the view up to date, if it is time.
+
+        Returns when it will be time for what is still to be done; None if nothing is.
+        """
         try:
-            if self.durability == "normal" and self._unsynced and now >= self._last_sync + 0.2:
+            if self._unsynced and self.durability == "normal" and now >= self._next_sync:
                 assert self._fd is not None
                 self.disk.sync(self._fd)
-                self._last_sync, self._unsynced = now, False
+                self._next_sync, self._unsynced = now + 0.2, False
             if self._dirty and now >= self._next_view:
                 began = time.monotonic()
                 self._put_view(run, False)
                 self._next_view = now + max(0.2, 20 * (time.monotonic() - began))
         except OSError as exc:
             raise self._error(exc) from None
+        times = [self._next_sync] if self._unsynced and self.durability == "normal" else []
+        return min(times + ([self._next_view] if self._dirty else []), default=None)
 
     def finish(self, run: Run) -> None:
         """Write the final state and remove journal and lock."""
@@ -3619,6 +3632,24 @@ class Waiter:
         return ended
 
 
+def process_stat(pid: Union[int, str]) -> List[bytes]:
+    """Return the fields of /proc/PID/stat from the third on (state, parent, group, …); none if unknown."""
+    try:
+        return read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def group_has_living(group: int) -> bool:
+    """Tell whether a process group has members other than zombies, which somebody else has to reap."""
+    try:
+        names = os.listdir("/proc")
+    except FileNotFoundError:
+        return True                            # a system without /proc can't tell
+    stats = (process_stat(name) for name in names if name.isdigit())
+    return any(fields[2] == b"%d" % group and fields[0] not in (b"Z", b"X") for fields in stats if fields)
+
+
 class Child:
     """A running attempt: its process, which leads its group, and how to see its end."""
 
@@ -3652,15 +3683,30 @@ class Child:
             return False
         except PermissionError:
             return sys.platform != "darwin"
-        return True
+        return group_has_living(self.process.pid)
 
 
 def start_ticks(pid: int) -> Optional[int]:
-    """Return when the system started a process, in ticks (field 22 of /proc/PID/stat), or None."""
+    """Return when the system started a process, in its ticks (field 22 of its stat); None if unknown."""
+    fields = process_stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def outlived(store: Store, attempt: Attempt) -> bool:
+    """Tell whether an attempt outlived its engine: its log is still locked, or its process is there."""
+    path = os.path.join(store.path, attempt.log or "")
     try:
-        return int(read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return None
+        fd = store.disk.open(path, os.O_RDONLY)
+    except OSError:
+        pass
+    else:
+        try:
+            if not _try_lock(fd, shared=True):
+                return True
+        finally:
+            store.disk.close(fd)
+    fields = process_stat(attempt.pid) if attempt.pid else []
+    return bool(fields) and fields[0] != b"Z" and int(fields[19]) == attempt.ticks
 
 
 class Processes:
@@ -3695,34 +3741,35 @@ class Processes:
         """Start an attempt; return that it was spawned, or how it failed to."""
         setting = self._setting._replace(context=self._context(run, action.task), output=os.path.join(
             self._io, f"{action.task}.{action.attempt}.out"))
+        log = None
         try:
-            child = self._spawn(invoke(run, action.task, setting), action, setting.output)
+            log = self._open_log(action)
+            child = self._spawn(invoke(run, action.task, setting), action, setting.output, log)
         except LookupError as exc:             # a template without a value: no attempt will find one
             return [attempt_unstartable(run, action.task, self.now(), exc.args[0], None)]
         except (OSError, ValueError) as exc:   # ValueError: a NUL in an argument
             code = 127 if isinstance(exc, FileNotFoundError) else 126
             return [attempt_unstartable(run, action.task, self.now(), f"cannot start: {exc}", code)]
+        finally:
+            if log is not None:
+                os.close(log)
         self._children[action.task] = child
         if child.pidfd is not None:
             self._by_fd[child.pidfd] = child
         pid = child.process.pid
         return [AttemptSpawned(self.now(), action.task, action.attempt, pid, start_ticks(pid))]
 
-    def _spawn(self, invocation: Invocation, action: Start, output: str) -> Child:
+    def _spawn(self, invocation: Invocation, action: Start, output: str, log: int) -> Child:
         """Start the process of an attempt, with nothing open but its log and its input."""
         import subprocess
-        log = self._open_log(action)
-        stdin = None
+        stdin = self._open_stdin(invocation.stdin, action)
         try:
-            stdin = self._open_stdin(invocation.stdin, action)
             process = subprocess.Popen(
                 invocation.argv, stdin=stdin, stdout=log, stderr=log, env=invocation.env, cwd=invocation.cwd,
                 close_fds=True, start_new_session=os.name != "nt",
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
         finally:
-            os.close(log)
-            if stdin is not None and stdin >= 0:
-                os.close(stdin)
+            os.close(stdin)
         return Child(action.task, process, self._waiter.watch(process.pid), output)
 
     def _open_log(self, action: Start) -> int:
@@ -3877,8 +3924,7 @@ def work(run: Run, journal: Journal, world: Processes, slots: int, watcher: Watc
         except StopIteration:
             break
         now = world.now()
-        journal.idle(run, now)
-        times = [at for at in (until, watcher.refresh(now)) if at is not None]
+        times = [at for at in (until, journal.idle(run, now), watcher.refresh(now)) if at is not None]
         events = world.wait(run, min(times, default=None))
     journal.finish(run)
     world.clean_up(run)
@@ -3905,7 +3951,7 @@ def _carry_out(run: Run, journal: Journal, store: Store, order: Order, clock: Cl
     return run
 
 
-def _last_outputs(store: Store, flow: str, names: Iterable[str]) -> Dict[str, Dict[str, Any]]:
+def last_outputs(store: Store, flow: str, names: Iterable[str]) -> Dict[str, Dict[str, Any]]:
     """Return the outputs of the last success of each task in `names`."""
     outputs: Dict[str, Dict[str, Any]] = {name: {} for name in names}
     missing = set(outputs)
@@ -3925,29 +3971,47 @@ def start_run(store: Store, flow: Flow, stem: str, source: str, params: Mapping[
               watcher: Watcher = Watcher()) -> Run:
     """Run a checked flow from its beginning to its end, and return the Run."""
     values = complete_params(flow, params)
-    left_out = _last_outputs(store, stem, select(flow, selection))
+    store.prepare("runs")
+    left_out = last_outputs(store, stem, select(flow, selection))
     clock = Clock()
     now = clock.now()
-    if run_id is None:
-        run_id = store.new_id(stem, now)
-    elif any(run_id.lower() == other.lower() for other in store.ids()):
-        raise UsageError(f"run {run_id} exists, or one whose id differs by case only; give another --run-id")
+    run_id = run_id or store.new_id(stem, now)
+    twin = next((other for other in store.ids() if other.lower() == run_id.lower() and other != run_id), None)
+    if twin:
+        raise UsageError(f"run id {run_id} differs from that of run {twin} by case only; give another")
     journal = Journal(store, run_id, order.durability)
-    run = Run(make_plan(flow, left_out), run_id, values, now, stem, source)
+    if store.exists(run_id):                   # somebody else was quicker, and is through
+        journal.give_up()
+        raise UsageError(f"run {run_id} exists; resume it, or give another run id")
+    run = Run(make_plan(flow, left_out), run_id, values, now, stem, os.path.abspath(source))
     return _carry_out(run, journal, store, order, clock, watcher, None)
 
 
+def _refuse_orphans(loaded: Loaded, store: Store) -> None:
+    """Raise RunLocked if an attempt outlived its engine: no task may ever run twice at the same time."""
+    for name, task_run in loaded.run.tasks.items():
+        if task_run.status == RUNNING and outlived(store, task_run.attempts[-1]):
+            pid = task_run.attempts[-1].pid
+            raise RunLocked(f"run {loaded.run.id}: task {name} still runs as process {pid or '?'}, though "
+                            f"its engine is gone; end it (kill -- -{pid or 'PID'}) or wait, then resume")
+
+
 def resume_run(store: Store, run_id: str, flow: Optional[Flow], order: Order, note: Callable[[str], None],
-               watcher: Watcher = Watcher()) -> Run:
+               watcher: Watcher = Watcher(), stem: Optional[str] = None) -> Run:
     """Go on with a run that did not succeed, by `flow` as it is now (None: as it was); return the Run.
 
-    A run that succeeded is returned as it stands.  `note` is told what a user should know.
+    A run that succeeded is returned as it stands, and one of another flow than `stem` is refused.  `note` is
+    told what a user should know.
     """
     if not store.exists(run_id):
         store.load(run_id)                     # says what is wrong
     journal = Journal(store, run_id, order.durability)
     try:
         last = store.load(run_id)
+        if stem not in (None, last.run.flow):
+            raise UsageError(f"run {run_id} is one of flow {last.run.flow}, not of {stem}; "
+                             "give another run id")
+        _refuse_orphans(last, store)
         if last.damage:
             note(f"{len(last.damage)} bytes at the end of {journal.files.journal} are torn; they are kept "
                  "beside it and what they recorded happens again")
@@ -3965,9 +4029,21 @@ def resume_run(store: Store, run_id: str, flow: Optional[Flow], order: Order, no
                      + ("" if change == "removed" else "; it runs again, and so does its downstream"))
         run = reopen(last.run, flow or last.run.plan.flow)
     except BaseException:
-        journal.close()
+        journal.give_up()
         raise
     return _carry_out(run, journal, store, order, Clock(), watcher, last)
+
+
+def start_or_resume(store: Store, flow: Flow, stem: str, source: str, params: Mapping[str, Any], order: Order,
+                    selection: Selection, run_id: Optional[str], note: Callable[[str], None],
+                    watcher: Watcher = Watcher()) -> Run:
+    """Run a flow, or go on with the run that has the given id; that one keeps its params and selection."""
+    if run_id is None or not store.exists(run_id):
+        return start_run(store, flow, stem, source, params, order, selection, run_id, watcher)
+    if params or any(selection):
+        kept = "params" if params else "selection of tasks"
+        raise UsageError(f"run {run_id} exists and keeps its own {kept}; give none, or another run id")
+    return resume_run(store, run_id, flow, order, note, watcher, stem)
 
 
 # ============================================================================
@@ -4234,7 +4310,8 @@ class Live(Lines):
 
     def refresh(self, now: float) -> Optional[float]:
         if now >= self.next_draw:
-            lines = self.picture(now, *os.get_terminal_size(2))
+            columns, rows = os.get_terminal_size(2)
+            lines = self.picture(now, columns or 80, rows or 24)
             self.erase()
             self.write("".join(line + "\n" for line in lines))
             self.drawn, self.next_draw = len(lines), now + 0.1
@@ -4466,12 +4543,7 @@ class MiniFlow:
         stem, path = find_flow(self.flows_dir, name)
         flow = load_flow(path, self.tasks_dir)
         order = Order(self.tasks_dir, max_parallel)
-        if run_id is not None and self.store.exists(run_id):
-            if params:
-                raise UsageError(f"run {run_id} exists and keeps its own params; "
-                                 "give none, or another run id")
-            return resume_run(self.store, run_id, flow, order, say)
-        return start_run(self.store, flow, stem, path, params or {}, order, run_id=run_id)
+        return start_or_resume(self.store, flow, stem, path, params or {}, order, Selection(), run_id, say)
 
     def execute_flow(self, name: str, params: Optional[Mapping[str, Any]] = None,
                      dry_run: bool = False) -> str:
@@ -4762,7 +4834,7 @@ def _exit_code(run: Run) -> int:
 def _dry_run(mini: MiniFlow, stem: str, flow: Flow, params: Dict[str, Any], options: Any) -> int:
     """Write the script and print its path; the plan is talk."""
     values = complete_params(flow, params)
-    plan = make_plan(flow, {name: {} for name in select(flow, _selection(options))})
+    plan = make_plan(flow, last_outputs(mini.store, stem, select(flow, _selection(options))))
     print_result(write_script(mini.store, stem, plan, values, mini.tasks_dir))
     sys.stdout.flush()
     say(format_plan(plan, options.jobs or flow.max_parallel or usable_cpus()))
@@ -4782,14 +4854,8 @@ def run_run(options: Any) -> int:
     if options.dry_run:
         return _dry_run(mini, stem, flow, params, options)
     watcher = _watcher(options, mini.store)
-    if options.run_id is not None and mini.store.exists(options.run_id):
-        if params:
-            raise UsageError(f"run {options.run_id} exists and keeps its own params; "
-                             "give none, or another --run-id")
-        run = resume_run(mini.store, options.run_id, flow, order, say, watcher)
-    else:
-        run = start_run(mini.store, flow, stem, path, params, order, _selection(options),
-                        options.run_id, watcher)
+    run = start_or_resume(mini.store, flow, stem, path, params, order, _selection(options), options.run_id,
+                          say, watcher)
     if options.output != "json":
         print_result(run.id)
     return _exit_code(run)

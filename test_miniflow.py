@@ -514,6 +514,18 @@ class T04Values(unittest.TestCase):
                 mf.complete_params(flow, given)
         mf.complete_params(flow, {"s": "abc"})
 
+    def test_the_message_names_the_length_that_was_asked_for(self):
+        flow = make(task("a"), params={"s": {"type": "string", "max": 3}, "l": {"type": "array", "max": 1}})
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.complete_params(flow, {"s": "abcd", "l": [1, 2]})
+        self.assertEqual(str(caught.exception).splitlines(), [
+            'params.s: expected a string of at most 3 characters, got "abcd"',
+            "params.l: expected an array of at most 1 items, got [1, 2]"])
+
+    def test_params_of_an_enum_of_numbers_can_be_given_as_text(self):
+        self.assertEqual(mf.parse_param("k", "2", mf.Param(enum=(1, 2))), 2)
+        self.assertEqual(mf.parse_param("k", "2", mf.Param(enum=(1, "2"))), "2")
+
     def test_two_params_that_would_be_one_variable_are_refused(self):
         with self.assertRaises(mf.UsageError) as caught:
             mf.complete_params(make(task("a")), {"a-b": 1, "a_b": 2})
@@ -544,7 +556,7 @@ class T05Checking(unittest.TestCase):
         (flow_json(task("a", args={"--x": 1})),
          'tasks[0].args.--x: not a name of an option; write it without leading dashes and ='),
         (flow_json(task("a", retry_on=["ValueError"])),
-         'tasks[0].retry_on[0]: "ValueError" is neither an exit code nor "timeout"'),
+         'tasks[0].retry_on[0]: expected an exit code from 1 to 255 or "timeout", got "ValueError"'),
         (flow_json(task("a", args=["${{ params.dat }}"]), params={"date": ""}),
          'tasks[0].args[0]: params.dat: the flow has no param "dat", did you mean date?'),
         (flow_json(task("a"), env={"X": "${{ ctx.rows }}"}),
@@ -900,6 +912,15 @@ class T09Scheduler(unittest.TestCase):
         self.assertEqual(world.log, ["0 start a", "3 TERM a", "4 KILL a"])
         self.assertEqual((run.cancel.exit_code, run.status), (130, "cancelled"))
 
+    def test_a_second_signal_of_another_kind_does_not_make_a_cancelled_task_a_failed_one(self):
+        run = mf.Run(mf.make_plan(make(task("a"))), "r")
+        for event in (mf.AttemptStarted(1, "a", 1), mf.CancelRequested(2, "cancelled by SIGTERM", 143),
+                      mf.AttemptStopping(2, "a", 1, "cancelled by SIGTERM"),
+                      mf.CancelRequested(3, "cancelled by SIGINT", 130, True)):
+            run.apply(event)
+        self.assertEqual(mf.attempt_end(run, "a", 4, -9, dict).status, "cancelled")
+        self.assertEqual((run.cancel.exit_code, run.cancel.kill), (143, True))
+
     def test_what_is_left_out_counts_as_satisfied_with_its_outputs(self):
         flow = make(task("a"), task("b", "a"), task("c", "b", args=["${{ tasks.b.outputs.x }}"]))
         run, world, _ = simulate(flow, left_out={"a": {}, "b": {"x": 5}})
@@ -1233,6 +1254,20 @@ class T12Exporters(unittest.TestCase):
             "f: 3 tasks, 3 levels", "1", "   a  command true", "2", "   b  script x.py  <- a", "3",
             "   c  command true  [all_done, allow_failure]  <- a, b"])
 
+    def test_a_task_of_the_script_sees_nothing_of_the_script_and_what_its_flow_sets(self):
+        flow = {"id": "other", "io": "x", "v": "y", "flow": "z", "PYTHON": "python3"}
+        own = {"n": "${{ run.id }}", "mask": "${{ env.HOME }}"}
+        with one(task("a", command=["env", "-0"], env=own), env=flow) as project:
+            run = project.run()
+            _, _, logs = self.run_script(project, self.script(project))
+            with open(os.path.join(logs, "a.1.log"), "rb") as file:
+                seen = dict(part.split(b"=", 1) for part in file.read().split(b"\0") if part)
+            expected = dict(part.split(b"=", 1) for part in project.log(run.id, "a").split(b"\0") if part)
+            self.assertEqual(set(seen) - {b"OLDPWD", b"PWD", b"SHLVL", b"_"},
+                             set(expected) - {b"OLDPWD", b"PWD", b"SHLVL", b"_"})
+            for name, value in flow.items():
+                self.assertEqual(seen[name.encode()], value.encode())
+
     def test_the_same_flow_gives_the_same_bytes(self):
         plan = mf.make_plan(make(task("a"), task("b", "a", args={"x": "${{ params.p }}"})))
         self.assertEqual(mf.to_bash(plan, {"p": 1}, "/t"), mf.to_bash(plan, {"p": 1}, "/t"))
@@ -1480,6 +1515,20 @@ class T13Store(unittest.TestCase):
                     expected.apply(event)
                 self.assertEqual(mf.run_to_json(again), mf.run_to_json(expected))
 
+    def test_what_was_written_within_a_moment_of_the_last_sync_is_synced_soon_after(self):
+        disk = FaultyDisk()
+        journal = mf.Journal(self.store(disk), "r")
+        run = mf.Run(mf.make_plan(self.FLOW), "r")
+        journal.begin(run, 0.0)
+        journal.append(self.events()[:1])
+        self.assertEqual(journal.idle(run, 10.0), None)
+        journal.append(self.events()[1:2])
+        self.assertAlmostEqual(journal.idle(run, 10.1), 10.2)
+        calls = disk.calls
+        self.assertIsNone(journal.idle(run, 11.0))
+        self.assertGreater(disk.calls, calls)
+        journal.close()
+
     def test_damage_is_reported_and_nothing_is_replaced_by_an_empty_state(self):
         store = self.store()
         self.write_run(store)
@@ -1643,6 +1692,24 @@ class T14Processes(unittest.TestCase):
             os.close(writer)
             if LINUX:                          # 3 is what ls itself reads the directory by
                 self.assertEqual(project.log(run.id, "a").split(), [b"0", b"1", b"2", b"3"])
+
+    @unittest.skipUnless(LINUX, "zombies that nobody reaps are made with a Linux call")
+    def test_a_zombie_that_nobody_reaps_keeps_no_run_waiting(self):
+        code = f"""
+            import ctypes, subprocess, sys
+            assert ctypes.CDLL(None).prctl(36, 1) == 0         # orphans come to us, and we reap none
+            sys.exit(subprocess.call([sys.executable, {ENGINE!r}, "run", "f"]))
+            """
+        with one(task("a", command="sleep 60 & true", grace_s=0.1)) as project:
+            done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=project.path, timeout=60,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.assertEqual(done.returncode, 0)
+
+    def test_every_attempt_has_a_log_also_one_that_could_not_start(self):
+        with one(task("a", command=["no-such-program"]),
+                 task("b", args=["${{ env.NO_SUCH_VARIABLE }}"])) as project:
+            run = project.run()
+            self.assertEqual([project.log(run.id, name) for name in "ab"], [b"", b""])
 
     def test_standard_input_is_empty(self):
         with one(task("a", command="cat")) as project:
@@ -1873,6 +1940,48 @@ class T15Runner(unittest.TestCase):
             self.assertEqual(project.lines("ran"), ["a", "b", "b"])
             self.assertEqual([a["status"] for a in project.state("r")["tasks"]["b"]["attempts"]],
                              ["interrupted", "success"])
+
+    @unittest.skipUnless(LINUX, "where an engine's death is not its tasks', is told by Linux's means")
+    def test_a_task_that_outlived_its_engine_is_never_run_beside_itself(self):
+        """Its log is locked as long as it runs; if it has closed that, its process is known."""
+        for redirect in ("", "exec >/dev/null 2>&1; "):
+            command = f"{redirect}echo $$ >> pids; test -e ready || exec sleep 60"
+            with self.subTest(redirect=redirect), one(task("a", command=command)) as project:
+                process = project.start("run", "f", "--run-id", "r")
+                journal = "miniflow_output/runs/r.jsonl"
+                wait_for(lambda project=project: os.path.exists(project.at("pids"))
+                         and "spawned" in project.read(journal), "the task")
+                process.kill()
+                process.communicate()
+                pid = int(project.read("pids"))
+                project.write("ready", "")
+                if alive(pid):                  # nothing has ended it
+                    code, _, err = project.main("resume", "r")
+                    self.assertEqual(code, 4)
+                    self.assertIn(f"run r: task a still runs as process {pid}, though its engine is", err)
+                    os.killpg(pid, signal.SIGKILL)
+                    wait_for(lambda pid=pid: not alive(pid), "its end")
+                self.assertEqual(project.main("resume", "r")[0], 0)
+                self.assertEqual(len(project.lines("pids")), 2)
+
+    def test_a_run_is_gone_on_with_only_by_its_own_flow_and_selection(self):
+        flows = {"one": flow_json(task("a", command="test -e ready")), "two": flow_json(task("b"))}
+        with Project(flows) as project:
+            project.main("run", "one", "--run-id", "r")
+            for args, part in ((("two",), "run r is one of flow one, not of two"),
+                               (("one", "--only", "a"), "run r exists and keeps its own selection of tasks")):
+                code, _, err = project.main("run", *args, "--run-id", "r")
+                self.assertEqual(code, 2)
+                self.assertIn(part, err)
+            self.assertEqual(list(project.state("r")["tasks"]), ["a"])
+
+    def test_resume_finds_the_flow_of_the_run_from_anywhere(self):
+        with one(task("a", command="test -e ready")) as first, one(task("z")) as second:
+            first.main("run", "f", "--run-id", "r")
+            second.write("ready", "")
+            code, _, err = second.main("-o", first.at("miniflow_output"), "resume", "r")
+            self.assertEqual((code, err.count("was removed")), (0, 0))
+            self.assertEqual(list(first.state("r")["tasks"]), ["a"])
 
     def test_what_is_left_out_counts_with_the_outputs_of_its_last_success(self):
         with one(task("a", command='echo "{\\"x\\": \\"$MINIFLOW_PARAM_P\\"}" > $MINIFLOW_OUTPUT'),
