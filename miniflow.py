@@ -168,6 +168,10 @@ class FlowFailed(MiniFlowError):
         self.run = run
 
 
+class RunExists(UsageError):
+    """A run of that id was made by somebody else a moment ago."""
+
+
 class RunLocked(MiniFlowError):
     """Another engine is working on the run."""
 
@@ -392,6 +396,7 @@ class Reader:
         self.problems: List[Tuple[int, Path, str]] = []
         self.places: Dict[Path, int] = {}
         self.value: Any = None
+        self.halted = False
         try:
             self.value = self._read((), 0)
             self._skip()
@@ -399,7 +404,7 @@ class Reader:
                 self._halt((), f"{shown(text[self.at:self.at + 10])} after the end of the JSON value; "
                                "remove it")
         except _Halt:
-            pass
+            self.halted = True
 
     def _skip(self) -> str:
         """Go on to the next token; return its first character, or nothing at the end."""
@@ -566,26 +571,26 @@ def _format_rows(where: str, text: str, rows: List[Tuple[int, Path, str]]) -> Li
 
 
 class Document(NamedTuple):
-    """A JSON text, where it came from, and the value that it stands for."""
+    """A JSON text, where it came from, the value it stands for, and what is wrong with the text itself."""
 
     where: str
     text: str
     value: Any
+    flaws: Tuple[Tuple[int, Path, str], ...] = ()
 
-    def error(self, problems: Iterable[Problem]) -> FlowError:
-        """Return a FlowError with a line for each problem: file:line:column: path: what."""
+    def error(self, problems: Iterable[Problem] = ()) -> FlowError:
+        """Return a FlowError with a line for each flaw and problem: file:line:column: path: what."""
         found = list(problems)
         paths = {problem.path: self._known(problem.path) for problem in found}
-        places = Reader(self.text, frozenset(paths.values())).places
+        places = Reader(self.text, frozenset(paths.values())).places if found else {}
         rows = [(places.get(paths[p.path], 0), paths[p.path], p.what) for p in found]
-        return FlowError(_format_rows(self.where, self.text, rows))
+        return FlowError(_format_rows(self.where, self.text, rows + list(self.flaws)))
 
     def _known(self, path: Path) -> Path:
         """Return `path`, or where its value really stands: in `defaults`, or the nearest member around it."""
-        if len(path) > 2 and path[0] == "tasks" and not self._holds(path[:3]):
-            inherited = ("defaults",) + path[2:]
-            if self._holds(inherited):
-                return inherited
+        inherited = ("defaults",) + path[2:]
+        if len(path) > 2 and path[0] == "tasks" and not self._holds(path) and self._holds(inherited):
+            return inherited
         while path and not self._holds(path):
             path = path[:-1]
         return path
@@ -612,8 +617,8 @@ def _decode(content: bytes, where: str) -> str:
                          "save the file as UTF-8"]) from None
 
 
-def parse_json(content: Union[bytes, str], where: str, limit: int = MAX_BYTES) -> Document:
-    """Read JSON strictly; raise FlowError with every problem and its place if it is not sound."""
+def read_json(content: Union[bytes, str], where: str, limit: int = MAX_BYTES) -> Document:
+    """Read JSON strictly; raise FlowError, with all that is wrong, if it can't be read to its end."""
     if len(content) > limit:
         raise FlowError([f"{where}: {len(content)} bytes, more than the {limit} that are read; split it up"])
     if isinstance(content, bytes):
@@ -626,9 +631,18 @@ def parse_json(content: Union[bytes, str], where: str, limit: int = MAX_BYTES) -
         except (ValueError, RecursionError):
             pass                                # the Reader finds out what and where
     reader = Reader(content)
-    if reader.problems:
-        raise FlowError(_format_rows(where, content, reader.problems))
-    return Document(where, content, reader.value)
+    document = Document(where, content, reader.value, tuple(reader.problems))
+    if reader.halted:
+        raise document.error()
+    return document
+
+
+def parse_json(content: Union[bytes, str], where: str, limit: int = MAX_BYTES) -> Document:
+    """Read JSON strictly; raise FlowError with every problem and its place if it is not sound."""
+    document = read_json(content, where, limit)
+    if document.flaws:
+        raise document.error()
+    return document
 
 
 # -- schemas: a subset of JSON Schema, checked here and published by flow_schema() --
@@ -828,13 +842,16 @@ def lookup(ref: Ref, values: Values) -> Any:
     root, path = str(ref.path[0]), ref.path[1:]
     value: Any = values.tasks(str(path[0])) if root == "tasks" else getattr(values, root)
     for step in path[1:] if root == "tasks" else path:
+        found = isinstance(value, Mapping if isinstance(step, str) else (list, tuple))
         try:
-            value = value[step]
-        except (KeyError, IndexError, TypeError):
+            value = value[step] if found else None
+        except (KeyError, IndexError):
+            found = False
+        if not found:
             there = shown(sorted(value), 200) if isinstance(value, Mapping) and root != "env" else ""
             raise LookupError(f"{ref.text}: there is no {shown(step)}"
                               + (f" in {there}" if there else "")
-                              + ("; set it, or give it in env" if root == "env" else "")) from None
+                              + ("; set it, or give it in env" if root == "env" else ""))
     return value
 
 
@@ -943,12 +960,31 @@ def _clashing(names: Iterable[str]) -> List[Tuple[str, str]]:
             if seen.setdefault(v, name) != name]
 
 
+def _unfit_values(given: Any) -> List[str]:
+    """Return a message for each param that is no JSON, or that no process could be given."""
+    if not isinstance(given, Mapping):
+        return [f"params: expected a mapping of names to values, got {shown(given)}"]
+    problems = []
+    for name, value in given.items():
+        try:
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False) + name
+        except (TypeError, ValueError, RecursionError) as exc:
+            problems.append(f"params.{name}: {shown(value)} is no JSON value: {exc}")
+            continue
+        nul = "\0" in name or re.search(r"(?<!\\)(?:\\\\)*\\u0000", text)
+        if nul or any("\ud800" <= char <= "\udbff" for char in text):
+            problems.append(f"params.{name}: {shown(value)} holds a NUL or half a surrogate pair; remove it")
+    return problems
+
+
 def complete_params(flow: Flow, given: Mapping[str, Any]) -> Dict[str, Any]:
     """Return the params of a run: `given` and the defaults; raise UsageError with all that does not fit."""
+    problems = _unfit_values(given)
+    if problems:
+        raise UsageError("\n".join(problems))
     declared = flow.params
     if declared is None:
         declared = {name: Param() for name in given}
-    problems: List[str] = []
     for name in given:
         if name not in declared:
             problems.append(f"params.{name}: flow {flow.name} has no such param"
@@ -990,6 +1026,11 @@ _OPTION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 #: Variables that every attempt gets from MiniFlow, and that a flow therefore can't set.
 OWN_VARIABLES = ("MINIFLOW_RUN_ID", "MINIFLOW_FLOW", "MINIFLOW_TASK", "MINIFLOW_ATTEMPT", "MINIFLOW_CONTEXT",
                  "MINIFLOW_OUTPUT", "GITHUB_OUTPUT", "TMP_DIR")
+
+
+def _is_own_variable(name: str) -> bool:
+    """Tell whether MiniFlow itself sets the environment variable."""
+    return name in OWN_VARIABLES or name.startswith("MINIFLOW_PARAM_")
 
 
 def topological_order(upstream: Mapping[str, Sequence[str]]) -> List[str]:
@@ -1063,7 +1104,7 @@ def _check_env(env: Mapping[str, Any], path: Path) -> Iterator[Problem]:
     for name in env:
         if not _VARIABLE.fullmatch(name):
             yield Problem(path + (name,), "not a name of a variable; use letters, digits and _")
-        elif name in OWN_VARIABLES or name.startswith("MINIFLOW_PARAM_"):
+        elif _is_own_variable(name):
             yield Problem(path + (name,), "MiniFlow sets this variable itself; use another name")
 
 
@@ -1086,6 +1127,8 @@ def _check_ref(ref: Ref, flow: Flow, roots: Iterable[str]) -> Optional[str]:
     root = str(ref.path[0])
     if root not in roots:
         return f"{ref.text} can't be used here; only {', '.join(roots)} can"
+    if root == "env" and _is_own_variable(str(ref.path[1])):
+        return f"{ref.text}: MiniFlow sets this variable for the task itself; use params or run"
     if root == "params" and flow.params is not None and ref.path[1] not in flow.params:
         name = str(ref.path[1])
         return (f"{ref.text}: the flow has no param {shown(name)}"
@@ -1094,28 +1137,31 @@ def _check_ref(ref: Ref, flow: Flow, roots: Iterable[str]) -> Optional[str]:
 
 
 def _check_upstream_refs(flow: Flow, wanted: Dict[str, List[Tuple[int, Path, Ref]]]) -> Iterator[Problem]:
-    """Check that each task read by a template is upstream of its reader: one search down from each."""
-    ids = {task.id for task in flow.tasks}
-    order = topological_order({task.id: task.depends_on for task in flow.tasks})
-    rank = {key: n for n, key in enumerate(order)}
-    downstream: Dict[str, List[str]] = {}
-    for task in flow.tasks if wanted else ():
-        for name in task.depends_on:
-            downstream.setdefault(name, []).append(task.id)
-    for name, readers in wanted.items():
-        last = max(rank.get(flow.tasks[n].id, -1) for n, _, _ in readers)
-        reached, todo = set(), [name]
-        while todo:
-            for below in downstream.get(todo.pop(), ()):
-                if below not in reached and rank.get(below, last + 1) <= last:
-                    reached.add(below)
-                    todo.append(below)
-        for n, place, ref in readers:
-            if name not in ids:
-                yield Problem(place, f"{ref.text}: no task {shown(name)} in this flow{near(name, ids)}")
-            elif flow.tasks[n].id not in reached and flow.tasks[n].id in rank:
-                yield Problem(place, f"{ref.text}: {name} is not upstream of {flow.tasks[n].id}; "
-                                     f"add {shown(name)} to its depends_on")
+    """Check that each task read by a template is upstream of its reader.
+
+    The tasks that are read get a bit each, and each task the bits of all that is upstream of it, in one go
+    down the flow for 4,096 of them at a time.
+    """
+    upstream = {task.id: task.depends_on for task in flow.tasks}
+    order = topological_order(upstream) if wanted else []
+    names = list(wanted)
+    for start in range(0, len(names), 4096):
+        bits = {name: 1 << n for n, name in enumerate(names[start:start + 4096])}
+        above: Dict[str, int] = {}
+        for key in order:
+            mask = 0
+            for up in upstream[key]:
+                mask |= above.get(up, 0) | bits.get(up, 0)
+            above[key] = mask
+        for name in bits:
+            for n, place, ref in wanted[name]:
+                reader = flow.tasks[n].id
+                if name not in upstream:
+                    yield Problem(place, f"{ref.text}: no task {shown(name)} in this flow"
+                                         + near(name, upstream))
+                elif reader in above and not above[reader] & bits[name]:
+                    yield Problem(place, f"{ref.text}: {name} is not upstream of {reader}; "
+                                         f"add {shown(name)} to its depends_on")
 
 
 def _check_text(text: Any, flow: Flow, place: Path, roots: Iterable[str]) -> Iterator[Problem]:
@@ -1210,7 +1256,8 @@ _BOOL: Schema = {"type": "boolean"}
 _SECONDS: Schema = {"type": "number", "minimum": 0, "maximum": 315360000}
 _LIMIT: Schema = {"type": "number", "minimum": 0.001, "maximum": 315360000}
 _VALUE: Schema = {"anyOf": [_STR, {"type": "number"}, _BOOL], "title": "a string, a number or a boolean"}
-_ENV: Schema = {"type": "object", "additionalProperties": _VALUE, "title": "an object of strings"}
+_ENV: Schema = {"type": "object", "additionalProperties": _VALUE, "title": "an object of strings",
+                "propertyNames": {"pattern": r"^[A-Za-z_][A-Za-z0-9_]*$"}}
 _OPTIONS: Schema = {"type": "object", "additionalProperties": {
     "anyOf": [_STR, {"type": "number"}, _BOOL, {"type": "null"}, {"type": "array", "items": _VALUE}],
     "title": "a string, a number, a boolean, null or an array of these"}}
@@ -1250,7 +1297,8 @@ TASK_FIELDS = (
     Field("args", _ARGS, "arguments: an array as it is, or an object of options"),
     Field("env", _ENV, "environment variables"),
     Field("cwd", _STR, "working directory, relative to where MiniFlow was started"),
-    Field("python", {"type": "string", "minLength": 1}, "the interpreter for script"),
+    Field("python", {"type": "string", "minLength": 1, "title": "a non-empty string"},
+          "the interpreter for script"),
     Field("stdin", _STR, "text for standard input, which is empty otherwise"),
     Field("max_retries", {"type": "integer", "minimum": 0, "maximum": 1000000}, "attempts after the first"),
     Field("backoff_s", _SECONDS, "seconds before attempt 2, doubled before each further one"),
@@ -1280,6 +1328,7 @@ def object_schema(fields: Sequence[Field], without: Iterable[str] = ()) -> Schem
 
 
 _PARAM_SCHEMA = object_schema(PARAM_FIELDS)
+_LONG_FORM = ("type", "default", "required", "enum")    # an object with one of these declares a param
 _TASK_SCHEMA = object_schema(TASK_FIELDS)
 _DEFAULTS_SCHEMA = object_schema(TASK_FIELDS, _NOT_INHERITED)
 
@@ -1304,10 +1353,11 @@ _FLOW_SCHEMA = object_schema(FLOW_FIELDS)
 def flow_schema() -> Schema:
     """Return the JSON Schema (draft 2020-12) of the flow file, for editors."""
     schema = object_schema(FLOW_FIELDS)
-    schema["properties"]["params"]["additionalProperties"] = {
-        "anyOf": [_PARAM_SCHEMA, {"title": "a default value"}]}
+    long_form = {"type": "object", "anyOf": [{"required": [word]} for word in _LONG_FORM]}
+    schema["properties"]["params"]["additionalProperties"] = {"if": long_form, "then": _PARAM_SCHEMA}
     task = schema["properties"]["tasks"]["items"] = dict(_TASK_SCHEMA)
     task["oneOf"] = [{"required": [field.name]} for field in ACTION_FIELDS]
+    task["dependentRequired"] = {name: [action] for name, action in _FOR_ACTION.items()}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "MiniFlow flow", **schema}
 
 
@@ -1326,7 +1376,7 @@ def _make_params(raw: Any, problems: List[Problem]) -> Optional[Dict[str, Param]
         return None
     params = {}
     for name, value in raw.items():
-        if isinstance(value, dict) and value.keys() & {"type", "default", "required", "enum"}:
+        if isinstance(value, dict) and value.keys() & set(_LONG_FORM):
             value = _sound(_PARAM_SCHEMA, value, ("params", name), problems)
             if "enum" in value:
                 value = {**value, "enum": tuple(value["enum"])}
@@ -1391,11 +1441,10 @@ def read_flow(raw: Any, problems: List[Problem]) -> Optional[Flow]:
         "type": "array", "minItems": 1, "items": {"type": "object", "title": "a task: an object"},
         "title": "a non-empty array of tasks"}}}
     fields = _sound(whole, raw, (), problems)
-    defaults = raw.get("defaults")
-    if isinstance(defaults, dict):
-        defaults = _sound(_DEFAULTS_SCHEMA, defaults, ("defaults",), [])
+    given = raw.get("defaults")
+    defaults = _sound(_DEFAULTS_SCHEMA, given, ("defaults",), []) if isinstance(given, dict) else {}
     raw_tasks = raw.get("tasks")
-    tasks = [_read_task(task, ("tasks", n), defaults or {}, problems)
+    tasks = [_read_task(task, ("tasks", n), defaults, problems)
              for n, task in enumerate(raw_tasks if isinstance(raw_tasks, list) else [])]
     if None in tasks:                            # keep the numbers of the others: they are their places
         blank = Task("", Command("exit 70"))
@@ -1413,7 +1462,7 @@ def parse_flow(content: Union[bytes, str], where: str,
 
     `script_problem` tells what is wrong with a script's path, which only somebody who sees the disk can know.
     """
-    document = parse_json(content, where)
+    document = read_json(content, where)
     problems: List[Problem] = []
     flow = read_flow(document.value, problems)
     if flow:
@@ -1422,7 +1471,7 @@ def parse_flow(content: Union[bytes, str], where: str,
             what = script_problem(task.action.path) if isinstance(task.action, Script) else None
             if what:
                 problems.append(Problem(("tasks", n, "script"), what))
-    if problems or not flow:
+    if problems or document.flaws or not flow:
         raise document.error(problems)
     return flow
 
@@ -1648,30 +1697,36 @@ EVENTS: Dict[str, Type[Any]] = {
 EVENT_WORDS = {kind: word for word, kind in EVENTS.items()}
 
 
-class Scope:
-    """Whose outputs a task may read: `writers` maps keys to the rank of the ancestor that wrote them last."""
+class Lineage:
+    """Which ancestors handed something on: the rank of one of them, or none, and those before it."""
 
-    __slots__ = ("bases", "rank", "writers")
+    __slots__ = ("bases", "rank")
 
-    def __init__(self, bases: Tuple[Scope, ...] = (), rank: Optional[int] = None,
-                 writers: Mapping[str, int] = {}) -> None:
-        self.bases, self.rank, self.writers = bases, rank, writers
+    def __init__(self, bases: Tuple[Lineage, ...] = (), rank: Optional[int] = None) -> None:
+        self.bases, self.rank = bases, rank
 
     def ranks(self) -> List[int]:
         """Return the ranks of all ancestors with outputs, ascending; walks them all."""
         seen, todo, found = {id(self)}, [self], []
         while todo:
-            scope = todo.pop()
-            if scope.rank is not None:
-                found.append(scope.rank)
-            for base in scope.bases:
+            lineage = todo.pop()
+            if lineage.rank is not None:
+                found.append(lineage.rank)
+            for base in lineage.bases:
                 if id(base) not in seen:
                     seen.add(id(base))
                     todo.append(base)
         return sorted(found)
 
 
-NO_SCOPE = Scope()
+class Scope(NamedTuple):
+    """Whose outputs a task may read; `writers` maps each key to the rank of its last writer."""
+
+    lineage: Lineage
+    writers: Mapping[str, int]
+
+
+NO_SCOPE = Scope(Lineage(), {})
 
 
 def join_scopes(scopes: Iterable[Scope]) -> Scope:
@@ -1684,7 +1739,34 @@ def join_scopes(scopes: Iterable[Scope]) -> Scope:
         for key, rank in scope.writers.items():
             if rank > writers.get(key, -1):
                 writers[key] = rank
-    return Scope(tuple(distinct), None, writers)
+    return Scope(Lineage(tuple(scope.lineage for scope in distinct)), writers)
+
+
+class Scopes:
+    """What settled tasks have opened to those downstream; nothing is kept that all of them have taken."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._rank = plan.rank
+        self._open: Dict[str, Scope] = {}
+        self._untaken = {name: len(below) for name, below in plan.downstream.items()}
+
+    def give(self, name: str, scope: Scope, output: Optional[Mapping[str, Any]]) -> None:
+        """Open to its downstream what task `name` may read and what it hands on."""
+        if output and self._untaken[name]:
+            rank = self._rank[name]
+            scope = Scope(Lineage((scope.lineage,), rank),
+                          {**scope.writers, **dict.fromkeys(output, rank)})
+        if self._untaken[name]:
+            self._open[name] = scope
+
+    def take(self, task: Task) -> Scope:
+        """Return what `task` may read."""
+        scope = join_scopes(self._open[up] for up in task.depends_on if up in self._open)
+        for up in task.depends_on:
+            self._untaken[up] -= 1
+            if not self._untaken[up]:
+                self._open.pop(up, None)
+        return scope
 
 
 class Attempt:
@@ -1755,7 +1837,7 @@ class Run:
         self.retries: List[Tuple[float, str, int]] = []                # heap of (time, task, failed attempt)
         self.deadlines: List[Tuple[float, str, int, str]] = []         # heap of (time, task, attempt, signal)
         self.stopping = self.killed = 0
-        self._out: Dict[str, Scope] = {}
+        self._scopes = Scopes(plan)
         for name in plan.order:
             self._survey(name)
 
@@ -1764,14 +1846,14 @@ class Run:
         task, task_run = self.plan.tasks[name], self.tasks[name]
         self.waits[name] = sum(self.tasks[up].status not in SETTLED for up in task.depends_on)
         if task_run.status in SETTLED:
-            task_run.scope = join_scopes(self._out[up] for up in task.depends_on if up in self._out)
+            task_run.scope = self._scopes.take(task)
             self._count(name)
         elif task_run.status == RUNNING:
-            task_run.scope = join_scopes(self._out[up] for up in task.depends_on)
+            task_run.scope = self._scopes.take(task)
             self.running[name] = None
             self._set_deadline(name, task_run.attempts[-1].started)
         elif task_run.status == RETRYING:
-            task_run.scope = join_scopes(self._out[up] for up in task.depends_on)
+            task_run.scope = self._scopes.take(task)
             heapq.heappush(self.retries, (task_run.retry_at or 0, name, task_run.attempt))
         elif not self.waits[name]:
             self._reached(name)
@@ -1808,7 +1890,7 @@ class Run:
 
     def outputs_of(self, scope: Scope) -> Dict[str, Mapping[str, Any]]:
         """Return the outputs of every ancestor in `scope` by its id, in topological order."""
-        names = [self.plan.order[rank] for rank in scope.ranks()]
+        names = [self.plan.order[rank] for rank in scope.lineage.ranks()]
         return {name: self.tasks[name].output or {} for name in names}
 
     # -- changing --
@@ -1931,18 +2013,16 @@ class Run:
                 self.warnings += 1
             elif self.first_failure is None:
                 self.first_failure = name
-        scope = task_run.scope
-        if task_run.output:
-            rank = self.plan.rank[name]
-            scope = Scope((scope,), rank, {**scope.writers, **dict.fromkeys(task_run.output, rank)})
-        self._out[name] = scope
+        self._scopes.give(name, task_run.scope, task_run.output)
+        task_run.scope = NO_SCOPE
 
     def _reached(self, name: str) -> None:
         """The upstream of task `name` has settled: it is ready, or its trigger rule bars it."""
         task, task_run = self.plan.tasks[name], self.tasks[name]
+        scope = self._scopes.take(task)
         if task_run.status in SETTLED:
             return                              # settled before its upstream: a cancelled run
-        task_run.scope = join_scopes(self._out[up] for up in task.depends_on)
+        task_run.scope = scope
         if name in self.plan.left_out:
             self.barred[name] = (SKIPPED, "left out")
             return
@@ -2172,12 +2252,11 @@ def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Op
     perform = {Start: world.start, Stop: world.stop}
     while run.outcome is None:
         actions = due(run, world.now(), slots)
-        if actions:
-            emit([fact(run, action, world.now()) for action in actions])
-            emit([event for action in actions if type(action) in perform
-                  for event in perform[type(action)](run, action)])
-        else:
-            emit((yield next_wake(run, slots)))
+        emit([fact(run, action, world.now()) for action in actions])
+        emit([event for action in actions if type(action) in perform
+              for event in perform[type(action)](run, action)])
+        if run.outcome is None:                 # a signal is heard also while there is always something to do
+            emit((yield world.now() if actions else next_wake(run, slots)))
 
 
 # ============================================================================
@@ -2336,6 +2415,8 @@ def _task_run_from_json(members: Mapping[str, Any]) -> TaskRun:
 
 def run_from_json(state: Mapping[str, Any]) -> Run:
     """Rebuild a Run from the state that run_to_json gave."""
+    if state["format"] != FORMAT:
+        raise ValueError(f"it has format {state['format']}, not {FORMAT}")
     flow = read_flow(state["definition"], [])
     assert flow
     tasks = {name: _task_run_from_json(members) for name, members in state["tasks"].items()}
@@ -2536,26 +2617,32 @@ def parse_output(content: bytes) -> Dict[str, Any]:
     return output
 
 
+#: Stands for the exit code of a process that somebody else in this program has waited for.
+LOST_EXIT = 256
+
+
 def describe_exit(code: int) -> Tuple[str, int]:
     """Return the reason for a process's exit `code` (negative: a signal) and the number a shell gives it."""
+    if code == LOST_EXIT:
+        return "exit code lost: somebody else in this program waits for all its children", 255
     return (f"exit {code}", code) if code >= 0 else (f"killed by signal {-code}", 128 - code)
 
 
-def attempt_end(run: Run, task_id: str, now: float, code: int, output: Callable[[], Mapping[str, Any]]
-                ) -> AttemptEnded:
-    """Return how the running attempt of a task ended, by its exit code and why it was being stopped."""
-    task_run = run.tasks[task_id]
-    if task_run.stopping:
-        if run.cancel and task_run.stopping == run.cancel.reason:
-            return AttemptEnded(now, task_id, task_run.attempt, CANCELLED, task_run.stopping)
-        return AttemptEnded(now, task_id, task_run.attempt, FAILED, task_run.stopping, "timeout")
+def attempt_end(run: Run, task_id: str, now: float, code: int, stopping: Optional[str],
+                output: Callable[[], Mapping[str, Any]]) -> AttemptEnded:
+    """Return how the running attempt ended, by its exit code and why it was being stopped by then."""
+    attempt = run.tasks[task_id].attempt
+    if stopping:
+        if run.cancel and stopping == run.cancel.reason:
+            return AttemptEnded(now, task_id, attempt, CANCELLED, stopping)
+        return AttemptEnded(now, task_id, attempt, FAILED, stopping, "timeout")
     if code:
-        return AttemptEnded(now, task_id, task_run.attempt, FAILED, *describe_exit(code))
+        return AttemptEnded(now, task_id, attempt, FAILED, *describe_exit(code))
     try:
         handed_on = output()
     except ValueError as exc:
-        return AttemptEnded(now, task_id, task_run.attempt, FAILED, f"bad output: {exc}")
-    return AttemptEnded(now, task_id, task_run.attempt, SUCCESS, output=handed_on or None)
+        return AttemptEnded(now, task_id, attempt, FAILED, f"bad output: {exc}")
+    return AttemptEnded(now, task_id, attempt, SUCCESS, output=handed_on or None)
 
 
 def attempt_unstartable(run: Run, task_id: str, now: float, reason: str, code: Optional[int]) -> AttemptEnded:
@@ -3079,6 +3166,8 @@ _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 _DEVICES = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
 DURABILITIES = ("full", "normal", "off")
+#: What the system says where the disk is the trouble, and not what was asked of it.
+DISK_ERRORS = frozenset([errno.ENOSPC, errno.EIO, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)])
 
 
 class Disk:
@@ -3258,7 +3347,7 @@ class Store:
 
     def files(self, run_id: str) -> RunFiles:
         """Return where the files of a run lie; raise UsageError if `run_id` can't be the name of a run."""
-        if not _RUN_ID.fullmatch(run_id) or _DEVICES.fullmatch(run_id):
+        if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id) or _DEVICES.fullmatch(run_id):
             raise UsageError(f"{shown(run_id)} is no run id; use letters, digits, _ and -, "
                              "not starting with -, at most 128, and no name of a device")
         base = os.path.join(self.runs, run_id)
@@ -3300,24 +3389,21 @@ class Store:
         live = self.is_live(run_id)
         try:
             run, seq, engine, damage = _read_journal(files.journal)
-            try:
-                content = read_file(files.state)
-            except FileNotFoundError:
-                content = b""
+            content = read_file(files.state) if os.path.lexists(files.state) else b""
+            state = decode_state(content)
+            if state and state["seq"] > seq:
+                run, seq, engine = run_from_json(state), state["seq"], state["engine"] or {}
         except OSError as exc:
             raise StateError(f"{exc.filename}: can't be read: {exc.strerror}") from None
-        state = decode_state(content) if content else None
-        if state and state["seq"] > seq:
-            if state.get("format") != FORMAT:
-                raise StateError(f"{files.state}: has format {shown(state.get('format'))}; this MiniFlow "
-                                 f"({__version__}) reads format {FORMAT}")
-            run, seq, engine = run_from_json(state), state["seq"], state["engine"] or {}
-        if run is None:
-            if not content and not os.path.lexists(files.journal) and not os.path.lexists(files.state):
-                raise NotFound(f"no run {run_id} in {self.runs}; see: miniflow runs")
-            raise StateError(f"{files.state}: damaged, and so is {os.path.basename(files.journal)} "
-                             "if it is there; nothing was changed; "
-                             "restore one of them, or remove both to give the run up")
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as exc:
+            raise StateError(f"{files.state}, or its journal: the checksums hold, but MiniFlow {__version__} "
+                             f"can't make sense of it: {exc!r}; use the one that wrote it") from None
+        if run is None and not content and not self.exists(run_id):
+            raise NotFound(f"no run {run_id} in {self.runs}; see: miniflow runs")
+        if run is None or run.id != run_id:
+            what = f"the state of run {run.id}" if run else "damaged, and so is its journal if it is there"
+            raise StateError(f"{files.state}: {what}; nothing was changed; restore it, or remove both files "
+                             "to give the run up")
         return Loaded(run, seq, live, engine, damage)
 
     def summary(self, run_id: str) -> Dict[str, Any]:
@@ -3329,10 +3415,11 @@ class Store:
                 at = content.rfind(_CRC)
                 if at > 0 and content[at:] == _CRC + b'%08x"}\n' % zlib.crc32(content[:at]):
                     head: Dict[str, Any] = json.loads(content.partition(b",\n")[0] + b"}")
-                    if head["status"] != RUNNING:
+                    if head["status"] != RUNNING and head["id"] == run_id:
                         return head
             loaded = self.load(run_id)
-            return {**{name: run_to_json(loaded.run)[name] for name in _HEAD}, "status": loaded.status}
+            state = run_to_json(loaded.run)
+            return {**{name: state[name] for name in _HEAD}, "status": loaded.status}
         except (MiniFlowError, OSError) as exc:
             return {**dict.fromkeys(_HEAD), "id": run_id, "status": "damaged", "reason": str(exc)}
 
@@ -3353,8 +3440,11 @@ class Store:
     def new_id(self, flow: str, now: float) -> str:
         """Return a fresh run id: the flow, the time, and four hexadecimal digits of chance."""
         stamp = (format_time(now) or "")[:19].replace("-", "").replace(":", "")
-        return (f"{re.sub('[^A-Za-z0-9_-]', '_', flow)[:100].lstrip('-') or '_'}-"
-                f"{stamp}Z-{os.urandom(2).hex()}")
+        stem = re.sub("[^A-Za-z0-9_-]", "_", flow)[:100].lstrip("-") or "_"
+        while True:
+            run_id = f"{stem}-{stamp}Z-{os.urandom(2).hex()}"
+            if not self.exists(run_id):
+                return run_id
 
     # -- the lock --
 
@@ -3383,9 +3473,11 @@ class Store:
     def is_live(self, run_id: str) -> bool:
         """Tell whether an engine holds the lock of a run."""
         try:
-            fd = self.disk.open(self.files(run_id).lock, os.O_RDWR)
-        except OSError:
+            fd = self.disk.open(self.files(run_id).lock, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+        except FileNotFoundError:
             return False
+        except OSError:
+            return True                        # somebody else's: better not touched
         try:
             return not _try_lock(fd, shared=True)
         finally:
@@ -3403,6 +3495,8 @@ class Store:
                      if name.startswith(f"{run_id}.jsonl.bad-")]
             for path in (files.journal, files.state, *aside, files.lock):
                 self.disk.unlink(path)
+        except OSError as exc:
+            raise StateError(f"{exc.filename}: can't be removed: {exc.strerror}") from None
         finally:
             self.disk.close(fd)
 
@@ -3541,6 +3635,8 @@ class Journal:
 SIGNAL_EXITS = {name: 128 + getattr(signal, name)
                 for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 _SWEEP_S = 0.01                                # how often the rest of a group is looked at
+KEPT_CONTEXTS = 64                             # context files that are kept for tasks that see the same
+UNKILLABLE_S = 5.0                             # how long after SIGKILL the rest of a group is given up
 _LOOK_S = 0.02                                 # the same for processes without a pidfd
 
 
@@ -3587,6 +3683,8 @@ class Waiter:
             self._poll.register(self._pipe[0], 1)          # 1: POLLIN
             if not hasattr(os, "pidfd_open"):
                 self._old[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+            elif signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:      # the system would eat exit codes
+                self._old[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         """Remember a signal; that it came wakes wait() through the pipe."""
@@ -3650,14 +3748,25 @@ def group_has_living(group: int) -> bool:
     return any(fields[2] == b"%d" % group and fields[0] not in (b"Z", b"X") for fields in stats if fields)
 
 
+class Context:
+    """A context file, and how many running attempts were given it."""
+
+    __slots__ = ("scope", "path", "users")
+
+    def __init__(self, scope: Scope, path: str) -> None:
+        self.scope, self.path, self.users = scope, path, 0
+
+
 class Child:
     """A running attempt: its process, which leads its group, and how to see its end."""
 
-    __slots__ = ("task", "process", "pidfd", "code", "kill_at", "output")
+    __slots__ = ("task", "process", "pidfd", "code", "stopping", "kill_at", "output", "context")
 
-    def __init__(self, task: str, process: Any, pidfd: Optional[int], output: str) -> None:
-        self.task, self.process, self.pidfd, self.output = task, process, pidfd, output
+    def __init__(self, task: str, process: Any, pidfd: Optional[int], output: str, context: Context) -> None:
+        self.task, self.process, self.pidfd = task, process, pidfd
+        self.output, self.context = output, context
         self.code: Optional[int] = None        # the leader's exit code, once it has ended
+        self.stopping: Optional[str] = None    # why it was being stopped when it ended
         self.kill_at: Optional[float] = None   # when the rest of the group gets SIGKILL
 
     def signal_group(self, word: str) -> bool:
@@ -3675,8 +3784,23 @@ class Child:
             pass                               # somebody of another user is in the group (macOS: or a zombie)
         return True
 
+    def poll(self) -> Optional[int]:
+        """Return the leader's exit code, or None while it runs."""
+        try:
+            if hasattr(os, "waitid"):          # Popen would take a code that it can't have for 0
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            self.process.returncode = LOST_EXIT
+        code: Optional[int] = self.process.poll()
+        return code
+
     def group_lives(self) -> bool:
         """Tell whether anybody is left in the group, once its leader has been reaped."""
+        try:
+            while os.waitpid(-self.process.pid, os.WNOHANG)[0]:
+                pass                           # orphans that came to us: we may be PID 1
+        except (ChildProcessError, AttributeError):
+            pass
         try:
             os.killpg(self.process.pid, 0)
         except (ProcessLookupError, AttributeError):
@@ -3720,7 +3844,8 @@ class Processes:
                                 os.path.abspath(tasks_dir), store.prepare("tmp", run_id, "work"), "", "")
         self._children: Dict[str, Child] = {}
         self._by_fd: Dict[int, Child] = {}
-        self._contexts: Dict[int, Tuple[Scope, str]] = {}
+        self._contexts: Dict[int, Context] = {}
+        self._made = 0
         self._waiter = Waiter()
 
     def __enter__(self) -> Processes:
@@ -3739,38 +3864,46 @@ class Processes:
 
     def start(self, run: Run, action: Start) -> List[Event]:
         """Start an attempt; return that it was spawned, or how it failed to."""
-        setting = self._setting._replace(context=self._context(run, action.task), output=os.path.join(
-            self._io, f"{action.task}.{action.attempt}.out"))
-        log = None
+        output = os.path.join(self._io, f"{action.task}.{action.attempt}.out")
+        log = child = context = None
         try:
+            context = self._context(run, action.task)
+            setting = self._setting._replace(context=context.path, output=output)
+            self._store.disk.unlink(output)    # of an attempt whose record a power cut took
             log = self._open_log(action)
-            child = self._spawn(invoke(run, action.task, setting), action, setting.output, log)
+            process = self._spawn(invoke(run, action.task, setting), action, log)
+            child = Child(action.task, process, self._waiter.watch(process.pid), output, context)
         except LookupError as exc:             # a template without a value: no attempt will find one
             return [attempt_unstartable(run, action.task, self.now(), exc.args[0], None)]
         except (OSError, ValueError) as exc:   # ValueError: a NUL in an argument
+            if getattr(exc, "errno", None) in DISK_ERRORS:
+                place = getattr(exc, "filename", None) or self._store.path
+                raise StateError(f"{place}: can't be written: {exc}; what was recorded before is safe: "
+                                 f"miniflow resume {run.id}") from None
             code = 127 if isinstance(exc, FileNotFoundError) else 126
             return [attempt_unstartable(run, action.task, self.now(), f"cannot start: {exc}", code)]
         finally:
             if log is not None:
                 os.close(log)
+            if context and not child:
+                context.users -= 1
         self._children[action.task] = child
         if child.pidfd is not None:
             self._by_fd[child.pidfd] = child
         pid = child.process.pid
         return [AttemptSpawned(self.now(), action.task, action.attempt, pid, start_ticks(pid))]
 
-    def _spawn(self, invocation: Invocation, action: Start, output: str, log: int) -> Child:
-        """Start the process of an attempt, with nothing open but its log and its input."""
+    def _spawn(self, invocation: Invocation, action: Start, log: int) -> Any:
+        """Start the process of an attempt, with nothing open but its log and its input; return its Popen."""
         import subprocess
         stdin = self._open_stdin(invocation.stdin, action)
         try:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 invocation.argv, stdin=stdin, stdout=log, stderr=log, env=invocation.env, cwd=invocation.cwd,
                 close_fds=True, start_new_session=os.name != "nt",
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
         finally:
             os.close(stdin)
-        return Child(action.task, process, self._waiter.watch(process.pid), output)
 
     def _open_log(self, action: Start) -> int:
         """Open a new log and lock it; whoever inherits it holds the lock, which is a proof of life."""
@@ -3795,14 +3928,21 @@ class Processes:
         os.lseek(fd, 0, os.SEEK_SET)
         return fd
 
-    def _context(self, run: Run, task_id: str) -> str:
-        """Return the path of the task's context file; tasks that see the same share one."""
+    def _context(self, run: Run, task_id: str) -> Context:
+        """Return the task's context file; tasks that see the same share one, old ones are removed."""
         scope = run.tasks[task_id].scope
-        if id(scope) not in self._contexts:
-            path = os.path.join(self._io, f"context-{len(self._contexts) + 1}.json")
-            self._store.disk.put(path, context_json(run, task_id).encode(), False)
-            self._contexts[id(scope)] = (scope, path)
-        return self._contexts[id(scope)][1]
+        context = self._contexts.get(id(scope))
+        if context is None:
+            self._made += 1
+            context = Context(scope, os.path.join(self._io, f"context-{self._made}.json"))
+            self._store.disk.put(context.path, context_json(run, task_id).encode(), False)
+            self._contexts[id(scope)] = context
+            for old in list(self._contexts.values())[:-KEPT_CONTEXTS]:
+                if not old.users:
+                    del self._contexts[id(old.scope)]
+                    self._store.disk.unlink(old.path)
+        context.users += 1
+        return context
 
     def stop(self, run: Run, action: Stop) -> List[Event]:
         """Send the signal of `action` to the attempt's group."""
@@ -3831,32 +3971,41 @@ class Processes:
         return events
 
     def _look_at(self, run: Run, child: Child) -> List[Event]:
-        """Return the end of an attempt, if its leader and all of its group have ended."""
+        """Return the end of an attempt, if its leader and all of its group have ended.
+
+        What the leader's end means is settled then; a stop that comes later only hastens the end of the rest.
+        """
+        now = self.now()
         if child.code is None:
-            child.code = child.process.poll()
+            child.code = child.poll()
             if child.code is None:
                 return []
+            child.stopping = run.tasks[child.task].stopping
             if child.group_lives():
-                child.signal_group("TERM")
-                child.kill_at = self.now() + run.plan.tasks[child.task].grace_s
-        if child.kill_at is not None:
-            if child.group_lives():
-                if self.now() >= child.kill_at:
-                    child.signal_group("KILL")
-                if child.pidfd is not None:    # it has told all it can
-                    del self._by_fd[child.pidfd]
-                    self._waiter.unwatch(child.pidfd)
-                    child.pidfd = None
-                return []
+                child.kill_at = now + run.plan.tasks[child.task].grace_s
+                if not child.stopping:         # else it has had its SIGTERM
+                    child.signal_group("TERM")
+        if child.kill_at is not None and child.group_lives() and now < child.kill_at + UNKILLABLE_S:
+            if now >= child.kill_at:
+                child.signal_group("KILL")
+            self._unwatch(child)               # its leader has told all it can
+            return []
         self._forget(child)
-        return [attempt_end(run, child.task, self.now(), child.code, lambda: self._take_output(child.output))]
+        return [attempt_end(run, child.task, self.now(), child.code, child.stopping,
+                            lambda: self._take_output(child.output))]
+
+    def _unwatch(self, child: Child) -> None:
+        """Stop waiting for the end of a leader."""
+        if child.pidfd is not None:
+            del self._by_fd[child.pidfd]
+            self._waiter.unwatch(child.pidfd)
+            child.pidfd = None
 
     def _forget(self, child: Child) -> None:
         """Stop watching a child that has ended."""
         del self._children[child.task]
-        if child.pidfd is not None:
-            del self._by_fd[child.pidfd]
-            self._waiter.unwatch(child.pidfd)
+        child.context.users -= 1
+        self._unwatch(child)
 
     def _take_output(self, path: str) -> Mapping[str, Any]:
         """Read what a task wrote to $MINIFLOW_OUTPUT, and remove it; raise ValueError if it can't be used."""
@@ -3982,7 +4131,7 @@ def start_run(store: Store, flow: Flow, stem: str, source: str, params: Mapping[
     journal = Journal(store, run_id, order.durability)
     if store.exists(run_id):                   # somebody else was quicker, and is through
         journal.give_up()
-        raise UsageError(f"run {run_id} exists; resume it, or give another run id")
+        raise RunExists(f"run {run_id} exists; resume it, or give another run id")
     run = Run(make_plan(flow, left_out), run_id, values, now, stem, os.path.abspath(source))
     return _carry_out(run, journal, store, order, clock, watcher, None)
 
@@ -4039,7 +4188,10 @@ def start_or_resume(store: Store, flow: Flow, stem: str, source: str, params: Ma
                     watcher: Watcher = Watcher()) -> Run:
     """Run a flow, or go on with the run that has the given id; that one keeps its params and selection."""
     if run_id is None or not store.exists(run_id):
-        return start_run(store, flow, stem, source, params, order, selection, run_id, watcher)
+        try:
+            return start_run(store, flow, stem, source, params, order, selection, run_id, watcher)
+        except RunExists:
+            assert run_id
     if params or any(selection):
         kept = "params" if params else "selection of tasks"
         raise UsageError(f"run {run_id} exists and keeps its own {kept}; give none, or another run id")
@@ -4071,6 +4223,13 @@ def say(text: str) -> None:
         sys.stderr.flush()
     except (OSError, ValueError):
         pass
+
+
+def let_go_of_stdout() -> None:
+    """Send what is still written to stdout, by the interpreter's own end too, to nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
 
 
 def format_span(seconds: Optional[float]) -> str:
@@ -4207,18 +4366,29 @@ class Quiet(Lines):
             super().end(run)
 
 
-def follow_lines(path: str, place: List[Any], whole: bool) -> Iterator[str]:
-    """Yield the new lines of a growing log; `place` keeps the offset and an unfinished line.
+SHOWN_BYTES = 2**20                            # at most so much of a log is shown at a time
+SHOWN_LINE = 4096                              # a longer line is shown in pieces
 
-    The unfinished line is given at the end if `whole`.
+
+def follow_lines(path: str, place: List[Any], whole: bool) -> Iterator[str]:
+    """Yield the new lines of a growing log, safe to show; what would be too much is left out and named.
+
+    `place` keeps the offset and an unfinished line, which is given at the end if `whole`.
     """
     try:
         with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size - place[0] > SHOWN_BYTES:
+                yield f"({size - place[0] - SHOWN_BYTES} bytes left out)"
+                place[:] = [size - SHOWN_BYTES, b""]
             file.seek(place[0])
-            for raw in file:
+            while place[0] < size:
+                raw = file.readline(SHOWN_LINE - len(place[1]))
+                if not raw:
+                    break
                 place[0] += len(raw)
                 place[1] += raw
-                if place[1].endswith(b"\n"):
+                if raw.endswith(b"\n") or len(place[1]) >= SHOWN_LINE:
                     line, place[1] = place[1], b""
                     yield safe(line.decode("utf-8", "replace").rstrip("\r\n"))
     except OSError:
@@ -4353,8 +4523,8 @@ class JsonLines(Watcher):
         try:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
-        except BrokenPipeError:                # nobody listens: the run goes on all the same
-            sys.stdout = open(os.devnull, "w")
+        except OSError:                        # nobody listens: the run goes on all the same
+            let_go_of_stdout()
 
 
 OUTPUTS: Dict[str, Callable[[Store, bool], Watcher]] = {
@@ -4441,6 +4611,7 @@ def flow_files(flows_dir: str) -> Dict[str, str]:
 
 def find_flow(flows_dir: str, name: str) -> Tuple[str, str]:
     """Return the name and the path of a flow, given by its name or by a path; raise FlowNotFound."""
+    name = os.fspath(name)
     if "/" in name or os.sep in name or name.endswith(".json"):
         if os.path.exists(name):
             return os.path.basename(name)[:-5] if name.endswith(".json") else os.path.basename(name), name
@@ -4466,7 +4637,11 @@ def script_checker(tasks_dir: str) -> Callable[[str], Optional[str]]:
         if os.path.isabs(path) or not real.startswith(root + os.sep):
             return (f"{shown(path)} lies outside the tasks directory {tasks_dir}; "
                     "put it below it, or use command")
-        if not os.path.exists(real):
+        try:
+            os.stat(real)
+        except PermissionError as exc:
+            return f"{shown(path)} in {tasks_dir} can't be read: {exc.strerror}"
+        except OSError:
             names = [os.path.relpath(os.path.join(folder, file), root)
                      for folder, _, files in os.walk(root) for file in files] if os.path.isdir(root) else []
             return f"there is no {shown(path)} in {tasks_dir}{near(path, names)}"
@@ -4542,6 +4717,8 @@ class MiniFlow:
         """
         stem, path = find_flow(self.flows_dir, name)
         flow = load_flow(path, self.tasks_dir)
+        if max_parallel is not None and not (_TYPES["integer"](max_parallel) and max_parallel > 0):
+            raise UsageError(f"max_parallel: expected an integer of at least 1, got {shown(max_parallel)}")
         order = Order(self.tasks_dir, max_parallel)
         return start_or_resume(self.store, flow, stem, path, params or {}, order, Selection(), run_id, say)
 
@@ -4597,6 +4774,17 @@ def command(name: str, does: str, example: str, add: Callable[[Any], None] = lam
 def print_result(text: str) -> None:
     """Write a result to stdout."""
     sys.stdout.write(text + "\n")
+
+
+def flush_results() -> None:
+    """See that the results have left; raise StateError if they can't (not where their reader has gone)."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        let_go_of_stdout()
+        raise StateError(f"stdout: can't be written: {exc.strerror}; send it elsewhere") from None
 
 
 def print_json(value: Any) -> None:
@@ -4813,9 +5001,13 @@ def read_params(options: Any, flow: Flow) -> Dict[str, Any]:
 
 def _selection(options: Any) -> Selection:
     """Return the part of the flow that the options name."""
-    given = vars(options)
-    return Selection(*(tuple(name for text in given[word + "_"] for name in text.split(",") if name)
-                       for word in ("only", "from", "until", "skip", "tags")))
+    parts = []
+    for word in ("only", "from", "until", "skip", "tags"):
+        given = vars(options)[word + "_"]
+        parts.append(tuple(name for text in given for name in text.split(",") if name))
+        if given and not parts[-1]:
+            raise UsageError(f"--{word} {shown(given[0])}: names nothing; leave it out to run everything")
+    return Selection(*parts)
 
 
 def _watcher(options: Any, store: Store) -> Watcher:
@@ -4824,8 +5016,14 @@ def _watcher(options: Any, store: Store) -> Watcher:
     return make_watcher("quiet" if style == "progress" and not _is_chatty(options) else style, store)
 
 
-def _exit_code(run: Run) -> int:
-    """Return what a run makes the command exit with."""
+def _finish(run: Run, options: Any) -> int:
+    """Print the run's id and return its exit code, which an stdout that can't be written does not change."""
+    if options.output != "json":
+        print_result(run.id)
+        try:
+            flush_results()
+        except StateError as exc:
+            say(str(exc))
     if run.outcome == CANCELLED and run.cancel:
         return run.cancel.exit_code
     return 0 if run.ok else 1
@@ -4856,9 +5054,7 @@ def run_run(options: Any) -> int:
     watcher = _watcher(options, mini.store)
     run = start_or_resume(mini.store, flow, stem, path, params, order, _selection(options), options.run_id,
                           say, watcher)
-    if options.output != "json":
-        print_result(run.id)
-    return _exit_code(run)
+    return _finish(run, options)
 
 
 def _add_run_id(parser: Any) -> None:
@@ -4884,9 +5080,7 @@ def run_resume(options: Any) -> int:
         say(f"{safe(recorded.source)} is gone; going on by the definition that the run recorded")
     run = resume_run(mini.store, run_id, flow, Order(mini.tasks_dir, options.jobs, options.durability), say,
                      _watcher(options, mini.store))
-    if options.output != "json":
-        print_result(run.id)
-    return _exit_code(run)
+    return _finish(run, options)
 
 
 def _add_runs(parser: Any) -> None:
@@ -4900,8 +5094,10 @@ def _add_runs(parser: Any) -> None:
 def run_runs(options: Any) -> int:
     """List the history."""
     store = _miniflow(options).store
-    heads = [head for head in store.history(options.flow) if options.status in (None, head["status"])]
-    heads = heads[:options.limit]
+    heads = store.history(options.flow)
+    if options.flow is not None and not heads:
+        find_flow(options.flows_dir, options.flow)              # a flow that never ran, or none at all?
+    heads = [head for head in heads if options.status in (None, head["status"])][:options.limit]
     if options.json:
         print_json(heads)
     elif heads:
@@ -4942,7 +5138,7 @@ def _print_log(path: str) -> None:
     try:
         with open(path, "rb") as file:
             if sys.stdout.isatty():
-                for line in file:
+                for line in iter(lambda: file.readline(1 << 16), b""):
                     print_result(safe(line.decode("utf-8", "replace").rstrip("\r\n")))
                 return
             for chunk in iter(lambda: file.read(1 << 20), b""):
@@ -4965,6 +5161,8 @@ def run_logs(options: Any) -> int:
     found = [(name, number, run.tasks[name].attempts[number - 1].log) for name in names
              for number in [options.attempt or run.tasks[name].attempt]
              if 0 < number <= len(run.tasks[name].attempts)]
+    if options.task is None and options.attempt and not found:
+        raise NotFound(f"no task of run {run.id} has an attempt {options.attempt}")
     if options.task is not None and not found:
         raise NotFound(f"task {options.task} of run {run.id} has no attempt {options.attempt or 1}; "
                        f"it is {run.tasks[options.task].status} and "
@@ -5005,9 +5203,25 @@ def run_export(options: Any) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    """For argparse: a number from 0 on."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+def _days(text: str) -> float:
+    """For argparse: a number of days, with a fraction if need be."""
+    days = float(text)
+    if not 0 <= days < 1e6:
+        raise ValueError(text)
+    return days
+
+
 def _add_clean(parser: Any) -> None:
-    parser.add_argument("--keep", type=int, metavar="N", help="keep the newest N runs of each flow")
-    parser.add_argument("--older-than", type=float, metavar="DAYS",
+    parser.add_argument("--keep", type=_count, metavar="N", help="keep the newest N runs of each flow")
+    parser.add_argument("--older-than", type=_days, metavar="DAYS",
                         help="remove only what is older than this")
     parser.add_argument("--dry-run", action="store_true",
                         help="say what would be removed, and remove nothing")
@@ -5051,8 +5265,6 @@ def run_clean(options: Any) -> int:
     """Remove what is beyond --keep and older than --older-than, where both are given; never a live run."""
     if options.keep is None and options.older_than is None:
         raise UsageError("clean: say what to remove, by --keep N, --older-than DAYS or both")
-    if (options.keep or 0) < 0 or (options.older_than or 0) < 0:
-        raise UsageError("clean: --keep and --older-than can't be negative")
     store = _miniflow(options).store
     before = time.time() - options.older_than * 86400 if options.older_than is not None else None
     for kind, name, _ in _removable(_aged_runs(store), options.keep, before):
@@ -5108,6 +5320,14 @@ def _add_globals(parser: Any, taken: Iterable[str] = ()) -> None:
                            help=f"{does} (default: {default})")
 
 
+def _command_at(argv: Sequence[str]) -> int:
+    """Return where the command stands: the first argument that is no option and no option's value."""
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 2 if any(argv[at] in row[:2] for row in _GLOBALS) else 1
+    return at
+
+
 def _environment_defaults() -> Dict[str, str]:
     """Return the values of the global options where the command line gives none."""
     return {long[2:].replace("-", "_"):
@@ -5125,42 +5345,58 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
     top.usage = "miniflow [-f DIR] [-t DIR] [-o DIR] [-l LEVEL] COMMAND ..."
     top.add_argument("--version", action="version", version=f"miniflow {__version__}")
     _add_globals(top)
-    top.add_argument("command", nargs="?", help=argparse.SUPPRESS)
-    top.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    first = top.parse_args(argv)
-    if first.command is None:
+    at = _command_at(argv)
+    before = top.parse_args(argv[:at])
+    if at >= len(argv):
         raise UsageError(top.format_help().strip())
-    if first.command not in COMMANDS:
-        raise UsageError(f"miniflow: there is no command {shown(first.command)}"
-                         + (near(first.command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"))
-    cli = COMMANDS[first.command]
-    parser = _make_parser(f"miniflow {first.command}", cli.does, f"example:\n  {cli.example}")
+    name = argv[at]
+    if name not in COMMANDS:
+        raise UsageError(f"miniflow: there is no command {shown(name)}"
+                         + (near(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"))
+    cli = COMMANDS[name]
+    parser = _make_parser(f"miniflow {name}", cli.does, f"example:\n  {cli.example}")
     cli.add(parser)
     _add_globals(parser, parser._option_string_actions)
-    given = argparse.Namespace(**{**_environment_defaults(), **{
-        name: value for name, value in vars(first).items() if name not in ("command", "rest")}})
-    options = parser.parse_args(first.rest, given)
+    given = argparse.Namespace(**{**_environment_defaults(), **vars(before)})
+    options = parser.parse_args(argv[at + 1:], given)
     options.level = options.level.upper()
     if options.level not in LEVELS:
         raise UsageError(f"--level {shown(options.level)}: expected one of {', '.join(LEVELS)}")
-    return first.command, options
+    return name, options
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line and return the exit code; only here does an error become text and a code."""
+def _settle_in() -> None:
+    """Make sure of the standard streams, so that no file of ours becomes one, and of the directory."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # gets the lowest number that is free: this one
+    for name, fd in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "r" if fd == 0 else "w", encoding="utf-8", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
+        os.getcwd()
+    except OSError as exc:
+        raise UsageError(f"the working directory can't be found: {exc.strerror}; change to another") from None
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line and return the exit code; only here does an error become text and a code."""
+    try:
+        _settle_in()
         name, options = parse_arguments(sys.argv[1:] if argv is None else argv)
         code = COMMANDS[name].run(options)
-        sys.stdout.flush()
+        flush_results()
     except MiniFlowError as exc:
         say("\n".join(f"error: {line}" if isinstance(exc, FlowError) else line
                       for line in safe(exc).split("\n")))
         return exc.exit_code
     except BrokenPipeError:                     # whoever read stdout has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        let_go_of_stdout()
         return 141
     except KeyboardInterrupt:
         return 130

@@ -97,7 +97,7 @@ class SimWorld:
             return [mf.CancelRequested(self.clock, "cancelled by SIGINT", 130, run.cancel is not None)]
         if self.ends and self.ends[0][0] <= self.clock:
             _, _, name, code = heapq.heappop(self.ends)
-            return [mf.attempt_end(run, name, self.clock, code, lambda: {})]
+            return [mf.attempt_end(run, name, self.clock, code, run.tasks[name].stopping, dict)]
         return []
 
 
@@ -918,15 +918,16 @@ class T09Scheduler(unittest.TestCase):
                       mf.AttemptStopping(2, "a", 1, "cancelled by SIGTERM"),
                       mf.CancelRequested(3, "cancelled by SIGINT", 130, True)):
             run.apply(event)
-        self.assertEqual(mf.attempt_end(run, "a", 4, -9, dict).status, "cancelled")
+        self.assertEqual(mf.attempt_end(run, "a", 4, -9, run.tasks["a"].stopping, dict).status, "cancelled")
         self.assertEqual((run.cancel.exit_code, run.cancel.kill), (143, True))
 
     def test_what_is_left_out_counts_as_satisfied_with_its_outputs(self):
         flow = make(task("a"), task("b", "a"), task("c", "b", args=["${{ tasks.b.outputs.x }}"]))
-        run, world, _ = simulate(flow, left_out={"a": {}, "b": {"x": 5}})
+        run, _, journal = simulate(flow, left_out={"a": {}, "b": {"x": 5}})
         self.assertEqual(ends(run), {"a": "skipped", "b": "skipped", "c": "success"})
-        self.assertEqual((run.tasks["b"].reason, run.ctx_of("c"), run.status),
-                         ("left out", {"x": 5}, "success"))
+        started = next(event for event in journal if isinstance(event, mf.AttemptStarted))
+        self.assertEqual((run.tasks["b"].reason, run.ctx, started.inputs, run.status),
+                         ("left out", {"x": 5}, {"x": "b"}, "success"))
 
     def test_due_and_next_wake_change_nothing(self):
         for seed in range(50):
@@ -1210,7 +1211,7 @@ class T11Invocation(unittest.TestCase):
                 run.apply(mf.CancelRequested(1, cancel))
             if stopping:
                 run.apply(mf.AttemptStopping(1, "t", 1, stopping))
-            event = mf.attempt_end(run, "t", 2, code, output)
+            event = mf.attempt_end(run, "t", 2, code, stopping, output)
             return event.status, event.reason, event.code
 
         def bad():
