@@ -2707,7 +2707,7 @@ def to_text_graph(plan: Plan) -> str:
 # process group, so that a timeout and a signal reach grandchildren; what needs JSON is done by python3.
 #
 # Values known when the script is made (params) stand in it quoted; others (run, env, outputs) are looked up
-# into variables v1, v2, … before anything is exported or executed.  Nothing is ever put into a command's
+# into variables mf_v1, … before anything is exported or executed.  Nothing is ever put into a command's
 # text.
 
 _BASH_HEAD = r'''#!/usr/bin/env bash
@@ -2732,7 +2732,8 @@ mf_out=${MINIFLOW_OUTPUT_DIR:-miniflow_output}
 MINIFLOW_RUN_ID=${mf_flow//[^A-Za-z0-9_-]/_}-$(date -u +%Y%m%dT%H%M%SZ)-$$
 mf_scheduled_time=$(date -u +%Y-%m-%dT%H:%M:%S.%6NZ)
 export MINIFLOW_RUN_ID mf_scheduled_time MINIFLOW_FLOW=$mf_flow
-export mf_python=${PYTHON:-python3}
+mf_python=$(command -v "${PYTHON:-python3}") || mf_python=python3
+export mf_python
 mf_mask=$(umask)
 umask 077
 mf_logs=$mf_out/logs/$MINIFLOW_RUN_ID
@@ -2760,9 +2761,17 @@ def strict(pairs):
     return dict(pairs)
 def constant(name):
     raise ValueError(name + " is not JSON")
+def number_of(text):
+    if float(text) in (float("inf"), -float("inf")):
+        raise ValueError(text + " is too large for a number")
+    return float(text)
 def take(text):
     if text.lstrip().startswith("{"):
-        return json.loads(text, object_pairs_hook=strict, parse_constant=constant)
+        found = json.loads(text, object_pairs_hook=strict, parse_constant=constant, parse_float=number_of)
+        for char in json.dumps(found, ensure_ascii=False):
+            if "\ud800" <= char <= "\udfff":
+                raise ValueError("half of a surrogate pair")
+        return found
     lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
     while at < len(lines):
         line, at = lines[at], at + 1
@@ -2802,11 +2811,13 @@ elif verb == "context":
             json.dump(value, file)
 else:
     value = load(number)
-    try:
-        for step in rest:
-            value = value[int(step)] if isinstance(value, list) else value[step]
-    except (KeyError, IndexError, TypeError, ValueError):
-        sys.exit(".".join(rest) + ": there is no such value")
+    for step in json.loads(rest[0]):
+        try:
+            if not isinstance(value, dict if isinstance(step, str) else list):
+                raise KeyError
+            value = value[step]
+        except LookupError:
+            sys.exit(rest[0] + ": there is no such value")
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b".")
 '
@@ -2892,7 +2903,13 @@ give_up() { # reason: for a task that no attempt can help
     exit "${2:-125}"
 }
 
-value() { # path: sets v to the value that it leads to in the context
+go() { # directory: relative to where the script was started
+    local to=$1
+    [[ $to == /* ]] || to=$mf_start_dir/$to
+    cd -- "$to" || give_up 'the working directory is not there' 127
+}
+
+value() { # path as JSON: sets mf_v to the value that it leads to in the context
     mf_v=$("$mf_python" -c "$mf_py_outputs" value '' "$MINIFLOW_CONTEXT" "$@") ||
         give_up "$*: there is no such value"
     mf_v=${mf_v%.}
@@ -2907,8 +2924,9 @@ attempt() { # number: one attempt; sets why, and code to what retry_on is held a
     rm -f -- "$MINIFLOW_OUTPUT" "$mf_io/final"
     see "$n" || return 1
     began=${EPOCHREALTIME/[.,]/}
+    { declare -f give_up go value "task_$n"; echo "task_$n"; } >"$mf_io/attempt.sh"
     timeout -k "$(seconds $((grace ? grace : 1)))" "$(seconds "$limit")" \
-        bash -c "$(declare -f give_up value "task_$n"); task_$n" <"${mf_stdin[n]:-/dev/null}" >"$log" 2>&1 &
+        bash "$mf_io/attempt.sh" <"${mf_stdin[n]:-/dev/null}" >"$log" 2>&1 &
     mf_group=$!
     wait "$mf_group" 2>/dev/null
     rc=$?
@@ -2951,20 +2969,18 @@ run_task() { # number: its attempts
 
 mf_red=0
 declare -a mf_end mf_reason mf_attempts mf_counts_as
-for mf_n in "${!mf_id[@]}"; do
+for mf_n in $mf_order; do
     if [[ ${mf_left_out[mf_n]:-} ]]; then
         set_end "$mf_n" skipped 'left out'
-        continue
-    fi
-    if ((mf_red)) && [[ $mf_fail_fast ]]; then
+    elif ((mf_red)) && [[ $mf_fail_fast ]]; then
         set_end "$mf_n" cancelled 'fail_fast: a task failed'
-        continue
-    fi
-    judge "$mf_n"
-    if [[ $mf_verdict == run ]]; then
-        run_task "$mf_n"
     else
-        set_end "$mf_n" "$mf_verdict" 'its trigger rule does not hold'
+        judge "$mf_n"
+        if [[ $mf_verdict == run ]]; then
+            run_task "$mf_n"
+        else
+            set_end "$mf_n" "$mf_verdict" 'its trigger rule does not hold'
+        fi
     fi
 done
 echo "logs and ends.tsv: $mf_logs" >&2
@@ -2979,46 +2995,57 @@ def bash_quote(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
 
 
+#: Variables that bash keeps for itself: setting them fails, or means something else.
+_BASH_VARIABLES = frozenset("""BASHOPTS BASHPID BASH_ALIASES BASH_ARGC BASH_ARGV BASH_CMDS BASH_COMMAND
+    BASH_LINENO BASH_SOURCE BASH_SUBSHELL BASH_VERSINFO BASH_VERSION COMP_WORDBREAKS DIRSTACK EPOCHREALTIME
+    EPOCHSECONDS EUID FUNCNAME GROUPS HISTCMD LINENO OPTIND PPID RANDOM SECONDS SHELLOPTS SRANDOM
+    UID _""".split())
+
+
 class _BashTask:
-    """Writes the function that executes one task, looking its run-time values up first."""
+    """Writes the function that executes one task: lookups, then directory, exports, and the program."""
 
     def __init__(self, plan: Plan, task: Task, values: Values) -> None:
         self.plan, self.task, self.values = plan, task, values
-        self.lines: List[str] = []
+        self.lookups: List[str] = []
+        self.env: Dict[str, str] = {}          # what the flow and the task set: name to word
         self.count = 0
 
     def word(self, text: Any) -> str:
-        """Return a word of bash for `text`, templates and all; lines that set its variables come first."""
+        """Return a word of bash for `text`, templates and all; what it needs is looked up before."""
         parts = parse_template(text) if isinstance(text, str) else (to_text(text),)
         words = [bash_quote(part) if isinstance(part, str) else self.reference(part) for part in parts]
         return "".join(words) or "''"
 
     def reference(self, ref: Ref) -> str:
         """Return a word for what a template refers to."""
-        root, path = ref.path[0], [str(step) for step in ref.path[1:]]
+        root, path = ref.path[0], ref.path[1:]
         if root == "params":
             return bash_quote(to_text(lookup(ref, self.values)))
+        if root == "env" and path[0] in self.env:
+            return self.env[str(path[0])]
         self.count += 1
         name = f"mf_v{self.count}"
         if root == "run":
-            self.lines.append(f"{name}=${'MINIFLOW_RUN_ID' if path[0] == 'id' else 'mf_scheduled_time'}")
+            self.lookups.append(f"{name}=${'MINIFLOW_RUN_ID' if path[0] == 'id' else 'mf_scheduled_time'}")
         elif root == "env":
-            if not _VARIABLE.fullmatch(path[0]):
+            if not _VARIABLE.fullmatch(str(path[0])):
                 raise ValueError(f"{ref.text}: bash can't read a variable of that name")
-            self.lines.append(f"[[ -v {path[0]} ]] || give_up 'env.{path[0]} is not set'")
-            self.lines.append(f"{name}=${path[0]}")
+            self.lookups.append(f"[[ ${{{path[0]}@a}} == *x* ]] || give_up 'env.{path[0]} is not set'")
+            self.lookups.append(f"{name}=${path[0]}")
         elif root == "tasks" and path[1] == "status":
-            self.lines.append(f"{name}=$mf_status_{self.plan.rank[path[0]] + 1}")
+            self.lookups.append(f"{name}=$mf_status_{self.plan.rank[str(path[0])] + 1}")
         else:
-            steps = ["tasks", path[0]] + path[2:] if root == "tasks" else ["ctx"] + path
-            self.lines.append(f"value {' '.join(map(bash_quote, steps))}")
-            self.lines.append(f"{name}=$mf_v")
+            steps = ("tasks", path[0], *path[2:]) if root == "tasks" else ("ctx", *path)
+            self.lookups += [f"value {bash_quote(json.dumps(steps))}", f"{name}=$mf_v"]
         return f'"${name}"'
 
-    def exports(self, env: Mapping[str, Any]) -> None:
-        """Write the lines that set `env`; all its values are looked up before any is set."""
-        words = [(name, self.word(value)) for name, value in env.items()]
-        self.lines += [f"export {name}={word}" for name, word in words]
+    def set_env(self, env: Mapping[str, Any]) -> None:
+        """Add a layer of environment; its values see the layers below it."""
+        for name in env:
+            if name in _BASH_VARIABLES:
+                raise ValueError(f"env.{name}: bash keeps this variable for itself; use another name")
+        self.env = {**self.env, **{name: self.word(value) for name, value in env.items()}}
 
     def argument_words(self) -> List[str]:
         """Return the words of the task's arguments."""
@@ -3040,26 +3067,29 @@ class _BashTask:
                     words.append(bash_quote(f"--{name}=") + self.word(item))
         return words
 
+    def program_words(self, tasks_dir: str) -> List[str]:
+        """Return the words of what is executed, without its arguments."""
+        action = self.task.action
+        if isinstance(action, Script):
+            python = '"$mf_python"'
+            if action.python:
+                start = '"$mf_start_dir"/' if "/" in action.python and action.python[0] != "/" else ""
+                python = start + bash_quote(action.python)
+            return [python, bash_quote(f"{tasks_dir}/{action.path}")]
+        if isinstance(action.command, str):
+            return ["/bin/sh", "-c", bash_quote(action.command.replace("$${{", "${{")), "sh"]
+        return [self.word(text) for text in action.command]
+
     def function(self, number: int, tasks_dir: str) -> str:
         """Return the whole function."""
-        action = self.task.action
-        self.exports(self.plan.flow.env)
-        self.exports(self.task.env)
-        if isinstance(action, Script):
-            head = [bash_quote(action.python) if action.python else '"$mf_python"',
-                    bash_quote(f"{tasks_dir}/{action.path}")]
-        elif isinstance(action.command, str):
-            head = ["/bin/sh", "-c", bash_quote(action.command.replace("$${{", "${{")), "sh"]
-        else:
-            head = [self.word(text) for text in action.command]
-        words = head + self.argument_words()
-        if self.task.cwd:
-            self.lines.append(f"cd -- {self.word(self.task.cwd)} "
-                              "|| give_up 'the working directory is not there' 127")
-        own = "mf_io mf_start_dir mf_scheduled_time mf_py_outputs mf_python"
-        self.lines += [f'export -n {own} "${{!mf_status_@}}"',
-                       "shopt -s execfail", f"exec {' '.join(words)}", 'give_up "cannot start" "$?"']
-        return f"task_{number}() {{\n" + "".join(f"    {line}\n" for line in self.lines) + "}\n"
+        self.set_env(self.plan.flow.env)
+        self.set_env(self.task.env)
+        words = self.program_words(tasks_dir) + self.argument_words()
+        lines = [f"go {self.word(self.task.cwd)}"] if self.task.cwd else []
+        lines += [f"export {name}={word}" for name, word in self.env.items()]
+        lines += ['export -n mf_io mf_start_dir mf_scheduled_time mf_py_outputs mf_python "${!mf_status_@}"',
+                  "shopt -s execfail", f"exec -- {' '.join(words)}", 'give_up "cannot start" "$?"']
+        return f"task_{number}() {{\n" + "".join(f"    {line}\n" for line in self.lookups + lines) + "}\n"
 
 
 def _bash_waits(retry: Retry) -> Iterator[str]:
@@ -3071,6 +3101,22 @@ def _bash_waits(retry: Retry) -> Iterator[str]:
             return
         yield str(wait)
         last = wait
+
+
+def _sequence(plan: Plan) -> List[str]:
+    """Return the tasks in the order in which a single slot would start them."""
+    waits = {name: len(plan.tasks[name].depends_on) for name in plan.order}
+    ready = [(plan.key[name], name) for name in plan.order if not waits[name]]
+    heapq.heapify(ready)
+    names = []
+    while ready:
+        _, name = heapq.heappop(ready)
+        names.append(name)
+        for below in plan.downstream[name]:
+            waits[below] -= 1
+            if not waits[below]:
+                heapq.heappush(ready, (plan.key[below], below))
+    return names
 
 
 def _bash_tables(plan: Plan) -> Iterator[str]:
@@ -3131,7 +3177,9 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
     if problems:
         raise UsageError("\n".join(problems))
     context = json.dumps({"params": params, "tasks": {}, "ctx": params})
-    settings = f"mf_flow={bash_quote(plan.flow.name)}\nmf_fail_fast={'1' if plan.flow.fail_fast else ''}\n"
+    order = " ".join(str(plan.rank[name] + 1) for name in _sequence(plan))
+    settings = f"mf_order='{order}'\n"
+    settings += f"mf_flow={bash_quote(plan.flow.name)}\nmf_fail_fast={'1' if plan.flow.fail_fast else ''}\n"
     exports = "".join(f"export MINIFLOW_PARAM_{param_variable(name)}={bash_quote(to_text(value))}\n"
                       for name, value in params.items())
     head, loop = _BASH_ENGINE.split("\nmf_red=0\n")
@@ -4771,20 +4819,22 @@ def command(name: str, does: str, example: str, add: Callable[[Any], None] = lam
     return enter
 
 
-def print_result(text: str) -> None:
-    """Write a result to stdout."""
-    sys.stdout.write(text + "\n")
-
-
-def flush_results() -> None:
-    """See that the results have left; raise StateError if they can't (not where their reader has gone)."""
+def write_result(content: bytes) -> None:
+    """Write a result to stdout; raise StateError if that fails, BrokenPipeError if its reader has gone."""
     try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as exc:
         let_go_of_stdout()
         raise StateError(f"stdout: can't be written: {exc.strerror}; send it elsewhere") from None
+
+
+def print_result(text: str) -> None:
+    """Write a line of text to stdout."""
+    write_result((text + "\n").encode(sys.stdout.encoding or "utf-8", "backslashreplace"))
 
 
 def print_json(value: Any) -> None:
@@ -5019,10 +5069,9 @@ def _watcher(options: Any, store: Store) -> Watcher:
 def _finish(run: Run, options: Any) -> int:
     """Print the run's id and return its exit code, which an stdout that can't be written does not change."""
     if options.output != "json":
-        print_result(run.id)
         try:
-            flush_results()
-        except StateError as exc:
+            print_result(run.id)
+        except (StateError, BrokenPipeError) as exc:
             say(str(exc))
     if run.outcome == CANCELLED and run.cancel:
         return run.cancel.exit_code
@@ -5034,7 +5083,6 @@ def _dry_run(mini: MiniFlow, stem: str, flow: Flow, params: Dict[str, Any], opti
     values = complete_params(flow, params)
     plan = make_plan(flow, last_outputs(mini.store, stem, select(flow, _selection(options))))
     print_result(write_script(mini.store, stem, plan, values, mini.tasks_dir))
-    sys.stdout.flush()
     say(format_plan(plan, options.jobs or flow.max_parallel or usable_cpus()))
     return 0
 
@@ -5134,16 +5182,14 @@ def _add_logs(parser: Any) -> None:
 
 def _print_log(path: str) -> None:
     """Copy a log to stdout."""
-    sys.stdout.flush()
+    terminal = sys.stdout.isatty()
     try:
         with open(path, "rb") as file:
-            if sys.stdout.isatty():
-                for line in iter(lambda: file.readline(1 << 16), b""):
-                    print_result(safe(line.decode("utf-8", "replace").rstrip("\r\n")))
-                return
-            for chunk in iter(lambda: file.read(1 << 20), b""):
-                sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
+            for chunk in iter(lambda: file.readline(1 << 16) if terminal else file.read(1 << 20), b""):
+                if terminal:
+                    print_result(safe(chunk.decode("utf-8", "replace").rstrip("\r\n")))
+                else:
+                    write_result(chunk)
     except BrokenPipeError:
         raise
     except OSError as exc:
@@ -5191,8 +5237,7 @@ def run_export(options: Any) -> int:
     text = EXPORTERS[options.to](make_plan(flow), params, os.path.abspath(mini.tasks_dir))
     content = text.encode("utf-8", "surrogateescape")
     if options.file is None:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(content)
+        write_result(content)
         return 0
     try:
         with open(options.file, "wb") as file:
@@ -5389,8 +5434,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         _settle_in()
         name, options = parse_arguments(sys.argv[1:] if argv is None else argv)
-        code = COMMANDS[name].run(options)
-        flush_results()
+        return COMMANDS[name].run(options)
     except MiniFlowError as exc:
         say("\n".join(f"error: {line}" if isinstance(exc, FlowError) else line
                       for line in safe(exc).split("\n")))
@@ -5406,7 +5450,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         say(f"this is a bug in MiniFlow {__version__}; "
             "please report it with the lines above and what you typed")
         return 70
-    return code
 
 
 if __name__ == "__main__":
