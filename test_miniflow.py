@@ -2594,7 +2594,7 @@ class T18CommandLine(unittest.TestCase):
                 shutil.copytree(os.path.join(HERE, name), project.at(name))
             done = project.cli("run", "sample_flow", "--param", "days=10")
             self.assertEqual(done.returncode, 0, done.stderr)
-            report = json.loads(project.read("sample_report.json"))
+            report = json.loads(project.read("sample_output/report.json"))
             counts = report["readings"]
             self.assertEqual(counts["fetched"], 10 * 24 * 3)
             self.assertEqual(counts["used"] + counts["missing"] + counts["impossible"], counts["fetched"])

@@ -4,7 +4,7 @@ Stations are not to be trusted: now and then a reading is missing, or is one tha
 can have seen.  The readings are made here, from the station's name and the hour alone, so that the same days
 always give the same file and the sample needs no network.
 
-usage: fetch_data.py --days=N
+usage: fetch_data.py --days=N --output=FILE.csv
 """
 import argparse
 import csv
@@ -33,10 +33,12 @@ def reading(station, hour):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--days", type=int, default=30)
-    days = parser.parse_args().days
+    parser.add_argument("--output", default="readings.csv")
+    options = parser.parse_args()
 
-    path = os.path.join(os.environ.get("TMP_DIR", "."), "readings.csv")
-    hours = [FIRST_HOUR + timedelta(hours=n) for n in range(24 * days)]
+    path = os.path.abspath(options.output)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    hours = [FIRST_HOUR + timedelta(hours=n) for n in range(24 * options.days)]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["station", "hour", "celsius"])

@@ -27,6 +27,7 @@ def main():
         "warmest_station": max(ctx["stations"], key=lambda name: ctx["stations"][name]["mean"]),
         "stations": ctx["stations"],
     }
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         json.dump(report, file, indent=2)
         file.write("\n")
