@@ -1284,7 +1284,8 @@ class T12Exporters(unittest.TestCase):
 
     def run_script(self, project, path):
         done = subprocess.run(["bash", path], cwd=project.path, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120,
+                              env={**os.environ, "PYTHON": sys.executable})
         logs = re.search(r"logs and ends\.tsv: (.*)", done.stderr.decode("utf-8", "replace"))
         self.assertTrue(logs, done.stderr)
         with open(os.path.join(logs[1], "ends.tsv"), encoding="utf-8") as file:
@@ -2094,6 +2095,7 @@ class T15Runner(unittest.TestCase):
             pid = state["tasks"]["b"]["attempts"][0]["pid"]
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
+            wait_for(lambda: not alive(pid), "the end of the task")
             project.write("ready", "")
             self.assertEqual(project.main("resume", "r")[0], 0)
             self.assertEqual(project.lines("ran"), ["a", "b", "b"])
