@@ -2717,6 +2717,7 @@ _BASH_HEAD = r'''#!/usr/bin/env bash
 # Exit code: 0 success, 1 a task failed, 2 can't run, 130 or 143 interrupted.
 # shellcheck disable=SC1003,SC1112,SC2016,SC2034,SC2093,SC2154,SC2317,SC2329
 set -u
+unset "${!mf_@}" # all names of ours begin so, and none comes from outside
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
     echo 'this script needs bash 5.1 or newer' >&2
     exit 2
@@ -3864,21 +3865,20 @@ def start_ticks(pid: int) -> Optional[int]:
     return int(fields[19]) if fields else None
 
 
-def outlived(store: Store, attempt: Attempt) -> bool:
-    """Tell whether an attempt outlived its engine: its log is still locked, or its process is there."""
+def outlived(store: Store, attempt: Attempt) -> Optional[str]:
+    """Return by what it shows that something of an attempt still runs whose engine is gone, if it does."""
+    fields = process_stat(attempt.pid) if attempt.pid else []
+    if fields and fields[0] != b"Z" and int(fields[19]) == attempt.ticks:
+        return f"it is process {attempt.pid} (kill -- -{attempt.pid})"
     path = os.path.join(store.path, attempt.log or "")
     try:
         fd = store.disk.open(path, os.O_RDONLY)
     except OSError:
-        pass
-    else:
-        try:
-            if not _try_lock(fd, shared=True):
-                return True
-        finally:
-            store.disk.close(fd)
-    fields = process_stat(attempt.pid) if attempt.pid else []
-    return bool(fields) and fields[0] != b"Z" and int(fields[19]) == attempt.ticks
+        return None
+    try:
+        return None if _try_lock(fd, shared=True) else f"something of it holds its log {path} (fuser {path})"
+    finally:
+        store.disk.close(fd)
 
 
 class Processes:
@@ -4187,10 +4187,10 @@ def start_run(store: Store, flow: Flow, stem: str, source: str, params: Mapping[
 def _refuse_orphans(loaded: Loaded, store: Store) -> None:
     """Raise RunLocked if an attempt outlived its engine: no task may ever run twice at the same time."""
     for name, task_run in loaded.run.tasks.items():
-        if task_run.status == RUNNING and outlived(store, task_run.attempts[-1]):
-            pid = task_run.attempts[-1].pid
-            raise RunLocked(f"run {loaded.run.id}: task {name} still runs as process {pid or '?'}, though "
-                            f"its engine is gone; end it (kill -- -{pid or 'PID'}) or wait, then resume")
+        trace = outlived(store, task_run.attempts[-1]) if task_run.status == RUNNING else None
+        if trace:
+            raise RunLocked(f"run {loaded.run.id}: task {name} still runs, though its engine is gone: "
+                            f"{trace}; end it or wait for it, then resume")
 
 
 def resume_run(store: Store, run_id: str, flow: Optional[Flow], order: Order, note: Callable[[str], None],
@@ -4996,6 +4996,9 @@ def _positive(text: str) -> int:
     return number
 
 
+_positive.__name__ = "positive number"          # argparse says: invalid positive number value: '0'
+
+
 def _add_execution(parser: Any) -> None:
     parser.add_argument("-j", "--jobs", type=_positive, metavar="N",
                         help="tasks at once (default: the flow's max_parallel, else usable CPUs)")
@@ -5018,9 +5021,6 @@ def _add_run(parser: Any) -> None:
         parser.add_argument(flag, action="append", default=[], metavar="TAGS" if flag == "--tags" else "T",
                             dest=flag[2:] + "_", help=does + "; repeatable, or a,b")
     _add_execution(parser)
-
-
-_positive.__name__ = "positive number"          # argparse says: invalid positive number value: '0'
 
 
 def read_params(options: Any, flow: Flow) -> Dict[str, Any]:
@@ -5071,8 +5071,10 @@ def _finish(run: Run, options: Any) -> int:
     if options.output != "json":
         try:
             print_result(run.id)
-        except (StateError, BrokenPipeError) as exc:
+        except StateError as exc:
             say(str(exc))
+        except BrokenPipeError:
+            let_go_of_stdout()
     if run.outcome == CANCELLED and run.cancel:
         return run.cancel.exit_code
     return 0 if run.ok else 1
@@ -5262,6 +5264,9 @@ def _days(text: str) -> float:
     if not 0 <= days < 1e6:
         raise ValueError(text)
     return days
+
+
+_count.__name__, _days.__name__ = "number", "number of days"
 
 
 def _add_clean(parser: Any) -> None:

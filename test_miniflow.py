@@ -2119,7 +2119,8 @@ class T15Runner(unittest.TestCase):
                 if alive(pid):                  # nothing has ended it
                     code, _, err = project.main("resume", "r")
                     self.assertEqual(code, 4)
-                    self.assertIn(f"run r: task a still runs as process {pid}, though its engine is", err)
+                    self.assertIn("run r: task a still runs, though its engine is gone: it is process "
+                                  f"{pid} (kill -- -{pid}); end it or wait for it", err)
                     os.killpg(pid, signal.SIGKILL)
                     wait_for(lambda pid=pid: not alive(pid), "its end")
                 self.assertEqual(project.main("resume", "r")[0], 0)
