@@ -46,11 +46,12 @@ Contents
     12. EXPORTERS: how does a plan look in other languages?
     --- the line: all above is pure ---
     13. STORE: where do runs live, and how do they survive?
-    14. PROCESSES: how are attempts started, watched and ended?
-    15. RUNNER: how is one run driven to its end?
-    16. REPORTING: how is it told to a person?
-    17. LIBRARY: what does a Python program use?
-    18. COMMAND LINE: what can be typed?
+    14. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+    15. PROCESSES: how are attempts started, watched and ended?
+    16. RUNNER: how is one run driven to its end?
+    17. REPORTING: how is it told to a person?
+    18. LIBRARY: what does a Python program use?
+    19. COMMAND LINE: what can be typed?
 
 
 Licence (MIT)
@@ -113,9 +114,9 @@ __all__ = [
     "Run", "TaskRun", "Attempt",
     # 9. SCHEDULER
     "due", "next_wake", "drive",
-    # 17. LIBRARY
+    # 18. LIBRARY
     "MiniFlow",
-    # 18. COMMAND LINE
+    # 19. COMMAND LINE
     "main",
 ]
 
@@ -1025,7 +1026,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 #: Variables that every attempt gets from MiniFlow, and that a flow therefore can't set.
 OWN_VARIABLES = ("MINIFLOW_RUN_ID", "MINIFLOW_FLOW", "MINIFLOW_TASK", "MINIFLOW_ATTEMPT", "MINIFLOW_CONTEXT",
-                 "MINIFLOW_OUTPUT", "GITHUB_OUTPUT", "TMP_DIR")
+                 "MINIFLOW_OUTPUT", "MINIFLOW_COOKIE", "GITHUB_OUTPUT", "TMP_DIR")
 
 
 def _is_own_variable(name: str) -> bool:
@@ -2441,6 +2442,10 @@ def changed_tasks(old: Flow, new: Flow) -> Dict[str, str]:
     return {name: change for name, change in changes.items() if change}
 
 
+#: So many interruptions in a row fail a task; the resume after that tries again.
+POISON = 3
+
+
 def _afresh(old: TaskRun) -> TaskRun:
     """Return a pending TaskRun that keeps the attempts of `old`; an interrupted one uses up no retry."""
     new = TaskRun()
@@ -2448,6 +2453,11 @@ def _afresh(old: TaskRun) -> TaskRun:
     if old.status == RUNNING:
         old.attempts[-1].status, old.attempts[-1].reason = INTERRUPTED, "interrupted"
         new.first_attempt += 1
+        others = [n for n, attempt in enumerate(old.attempts, 1) if attempt.status != INTERRUPTED]
+        times = len(old.attempts) - max(others, default=0)
+        if times % POISON == 0:
+            new.status, new.finished = FAILED, old.attempts[-1].started
+            new.reason = f"interrupted {times} times in a row: it may be what ends the engine"
     elif old.status in SETTLED:
         new.first_attempt = old.attempt + 1
     return new
@@ -2491,6 +2501,7 @@ class Setting(NamedTuple):
     start_dir: str
     tasks_dir: str
     tmp_dir: str
+    token: str                                 # the engine's, by which its tasks' processes are known
     context: str                               # path of the context file
     output: str                                # path of the file that the task may write
 
@@ -2538,11 +2549,19 @@ def _absolute(path: str, start_dir: str) -> str:
     return path if path.startswith(("/", "\\")) or path[1:2] == ":" else f"{start_dir}/{path}"
 
 
+def attempt_cookie(token: str, task_id: str, attempt: int) -> str:
+    """Return what marks the processes of one attempt of the engine that has `token`."""
+    return f"{token}/{task_id}/{attempt}"
+
+
 def _own_env(run: Run, task: Task, setting: Setting) -> Dict[str, str]:
     """Return the variables that MiniFlow itself gives an attempt."""
     env = {"MINIFLOW_PARAM_" + param_variable(name): to_text(value) for name, value in run.params.items()}
+    attempt, outer = run.tasks[task.id].attempt, setting.environ.get("MINIFLOW_COOKIE")
+    cookie = attempt_cookie(setting.token, task.id, attempt)
+    env["MINIFLOW_COOKIE"] = f"{outer}:{cookie}" if outer else cookie    # so that an outer run finds ours too
     env.update(MINIFLOW_RUN_ID=run.id, MINIFLOW_FLOW=run.flow, MINIFLOW_TASK=task.id,
-               MINIFLOW_ATTEMPT=str(run.tasks[task.id].attempt), MINIFLOW_CONTEXT=setting.context,
+               MINIFLOW_ATTEMPT=str(attempt), MINIFLOW_CONTEXT=setting.context,
                MINIFLOW_OUTPUT=setting.output, GITHUB_OUTPUT=setting.output, TMP_DIR=setting.tmp_dir)
     return env
 
@@ -3519,6 +3538,17 @@ class Store:
             self.disk.close(fd)
         raise StateError(f"{path}: can't be locked; it is removed again and again")
 
+    def owner(self, run_id: str) -> Dict[str, Any]:
+        """Return who holds the lock of a run, as it wrote itself into it; empty if nobody did."""
+        try:
+            fd = self.disk.open(self.files(run_id).lock, os.O_RDONLY)
+        except OSError:
+            return {}
+        try:
+            return _read_owner(fd)
+        finally:
+            self.disk.close(fd)
+
     def is_live(self, run_id: str) -> bool:
         """Tell whether an engine holds the lock of a run."""
         try:
@@ -3551,13 +3581,14 @@ class Store:
 
 
 def this_engine(now: float) -> Dict[str, Any]:
-    """Return who this process is, for the lock and the state: pid, host, boot id, and since when."""
+    """Return who this engine is: pid, host, boot id, since when, and the token of its tasks' cookies."""
     try:
         boot = read_file("/proc/sys/kernel/random/boot_id").decode().strip()
     except OSError:
         boot = ""
     host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?")
-    return {"pid": os.getpid(), "host": host, "boot": boot, "since": format_time(now)}
+    return {"pid": os.getpid(), "host": host, "boot": boot, "since": format_time(now),
+            "token": os.urandom(8).hex()}
 
 
 class Journal:
@@ -3576,15 +3607,15 @@ class Journal:
         self._dirty = self._unsynced = False
         self._next_view = self._next_sync = 0.0
 
-    def begin(self, run: Run, now: float, last: Optional[Loaded] = None) -> None:
-        """Start a fresh journal with the state of `run`, which goes on from `last` if it is resumed."""
-        self._engine = this_engine(now)
+    def begin(self, run: Run, engine: Mapping[str, Any], last: Optional[Loaded] = None) -> None:
+        """Start a fresh journal with the state of `run`, which `engine` carries on (from `last`, if any)."""
+        self._engine = engine
         path = self.files.journal
         try:
             self.disk.truncate(self._lock, 0)
             self.disk.write(self._lock, json.dumps(self._engine).encode())
             if last and last.damage:
-                stamp = (format_time(now) or "").replace(":", "")
+                stamp = engine["since"].replace(":", "")
                 self.disk.put(f"{path}.bad-{stamp}", last.damage, True)
             self._seq = last.seq + 1 if last else 1
             opened = encode_record({"event": "opened", "state": run_to_json(run, self._engine)}, self._seq)
@@ -3670,7 +3701,231 @@ class Journal:
 
 
 # ============================================================================
-# == 14. PROCESSES: how are attempts started, watched and ended?
+# == 14. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+# ============================================================================
+# Three signs tell that something of an attempt runs: its log is locked (whoever inherited it holds the lock),
+# its process is there with the start time that was recorded, or some process carries the attempt's cookie in
+# its environment, wherever it has put itself.  Cookies of nested runs are appended to those around them, so
+# that whoever stops the outer run finds the processes of the inner one.
+#
+# While an engine runs, a watchdog waits at the other end of a pipe.  If the pipe ends without a goodbye, the
+# engine was killed: the watchdog ends the groups that it was told of and every process with the engine's
+# token.  It has a session of its own and ignores the signals that end a run.  Should both be killed at once,
+# resume finds out.
+
+WATCHDOG_GRACE_S = 1.5
+
+#: What the watchdog executes: a program of its own, for which importing this file would be too much.
+_WATCHDOG = r"""
+import os, signal, sys, time
+token, grace = sys.argv[1].encode(), float(sys.argv[2])
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+groups = set()
+for line in sys.stdin.buffer:
+    if line == b"bye\n":
+        sys.exit()
+    (groups.add if line[:1] == b"+" else groups.discard)(int(line[1:]))
+
+def read(pid, name):
+    with open("/proc/%s/%s" % (pid, name), "rb") as file:
+        return file.read()
+
+def found():
+    pids = []
+    for pid in os.listdir("/proc"):
+        if pid.isdigit() and int(pid) != os.getpid():
+            try:
+                state, _, group = read(pid, "stat").rpartition(b")")[2].split()[:3]
+                ours = int(group) in groups or token + b"/" in read(pid, "environ")
+                if ours and state not in (b"Z", b"X"):
+                    pids.append(int(pid))
+            except OSError:
+                pass
+    return pids
+
+def send(number):
+    for kill, targets in ((os.kill, found() if linux else ()), (os.killpg, () if linux else groups)):
+        for target in targets:
+            try:
+                kill(target, number)
+            except OSError:
+                pass
+
+linux = os.path.exists("/proc/self/environ")
+end = time.monotonic() + grace
+send(signal.SIGTERM)
+send(signal.SIGCONT)
+while time.monotonic() < end and not (linux and not found()):
+    time.sleep(0.02)
+end = time.monotonic() + 10
+while time.monotonic() < end and not (linux and not found()):
+    send(signal.SIGKILL)
+    time.sleep(0.02)
+"""
+
+
+def process_stat(pid: Union[int, str]) -> List[bytes]:
+    """Return the fields of /proc/PID/stat from the third on (state, parent, group, …); none if unknown."""
+    try:
+        return read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def group_has_living(group: int) -> bool:
+    """Tell whether a process group has members other than zombies, which somebody else has to reap."""
+    try:
+        names = os.listdir("/proc")
+    except FileNotFoundError:
+        return True                            # a system without /proc can't tell
+    stats = (process_stat(name) for name in names if name.isdigit())
+    return any(fields[2] == b"%d" % group and fields[0] not in (b"Z", b"X") for fields in stats if fields)
+
+
+def start_ticks(pid: int) -> Optional[int]:
+    """Return when the system started a process, in its ticks (field 22 of its stat); None if unknown."""
+    fields = process_stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def bearers(cookie: str) -> List[int]:
+    """Return the processes that carry `cookie`, or one that goes on with a slash; none where unknown."""
+    mark, wanted, found = b"MINIFLOW_COOKIE=", cookie.encode(), []
+    try:
+        names = os.listdir("/proc")
+    except OSError:
+        return []
+    for name in names:
+        try:
+            environ = read_file(f"/proc/{name}/environ") if name.isdigit() else b""
+        except OSError:
+            continue
+        for part in environ.split(b"\0") if wanted in environ else ():
+            if part.startswith(mark) and any(element == wanted or element.startswith(wanted + b"/")
+                                             for element in part[len(mark):].split(b":")):
+                found.append(int(name))
+    return found
+
+
+def escaped(cookie: str, group: Optional[int]) -> List[int]:
+    """Return the processes that carry `cookie` and have left the process group of their attempt."""
+    return [pid for pid in bearers(cookie) if process_stat(pid)[2:3] != [b"%d" % (group or 0)]]
+
+
+def send_signal(pids: Iterable[int], word: str) -> None:
+    """Send TERM or KILL to processes; those that have gone, or are somebody else's, are let be."""
+    for pid in pids:
+        try:
+            os.kill(pid, getattr(signal, "SIG" + word))
+            if word == "TERM":
+                os.kill(pid, signal.SIGCONT)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+class Orphan(NamedTuple):
+    """An attempt that was running when its engine died."""
+
+    task: str
+    attempt: Attempt
+    cookie: str
+    log: str
+    grace_s: float
+
+    def leader_lives(self) -> bool:
+        """Tell whether the process that was recorded is still that process."""
+        fields = process_stat(self.attempt.pid) if self.attempt.pid else []
+        return bool(fields) and fields[0] != b"Z" and int(fields[19]) == self.attempt.ticks
+
+    def log_is_locked(self) -> bool:
+        """Tell whether somebody still holds the attempt's log open for writing."""
+        try:
+            fd = os.open(self.log, os.O_RDONLY | _CLOEXEC | _NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            return not _try_lock(fd, shared=True)
+        finally:
+            os.close(fd)
+
+    def trace(self) -> Optional[str]:
+        """Return by what it shows that something of the attempt still runs, if it does."""
+        pids = bearers(self.cookie)
+        if self.leader_lives():
+            return f"it is process {self.attempt.pid}"
+        if pids:
+            return f"it left {'process' if len(pids) == 1 else 'processes'} {', '.join(map(str, pids))}"
+        return f"something of it holds its log {self.log}" if self.log_is_locked() else None
+
+    def send(self, word: str) -> None:
+        """Send TERM or KILL to all of the attempt that can be told to be of it."""
+        group = self.attempt.pid if self.leader_lives() else None
+        if group:
+            try:
+                os.killpg(group, getattr(signal, "SIG" + word))
+            except (ProcessLookupError, PermissionError):
+                pass
+        send_signal(escaped(self.cookie, group), word)
+
+
+class Watchdog:
+    """Ends the processes of an engine that was killed; started when there is a group to watch."""
+
+    def __init__(self, token: str) -> None:
+        self._token, self._groups = token, set()             # type: Tuple[str, Set[int]]
+        self._pipe, self._process = -1, None                 # type: Tuple[int, Any]
+
+    def add(self, group: int) -> None:
+        """Watch a process group as well."""
+        self._groups.add(group)
+        if self._process is None:
+            self._start()
+        self._tell(b"+%d\n" % group)
+
+    def remove(self, group: int) -> None:
+        """Watch a process group no more."""
+        self._groups.discard(group)
+        self._tell(b"-%d\n" % group)
+
+    def _start(self) -> None:
+        """Start the process and tell it of all groups; without one the run goes on all the same."""
+        import subprocess
+        reader, self._pipe = os.pipe()
+        env = {name: value for name, value in os.environ.items() if name != "MINIFLOW_COOKIE"}
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _WATCHDOG, self._token, str(WATCHDOG_GRACE_S)],
+                stdin=reader, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, cwd="/",
+                start_new_session=True)
+        except OSError:
+            self._process = None
+        finally:
+            os.close(reader)
+        self._tell(b"".join(b"+%d\n" % group for group in self._groups))
+
+    def _tell(self, words: bytes) -> None:
+        """Write to the watchdog; if it has died, start another."""
+        try:
+            os.write(self._pipe, words)
+        except OSError:
+            if self._process is not None:
+                self.close()
+                self._start()
+
+    def close(self) -> None:
+        """Send the watchdog home."""
+        if self._process is not None:
+            self._process.kill()                             # it has nothing to do but to wait
+            self._process.wait()
+            self._process = None
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+
+# ============================================================================
+# == 15. PROCESSES: how are attempts started, watched and ended?
 # ============================================================================
 # Every attempt is a process group (and session) of its own whose output goes straight into its log, so
 # nothing of it passes through the engine.  The end of the group's leader is seen by its pidfd where there is
@@ -3779,24 +4034,6 @@ class Waiter:
         return ended
 
 
-def process_stat(pid: Union[int, str]) -> List[bytes]:
-    """Return the fields of /proc/PID/stat from the third on (state, parent, group, …); none if unknown."""
-    try:
-        return read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    except OSError:
-        return []
-
-
-def group_has_living(group: int) -> bool:
-    """Tell whether a process group has members other than zombies, which somebody else has to reap."""
-    try:
-        names = os.listdir("/proc")
-    except FileNotFoundError:
-        return True                            # a system without /proc can't tell
-    stats = (process_stat(name) for name in names if name.isdigit())
-    return any(fields[2] == b"%d" % group and fields[0] not in (b"Z", b"X") for fields in stats if fields)
-
-
 class Context:
     """A context file, and how many running attempts were given it."""
 
@@ -3809,10 +4046,11 @@ class Context:
 class Child:
     """A running attempt: its process, which leads its group, and how to see its end."""
 
-    __slots__ = ("task", "process", "pidfd", "code", "stopping", "kill_at", "output", "context")
+    __slots__ = ("task", "process", "pidfd", "code", "stopping", "kill_at", "output", "context", "cookie")
 
-    def __init__(self, task: str, process: Any, pidfd: Optional[int], output: str, context: Context) -> None:
-        self.task, self.process, self.pidfd = task, process, pidfd
+    def __init__(self, task: str, process: Any, pidfd: Optional[int], output: str, context: Context,
+                 cookie: str) -> None:
+        self.task, self.process, self.pidfd, self.cookie = task, process, pidfd, cookie
         self.output, self.context = output, context
         self.code: Optional[int] = None        # the leader's exit code, once it has ended
         self.stopping: Optional[str] = None    # why it was being stopped when it ended
@@ -3843,6 +4081,10 @@ class Child:
         code: Optional[int] = self.process.poll()
         return code
 
+    def leaves_something(self) -> bool:
+        """Tell whether anything of the attempt still runs; after a stop also outside its group."""
+        return self.group_lives() or bool(self.stopping and bearers(self.cookie))
+
     def group_lives(self) -> bool:
         """Tell whether anybody is left in the group, once its leader has been reaped."""
         try:
@@ -3859,37 +4101,17 @@ class Child:
         return group_has_living(self.process.pid)
 
 
-def start_ticks(pid: int) -> Optional[int]:
-    """Return when the system started a process, in its ticks (field 22 of its stat); None if unknown."""
-    fields = process_stat(pid)
-    return int(fields[19]) if fields else None
-
-
-def outlived(store: Store, attempt: Attempt) -> Optional[str]:
-    """Return by what it shows that something of an attempt still runs whose engine is gone, if it does."""
-    fields = process_stat(attempt.pid) if attempt.pid else []
-    if fields and fields[0] != b"Z" and int(fields[19]) == attempt.ticks:
-        return f"it is process {attempt.pid} (kill -- -{attempt.pid})"
-    path = os.path.join(store.path, attempt.log or "")
-    try:
-        fd = store.disk.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        return None if _try_lock(fd, shared=True) else f"something of it holds its log {path} (fuser {path})"
-    finally:
-        store.disk.close(fd)
-
-
 class Processes:
     """The real World: attempts are processes of this machine.  To be used as a context manager."""
 
-    def __init__(self, store: Store, run_id: str, tasks_dir: str, clock: Clock) -> None:
+    def __init__(self, store: Store, run_id: str, tasks_dir: str, clock: Clock, token: str) -> None:
         self.clock, self._store, self._files = clock, store, store.files(run_id)
         store.prepare("logs", run_id)
         self._io = store.prepare("tmp", run_id, "io")
         self._setting = Setting(dict(os.environ), sys.executable or "python3", os.getcwd(),
-                                os.path.abspath(tasks_dir), store.prepare("tmp", run_id, "work"), "", "")
+                                os.path.abspath(tasks_dir), store.prepare("tmp", run_id, "work"), token,
+                                "", "")
+        self._watchdog = Watchdog(token)
         self._children: Dict[str, Child] = {}
         self._by_fd: Dict[int, Child] = {}
         self._contexts: Dict[int, Context] = {}
@@ -3904,6 +4126,8 @@ class Processes:
             child.signal_group("KILL")
             child.process.wait()
             self._forget(child)
+        send_signal(bearers(self._setting.token) if exc_info[0] else (), "KILL")
+        self._watchdog.close()
         self._waiter.close()
 
     def now(self) -> float:
@@ -3920,7 +4144,8 @@ class Processes:
             self._store.disk.unlink(output)    # of an attempt whose record a power cut took
             log = self._open_log(action)
             process = self._spawn(invoke(run, action.task, setting), action, log)
-            child = Child(action.task, process, self._waiter.watch(process.pid), output, context)
+            child = Child(action.task, process, self._waiter.watch(process.pid), output, context,
+                          attempt_cookie(setting.token, action.task, action.attempt))
         except LookupError as exc:             # a template without a value: no attempt will find one
             return [attempt_unstartable(run, action.task, self.now(), exc.args[0], None)]
         except (OSError, ValueError) as exc:   # ValueError: a NUL in an argument
@@ -3939,6 +4164,7 @@ class Processes:
         if child.pidfd is not None:
             self._by_fd[child.pidfd] = child
         pid = child.process.pid
+        self._watchdog.add(pid)
         return [AttemptSpawned(self.now(), action.task, action.attempt, pid, start_ticks(pid))]
 
     def _spawn(self, invocation: Invocation, action: Start, log: int) -> Any:
@@ -3997,6 +4223,7 @@ class Processes:
         child = self._children.get(action.task)
         if child:
             child.signal_group(action.signal)
+            send_signal(escaped(child.cookie, child.process.pid), action.signal)
         return []
 
     def wait(self, run: Run, until: Optional[float]) -> List[Event]:
@@ -4029,13 +4256,14 @@ class Processes:
             if child.code is None:
                 return []
             child.stopping = run.tasks[child.task].stopping
-            if child.group_lives():
+            if child.leaves_something():
                 child.kill_at = now + run.plan.tasks[child.task].grace_s
                 if not child.stopping:         # else it has had its SIGTERM
                     child.signal_group("TERM")
-        if child.kill_at is not None and child.group_lives() and now < child.kill_at + UNKILLABLE_S:
+        if child.kill_at is not None and child.leaves_something() and now < child.kill_at + UNKILLABLE_S:
             if now >= child.kill_at:
                 child.signal_group("KILL")
+                send_signal(escaped(child.cookie, child.process.pid), "KILL")
             self._unwatch(child)               # its leader has told all it can
             return []
         self._forget(child)
@@ -4052,6 +4280,7 @@ class Processes:
     def _forget(self, child: Child) -> None:
         """Stop watching a child that has ended."""
         del self._children[child.task]
+        self._watchdog.remove(child.process.pid)
         child.context.users -= 1
         self._unwatch(child)
 
@@ -4076,7 +4305,7 @@ class Processes:
 
 
 # ============================================================================
-# == 15. RUNNER: how is one run driven to its end?
+# == 16. RUNNER: how is one run driven to its end?
 # ============================================================================
 # Here the pure half and the world meet.  work() is the loop around drive(): it waits for the world, keeps the
 # journal's promises while it waits, and lets a Watcher tell of it.  start_run() and resume_run() differ in
@@ -4134,14 +4363,17 @@ class Order(NamedTuple):
     tasks_dir: str
     slots: Optional[int] = None
     durability: str = "normal"
+    on_orphan: str = "kill"
+    force_host: bool = False
 
 
 def _carry_out(run: Run, journal: Journal, store: Store, order: Order, clock: Clock, watcher: Watcher,
                last: Optional[Loaded]) -> Run:
     """Drive `run` to its end in a world of processes, and let go of its journal whatever happens."""
     try:
-        with Processes(store, run.id, order.tasks_dir, clock) as world:
-            journal.begin(run, world.now(), last)
+        engine = this_engine(clock.now())
+        with Processes(store, run.id, order.tasks_dir, clock, engine["token"]) as world:
+            journal.begin(run, engine, last)
             work(run, journal, world, order.slots or run.plan.flow.max_parallel or usable_cpus(), watcher)
     finally:
         journal.close()
@@ -4184,13 +4416,53 @@ def start_run(store: Store, flow: Flow, stem: str, source: str, params: Mapping[
     return _carry_out(run, journal, store, order, clock, watcher, None)
 
 
-def _refuse_orphans(loaded: Loaded, store: Store) -> None:
-    """Raise RunLocked if an attempt outlived its engine: no task may ever run twice at the same time."""
+ON_ORPHAN = ("kill", "wait", "fail")
+
+
+def orphans_of(loaded: Loaded, store: Store) -> List[Orphan]:
+    """Return the attempts that were running when the engine of a run died, if they may run still."""
+    here, there = this_engine(0), loaded.engine
+    if there.get("boot") != here["boot"]:
+        return []                              # the machine was started anew since
+    found = []
     for name, task_run in loaded.run.tasks.items():
-        trace = outlived(store, task_run.attempts[-1]) if task_run.status == RUNNING else None
-        if trace:
-            raise RunLocked(f"run {loaded.run.id}: task {name} still runs, though its engine is gone: "
-                            f"{trace}; end it or wait for it, then resume")
+        if task_run.status == RUNNING:
+            attempt = task_run.attempts[-1]
+            cookie = attempt_cookie(there.get("token", "?"), name, task_run.attempt)
+            found.append(Orphan(name, attempt, cookie, os.path.join(store.path, attempt.log or ""),
+                                loaded.run.plan.tasks[name].grace_s))
+    return found
+
+
+def _clear_orphans(loaded: Loaded, store: Store, order: Order, note: Callable[[str], None]) -> None:
+    """See that nothing of the run's attempts runs any more, by the means that `order.on_orphan` names."""
+    run, host = loaded.run, loaded.engine.get("host")
+    if host != this_engine(0)["host"] and any(t.status == RUNNING for t in run.tasks.values()):
+        if not order.force_host:
+            raise RunLocked(f"run {run.id} was being run on host {host}, where its tasks may still run; "
+                            "resume it there, or with --force-host if that host is gone")
+        return
+    left = [(orphan, trace) for orphan in orphans_of(loaded, store) for trace in [orphan.trace()] if trace]
+    for orphan, trace in left:
+        if order.on_orphan == "fail":
+            raise RunLocked(f"run {run.id}: task {orphan.task} still runs, though its engine is gone: "
+                            f"{trace}; resume with --on-orphan kill or wait")
+        note(f"task {orphan.task} still runs, though its engine is gone: {trace}; "
+             + ("it is ended" if order.on_orphan == "kill" else "waiting for its end"))
+    orphans = [orphan for orphan, _ in left]
+    began, termed = time.monotonic(), False
+    grace = max((orphan.grace_s for orphan in orphans), default=0)
+    while orphans:
+        late = time.monotonic() - began - grace
+        if order.on_orphan == "kill" and (late >= 0 or not termed):
+            for orphan in orphans:
+                orphan.send("KILL" if late >= 0 else "TERM")
+            termed = True
+        if order.on_orphan == "kill" and late > UNKILLABLE_S:
+            raise RunLocked(f"run {run.id}: task {orphans[0].task} can't be ended: {orphans[0].trace()}; "
+                            "end it, then resume")
+        time.sleep(0.02)
+        orphans = [orphan for orphan in orphans if orphan.trace()]
 
 
 def resume_run(store: Store, run_id: str, flow: Optional[Flow], order: Order, note: Callable[[str], None],
@@ -4208,14 +4480,15 @@ def resume_run(store: Store, run_id: str, flow: Optional[Flow], order: Order, no
         if stem not in (None, last.run.flow):
             raise UsageError(f"run {run_id} is one of flow {last.run.flow}, not of {stem}; "
                              "give another run id")
-        _refuse_orphans(last, store)
+        _clear_orphans(last, store, order, note)
         if last.damage:
             note(f"{len(last.damage)} bytes at the end of {journal.files.journal} are torn; they are kept "
                  "beside it and what they recorded happens again")
         if last.run.outcome == SUCCESS:
             note(f"run {run_id} has succeeded already; nothing is done")
             if os.path.lexists(journal.files.journal):
-                journal.begin(last.run, Clock().now(), last)    # its engine died before it could tidy up
+                # Its engine died before it could tidy up.
+                journal.begin(last.run, this_engine(Clock().now()), last)
                 journal.finish(last.run)
             else:
                 journal.give_up()
@@ -4247,7 +4520,7 @@ def start_or_resume(store: Store, flow: Flow, stem: str, source: str, params: Ma
 
 
 # ============================================================================
-# == 16. REPORTING: how is it told to a person?
+# == 17. REPORTING: how is it told to a person?
 # ============================================================================
 # Talk goes to stderr, results to stdout.  Text that came from a flow or a task is shown with its control
 # characters escaped, so that it can't drive the terminal.
@@ -4641,7 +4914,7 @@ def format_plan(plan: Plan, slots: int) -> str:
 
 
 # ============================================================================
-# == 17. LIBRARY: what does a Python program use?
+# == 18. LIBRARY: what does a Python program use?
 # ============================================================================
 # A flow is known by the stem of its file, so looking one up reads one file and lists no directory.  Scripts
 # are checked when a flow is loaded: a run whose last script is missing should not find out after three hours.
@@ -4788,7 +5061,7 @@ class MiniFlow:
 
 
 # ============================================================================
-# == 18. COMMAND LINE: what can be typed?
+# == 19. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
 # its arguments to a parser; only the parser of the command that was typed is ever made.  Global options are
@@ -4807,6 +5080,7 @@ class Cli(NamedTuple):
 
 
 COMMANDS: Dict[str, Cli] = {}
+CANCEL_S = 5.0                                  # how long a cancelled engine may take beyond its tasks' grace
 Run_command = Callable[[Any], int]
 
 
@@ -5004,6 +5278,10 @@ def _add_execution(parser: Any) -> None:
                         help="tasks at once (default: the flow's max_parallel, else usable CPUs)")
     parser.add_argument("--output", choices=list(OUTPUTS), default="progress", help="how to tell of it")
     parser.add_argument("--durability", choices=DURABILITIES, default="normal", help="when state is fsynced")
+    parser.add_argument("--on-orphan", choices=ON_ORPHAN, default="kill",
+                        help="what to do about tasks that still run after their engine died (default: kill)")
+    parser.add_argument("--force-host", action="store_true",
+                        help="resume although the run was last on another host, which is gone")
 
 
 def _add_run(parser: Any) -> None:
@@ -5080,6 +5358,11 @@ def _finish(run: Run, options: Any) -> int:
     return 0 if run.ok else 1
 
 
+def _order(options: Any) -> Order:
+    """Return how the options want the run to be made."""
+    return Order(options.tasks_dir, options.jobs, options.durability, options.on_orphan, options.force_host)
+
+
 def _dry_run(mini: MiniFlow, stem: str, flow: Flow, params: Dict[str, Any], options: Any) -> int:
     """Write the script and print its path; the plan is talk."""
     values = complete_params(flow, params)
@@ -5098,7 +5381,7 @@ def run_run(options: Any) -> int:
     if options.fail_fast:
         flow = flow._replace(fail_fast=True)
     params = read_params(options, flow)
-    order = Order(mini.tasks_dir, options.jobs, options.durability)
+    order = _order(options)
     if options.dry_run:
         return _dry_run(mini, stem, flow, params, options)
     watcher = _watcher(options, mini.store)
@@ -5128,9 +5411,48 @@ def run_resume(options: Any) -> int:
         flow = load_flow(recorded.source, mini.tasks_dir)._replace(fail_fast=recorded.plan.flow.fail_fast)
     else:
         say(f"{safe(recorded.source)} is gone; going on by the definition that the run recorded")
-    run = resume_run(mini.store, run_id, flow, Order(mini.tasks_dir, options.jobs, options.durability), say,
+    run = resume_run(mini.store, run_id, flow, _order(options), say,
                      _watcher(options, mini.store))
     return _finish(run, options)
+
+
+def _signal_engine(store: Store, run_id: str, name: str) -> bool:
+    """Send a signal to the engine of a run; tell whether there was one, raise UsageError if not ours."""
+    if not store.is_live(run_id):
+        return False
+    owner = store.owner(run_id)
+    if owner.get("host") != this_engine(0)["host"]:
+        raise UsageError(f"run {run_id} is being run on host {owner.get('host', '?')}; cancel it there")
+    try:
+        os.kill(int(owner["pid"]), getattr(signal, name))
+    except (ProcessLookupError, KeyError):
+        return store.is_live(run_id)
+    except PermissionError:
+        raise UsageError(f"run {run_id} is being run by process {owner['pid']}, which is another user's; "
+                         "ask that one") from None
+    return True
+
+
+@command("cancel", "stop a running run from another terminal", "miniflow cancel last", _add_run_id)
+def run_cancel(options: Any) -> int:
+    """Cancel a run and wait for its end: as Ctrl-C does, as a second one, at last by killing its engine."""
+    store = _miniflow(options).store
+    run_id = store.resolve(options.run)
+    loaded = store.load(run_id)
+    grace = max(task.grace_s for task in loaded.run.plan.flow.tasks)
+    for name, patience in (("SIGTERM", grace + CANCEL_S), ("SIGTERM", CANCEL_S), ("SIGKILL", CANCEL_S)):
+        if not _signal_engine(store, run_id, name):
+            break
+        end = time.monotonic() + patience
+        while store.is_live(run_id) and time.monotonic() < end:
+            time.sleep(0.05)
+        if store.is_live(run_id):
+            say(f"run {run_id} still goes on, {patience:g} s after {name}")
+    status = store.load(run_id).status
+    if loaded.status != RUNNING:
+        say(f"run {run_id} does not run: it is {status}")
+    print_result(f"{run_id} {status}")
+    return 1 if status == RUNNING else 0
 
 
 def _add_runs(parser: Any) -> None:
@@ -5180,6 +5502,7 @@ def _add_logs(parser: Any) -> None:
     _add_run_id(parser)
     parser.add_argument("task", nargs="?", metavar="TASK", help="only this task's")
     parser.add_argument("--attempt", type=_positive, metavar="N", help="only attempt N (default: the latest)")
+    parser.add_argument("-f", "--follow", action="store_true", help="show what comes until the run ends")
 
 
 def _print_log(path: str) -> None:
@@ -5198,6 +5521,22 @@ def _print_log(path: str) -> None:
         raise NotFound(f"{path}: the log can't be read: {exc.strerror}") from None
 
 
+def _follow(store: Store, run_id: str, options: Any) -> int:
+    """Show what comes in the logs of a run until it ends; of several tasks each line after its id."""
+    places: Dict[str, List[Any]] = {}
+    while True:
+        live = store.is_live(run_id)            # asked first, so that all is shown before leaving
+        for name, task_run in store.load(run_id).run.tasks.items():
+            for number, attempt in enumerate(task_run.attempts, 1):
+                if options.task in (None, name) and options.attempt in (None, number) and attempt.log:
+                    place = places.setdefault(attempt.log, [0, b""])
+                    for line in follow_lines(os.path.join(store.path, attempt.log), place, not live):
+                        print_result(line if options.task else f"{name} | {line}")
+        if not live:
+            return 0
+        time.sleep(0.2)
+
+
 @command("logs", "show the logs of a run", "miniflow logs last fetch", _add_logs)
 def run_logs(options: Any) -> int:
     """Print the logs: bytes as they are into a file or pipe, made safe on a terminal."""
@@ -5205,6 +5544,8 @@ def run_logs(options: Any) -> int:
     run = store.load(store.resolve(options.run)).run
     if options.task is not None and options.task not in run.tasks:
         raise NotFound(f"run {run.id} has no task {shown(options.task)}{near(options.task, run.tasks)}")
+    if options.follow:
+        return _follow(store, run.id, options)
     names = [options.task] if options.task is not None else list(run.tasks)
     found = [(name, number, run.tasks[name].attempts[number - 1].log) for name in names
              for number in [options.attempt or run.tasks[name].attempt]

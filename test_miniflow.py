@@ -1213,7 +1213,7 @@ class T11Invocation(unittest.TestCase):
             self.assertIn(part, str(caught.exception))
 
     def setting(self, **environ):
-        return mf.Setting(environ, "/py", "/start", "/tasks", "/tmp/x", "/ctx", "/out")
+        return mf.Setting(environ, "/py", "/start", "/tasks", "/tmp/x", "tok", "/ctx", "/out")
 
     def invoke(self, flow, **environ):
         run = mf.Run(mf.make_plan(flow), "r1", {"a-b": [1], "s": "x"}, flow="stem")
@@ -1228,6 +1228,7 @@ class T11Invocation(unittest.TestCase):
                          {"A": "flow engine", "B": "task flow", "C": "flow engine", "N": "5", "Z": "true"})
         self.assertEqual({key: value for key, value in env.items() if len(key) > 1}, {
             "MINIFLOW_RUN_ID": "r1", "MINIFLOW_FLOW": "stem", "MINIFLOW_TASK": "t", "MINIFLOW_ATTEMPT": "1",
+            "MINIFLOW_COOKIE": "tok/t/1",
             "MINIFLOW_PARAM_A_B": "[1]", "MINIFLOW_PARAM_S": "x", "MINIFLOW_CONTEXT": "/ctx",
             "MINIFLOW_OUTPUT": "/out", "GITHUB_OUTPUT": "/out", "TMP_DIR": "/tmp/x"})
 
@@ -1308,8 +1309,8 @@ class T12Exporters(unittest.TestCase):
             with open(os.path.join(logs, "a.1.log"), "rb") as file:
                 seen = dict(part.split(b"=", 1) for part in file.read().split(b"\0") if part)
             expected = dict(part.split(b"=", 1) for part in project.log(run.id, "a").split(b"\0") if part)
-            self.assertEqual(set(seen) - {b"OLDPWD", b"PWD", b"SHLVL", b"_"},
-                             set(expected) - {b"OLDPWD", b"PWD", b"SHLVL", b"_"})
+            apart = {b"OLDPWD", b"PWD", b"SHLVL", b"_", b"MINIFLOW_COOKIE"}
+            self.assertEqual(set(seen) - apart, set(expected) - apart)
             for name, value in flow.items():
                 self.assertEqual(seen[name.encode()], value.encode())
 
@@ -1497,7 +1498,7 @@ class T13Store(unittest.TestCase):
         journal = mf.Journal(store, run_id)
         run = mf.Run(mf.make_plan(self.FLOW), run_id, started=1)
         try:
-            journal.begin(run, 1.0)
+            journal.begin(run, mf.this_engine(1.0))
             for n, event in enumerate(self.events()[:until]):
                 journal.append([event])
                 run.apply(event)
@@ -1569,7 +1570,7 @@ class T13Store(unittest.TestCase):
                 try:
                     journal = mf.Journal(store, "r")
                     run = mf.Run(mf.make_plan(self.FLOW), "r", started=1)
-                    journal.begin(run, 1.0)
+                    journal.begin(run, mf.this_engine(1.0))
                     for n, event in enumerate(self.events()):
                         journal.append([event])
                         run.apply(event)
@@ -1595,7 +1596,7 @@ class T13Store(unittest.TestCase):
         disk = FaultyDisk()
         journal = mf.Journal(self.store(disk), "r")
         run = mf.Run(mf.make_plan(self.FLOW), "r")
-        journal.begin(run, 0.0)
+        journal.begin(run, mf.this_engine(0.0))
         journal.append(self.events()[:1])
         self.assertEqual(journal.idle(run, 10.0), None)
         journal.append(self.events()[1:2])
@@ -1695,7 +1696,7 @@ class T13Store(unittest.TestCase):
     def test_of_many_racers_for_one_run_one_wins_and_the_others_are_told_who(self):
         store = self.store()
         first = mf.Journal(store, "r")
-        first.begin(mf.Run(mf.make_plan(self.FLOW), "r"), mf.Clock().now())
+        first.begin(mf.Run(mf.make_plan(self.FLOW), "r"), mf.this_engine(mf.Clock().now()))
         with self.assertRaises(mf.RunLocked) as caught:
             mf.Journal(store, "r")
         self.assertRegex(str(caught.exception),
@@ -1736,7 +1737,149 @@ class T13Store(unittest.TestCase):
                              [b'{"event":"attempt_en'])
 
 
-class T14Processes(unittest.TestCase):
+def children(pid):
+    """Return the processes whose parent is `pid`."""
+    found = []
+    for name in os.listdir("/proc"):
+        fields = mf.process_stat(name) if name.isdigit() else []
+        if fields and int(fields[1]) == pid:
+            found.append(int(name))
+    return found
+
+
+@unittest.skipUnless(LINUX, "without /proc nobody can tell whose a process is")
+class T14Orphans(unittest.TestCase):
+
+    STUBBORN = """
+        import os, signal, subprocess, sys, time
+        if len(sys.argv) == 1:                 # a child in the group, and one that has left it and closed its files
+            subprocess.Popen([sys.executable, __file__, "child"])
+            subprocess.Popen([sys.executable, __file__, "escaped"], start_new_session=True, stdin=subprocess.DEVNULL,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        fd = os.open("pids", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(fd, b"%d\\n" % os.getpid())
+        time.sleep(120)
+        """
+
+    def pids(self, project, count):
+        def all_there():
+            return os.path.exists(project.at("pids")) and len(project.lines("pids")) >= count
+        wait_for(all_there, f"{count} processes")
+        return [int(line) for line in project.lines("pids")]
+
+    def test_a_killed_engine_leaves_no_process_of_its_tasks(self):
+        for _ in range(4):
+            with one(*[task(f"t{n}", script="s.py") for n in range(5)], max_parallel=5,
+                     scripts={"s.py": self.STUBBORN}) as project:
+                process = project.start("run", "f", "--run-id", "r")
+                pids = self.pids(project, 15)
+                process.kill()
+                process.communicate()
+                wait_for(lambda pids=pids: not any(map(alive, pids)), "the end of all of them", 10)
+                self.assertEqual(json.loads(project.main("runs", "--json")[1])[0]["status"], "interrupted")
+
+    def test_a_watchdog_that_was_killed_is_replaced(self):
+        with one(task("a", script="s.py"), task("b", command="sleep 0.5"), task("c", "b", command="sleep 60"),
+                 max_parallel=3, scripts={"s.py": self.STUBBORN}) as project:
+            process = project.start("run", "f", "--run-id", "r")
+            pids = self.pids(project, 3)
+            first = [pid for pid in children(process.pid) if b"-S" in mf.read_file(f"/proc/{pid}/cmdline")]
+            self.assertEqual(len(first), 1)
+            os.kill(first[0], signal.SIGKILL)
+            journal = "miniflow_output/runs/r.jsonl"
+            wait_for(lambda: re.search('attempt_spawned.*"task":"c"', project.read(journal)), "task c")
+            process.kill()
+            process.communicate()
+            wait_for(lambda: not any(map(alive, pids)), "the end of all of them", 10)
+
+    def test_a_timeout_ends_what_has_left_the_group(self):
+        with one(task("a", script="s.py", timeout_s=1, grace_s=0.3), scripts={"s.py": self.STUBBORN}) as project:
+            self.assertEqual(project.run().tasks["a"].reason, "timeout after 1 s")
+            self.assertEqual([alive(pid) for pid in self.pids(project, 3)], [False] * 3)
+
+    def killed_with_its_watchdog(self, project):
+        """Start the project's flow, kill engine and watchdog, and return the processes of its task."""
+        process = project.start("run", "f", "--run-id", "r")
+        wait_for(lambda: os.path.exists(project.at("pids")), "the task")
+        wait_for(lambda: "attempt_spawned" in project.read("miniflow_output/runs/r.jsonl"), "its record")
+        for pid in [pid for pid in children(process.pid) if b"-S" in mf.read_file(f"/proc/{pid}/cmdline")]:
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+        return [int(line) for line in project.lines("pids")]
+
+    def test_resume_never_runs_a_task_beside_what_is_left_of_it(self):
+        """Whether it shows by its process, by its log, or by its cookie alone; as --on-orphan says."""
+        plain = "echo $$ >> pids; test -e ready || exec sleep 60"
+        closed = "exec >/dev/null 2>&1; " + plain
+        left = "setsid sh -c 'echo $$ >> pids; test -e ready || exec sleep 60' >/dev/null 2>&1 & sleep 0.1; kill -9 $$"
+        for command in (plain, closed, left):
+            with self.subTest(command=command), one(task("a", command=command, grace_s=1)) as project:
+                pids = self.killed_with_its_watchdog(project)
+                self.assertTrue(any(map(alive, pids)))
+                project.write("ready", "")
+                code, _, err = project.main("resume", "r", "--on-orphan", "fail")
+                self.assertEqual(code, 4)
+                self.assertRegex(err, "task a still runs, though its engine is gone: it (is|left) process")
+                self.assertTrue(any(map(alive, pids)))
+                _, _, err = project.main("resume", "r")
+                self.assertIn("it is ended", err)
+                self.assertFalse(any(map(alive, pids)))
+                self.assertEqual(project.state("r")["tasks"]["a"]["attempts"][0]["status"], "interrupted")
+
+    def test_resume_can_wait_for_what_is_left(self):
+        with one(task("a", command="echo begin >> pids; sleep 1.5; echo end >> pids")) as project:
+            process = project.start("run", "f", "--run-id", "r")
+            wait_for(lambda: os.path.exists(project.at("miniflow_output/runs/r.jsonl"))
+                     and "attempt_spawned" in project.read("miniflow_output/runs/r.jsonl"), "its record")
+            for pid in [pid for pid in children(process.pid) if b"-S" in mf.read_file(f"/proc/{pid}/cmdline")]:
+                os.kill(pid, signal.SIGKILL)
+            process.kill()
+            process.communicate()
+            self.assertEqual(project.main("resume", "r", "--on-orphan", "wait")[0], 0)
+            self.assertEqual(project.lines("pids"), ["begin", "end", "begin", "end"])
+
+    def test_a_run_of_another_host_is_refused_unless_that_is_gone(self):
+        with one(task("a", command="echo $$ >> pids; test -e ready || exec sleep 60")) as project:
+            for pid in self.killed_with_its_watchdog(project):
+                os.kill(pid, signal.SIGKILL)
+            project.write("ready", "")
+            path = project.at("miniflow_output/runs/r.jsonl")
+            lines = mf.read_file(path).splitlines(keepends=True)
+            opened = mf.decode_record(lines[0])
+            opened["state"]["engine"]["host"] = "elsewhere"
+            lines[0] = mf.encode_record({"event": "opened", "state": opened["state"]}, opened["seq"])
+            os.unlink(project.at("miniflow_output/runs/r.json"))
+            with open(path, "wb") as file:
+                file.write(b"".join(lines))
+            code, _, err = project.main("resume", "r")
+            self.assertEqual(code, 4)
+            self.assertIn("run r was being run on host elsewhere, where its tasks may still run", err)
+            self.assertEqual(project.main("resume", "r", "--force-host")[0], 0)
+
+    def test_an_outer_run_finds_the_processes_of_a_run_within_it(self):
+        with one(task("in", command=f"exec {sys.executable} {ENGINE} run g", timeout_s=2, grace_s=0.2),
+                 scripts={"s.py": self.STUBBORN}) as project:
+            project.write("flows/g.json", json.dumps(flow_json(task("a", script="s.py", grace_s=60))))
+            self.assertEqual(project.run().status, "failed")
+            wait_for(lambda: not any(alive(pid) for pid in self.pids(project, 3)), "the end of all of them", 10)
+
+    def test_a_task_that_was_interrupted_three_times_in_a_row_fails_and_is_tried_again_after_that(self):
+        flow = make(task("a", max_retries=1), task("b", "a"))
+        run = mf.Run(mf.make_plan(flow), "r")
+        for number in (1, 2, 3):
+            self.assertEqual(run.tasks["a"].status, "pending")
+            run.apply(mf.AttemptStarted(number, "a", number))
+            run = mf.reopen(run, flow)
+        self.assertEqual((run.tasks["a"].status, run.tasks["a"].reason),
+                         ("failed", "interrupted 3 times in a row: it may be what ends the engine"))
+        self.assertEqual(mf.due(run, 9, 1), [mf.Settle("b", "upstream_failed", "upstream a failed")])
+        again = mf.reopen(run, flow)
+        self.assertEqual(mf.due(again, 9, 1), [mf.Start("a", 4)])
+
+
+class T15Processes(unittest.TestCase):
 
     def test_the_end_of_a_task_is_its_exit_code(self):
         with one(task("ok"), task("bad", command="exit 3"), task("killed", command="kill -9 $$"),
@@ -1812,7 +1955,7 @@ class T14Processes(unittest.TestCase):
     @unittest.skipUnless(hasattr(os, "waitid"), "who took an exit code can't be told on this system")
     def test_an_exit_code_that_somebody_else_took_is_never_a_success(self):
         process = subprocess.Popen(["true"])
-        child = mf.Child("a", process, None, "", None)
+        child = mf.Child("a", process, None, "", None, "tok/a/1")
         os.waitpid(process.pid, 0)
         self.assertEqual(child.poll(), mf.LOST_EXIT)
         self.assertIn("exit code lost", mf.describe_exit(mf.LOST_EXIT)[0])
@@ -2029,7 +2172,7 @@ class T14Processes(unittest.TestCase):
                              (b"new\n", "old"))
 
 
-class T15Runner(unittest.TestCase):
+class T16Runner(unittest.TestCase):
 
     def test_a_failed_run_is_resumed_and_repeats_nothing_that_succeeded(self):
         with one(task("a", command="echo a >> ran"), task("b", "a", command="echo b >> ran; test -e ready"),
@@ -2101,30 +2244,6 @@ class T15Runner(unittest.TestCase):
             self.assertEqual(project.lines("ran"), ["a", "b", "b"])
             self.assertEqual([a["status"] for a in project.state("r")["tasks"]["b"]["attempts"]],
                              ["interrupted", "success"])
-
-    @unittest.skipUnless(LINUX, "where an engine's death is not its tasks', is told by Linux's means")
-    def test_a_task_that_outlived_its_engine_is_never_run_beside_itself(self):
-        """Its log is locked as long as it runs; if it has closed that, its process is known."""
-        for redirect in ("", "exec >/dev/null 2>&1; "):
-            command = f"{redirect}echo $$ >> pids; test -e ready || exec sleep 60"
-            with self.subTest(redirect=redirect), one(task("a", command=command)) as project:
-                process = project.start("run", "f", "--run-id", "r")
-                journal = "miniflow_output/runs/r.jsonl"
-                wait_for(lambda project=project, journal=journal: os.path.exists(project.at("pids"))
-                         and "spawned" in project.read(journal), "the task")
-                process.kill()
-                process.communicate()
-                pid = int(project.read("pids"))
-                project.write("ready", "")
-                if alive(pid):                  # nothing has ended it
-                    code, _, err = project.main("resume", "r")
-                    self.assertEqual(code, 4)
-                    self.assertIn("run r: task a still runs, though its engine is gone: it is process "
-                                  f"{pid} (kill -- -{pid}); end it or wait for it", err)
-                    os.killpg(pid, signal.SIGKILL)
-                    wait_for(lambda pid=pid: not alive(pid), "its end")
-                self.assertEqual(project.main("resume", "r")[0], 0)
-                self.assertEqual(len(project.lines("pids")), 2)
 
     def test_a_run_is_gone_on_with_only_by_its_own_flow_and_selection(self):
         flows = {"one": flow_json(task("a", command="test -e ready")), "two": flow_json(task("b"))}
@@ -2214,7 +2333,7 @@ class T15Runner(unittest.TestCase):
         self.assertEqual(*orders)
 
 
-class T16Reporting(unittest.TestCase):
+class T17Reporting(unittest.TestCase):
 
     def test_control_characters_cannot_drive_the_terminal(self):
         for text, shown in [("\x1b]0;pwn\x07", "\\x1b]0;pwn\\x07"), ("\x1b[2J", "\\x1b[2J"),
@@ -2320,7 +2439,7 @@ class T16Reporting(unittest.TestCase):
             self.assertEqual(project.state("r")["status"], "success")
 
 
-class T17Library(unittest.TestCase):
+class T18Library(unittest.TestCase):
 
     def test_a_program_lists_and_runs_flows_as_the_readme_shows(self):
         with Project({"b": flow_json(task("x", command="exit 1")),
@@ -2371,7 +2490,7 @@ class T17Library(unittest.TestCase):
             self.assertIn("is not a file", check("sub"))
 
 
-class T18CommandLine(unittest.TestCase):
+class T19CommandLine(unittest.TestCase):
 
     def test_every_promise_of_an_exit_code(self):
         with Project({"good": flow_json(task("a")), "red": flow_json(task("a", command="exit 1")),
@@ -2549,6 +2668,44 @@ class T18CommandLine(unittest.TestCase):
             self.assertEqual(project.main("logs", "r")[1],
                              "==> a, attempt 2 <==\ntry 2\n==> b, attempt 1 <==\n")
             self.assertEqual(project.main("logs", "r", "b", "--attempt", "2")[0], 3)
+
+    def test_cancel_stops_a_run_from_another_terminal(self):
+        stubborn = "trap '' TERM; echo $$ > pid; while :; do sleep 0.1; done"
+        with one(task("a", command=stubborn, grace_s=0.3), task("b", "a")) as project:
+            process = project.start("run", "f", "--run-id", "r")
+            wait_for(lambda: os.path.exists(project.at("pid")) and project.read("pid"), "the task")
+            self.assertEqual(project.main("cancel", "last")[:2], (0, "r cancelled\n"))
+            process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 143)
+            self.assertFalse(alive(int(project.read("pid"))))
+            code, out, err = project.main("cancel", "r")
+            self.assertEqual((code, out, err), (0, "r cancelled\n", "run r does not run: it is cancelled\n"))
+            self.assertEqual(project.main("cancel", "nope")[0], 3)
+
+    @unittest.skipUnless(LINUX, "a watchdog that finds what has left its group needs /proc")
+    def test_cancel_ends_a_run_whose_engine_hears_nothing(self):
+        saved, mf.CANCEL_S = mf.CANCEL_S, 0.3
+        try:
+            with one(task("a", command="echo $$ > pid; sleep 60", grace_s=0)) as project:
+                process = project.start("run", "f", "--run-id", "r")
+                pid = int(wait_for(lambda: os.path.exists(project.at("pid")) and project.read("pid").strip(), "it"))
+                process.send_signal(signal.SIGSTOP)
+                code, out, err = project.main("cancel", "r")
+                self.assertEqual((code, out), (0, "r interrupted\n"))
+                self.assertIn("still goes on, 0.3 s after SIGTERM", err)
+                process.communicate(timeout=60)
+                wait_for(lambda: not alive(pid), "the end of the task", 10)
+        finally:
+            mf.CANCEL_S = saved
+
+    def test_logs_can_be_followed_to_the_end_of_the_run(self):
+        with one(task("a", command="echo one; sleep 0.5; printf two"), task("b", "a", command="echo three")) as project:
+            run = project.start("run", "f", "--run-id", "r")
+            wait_for(lambda: os.path.exists(project.at("miniflow_output/logs/r/a.1.log")), "the log")
+            followers = [project.start("logs", "r", *task_id, "-f") for task_id in ((), ("a",))]
+            shown = [follower.communicate(timeout=60)[0].decode() for follower in followers]
+            self.assertEqual(shown, ["a | one\na | two\nb | three\n", "one\ntwo\n"])
+            run.communicate(timeout=60)
 
     def test_clean_removes_what_it_says_and_nothing_else(self):
         with Project({"a": flow_json(task("x")), "b": flow_json(task("x"))}) as project:
