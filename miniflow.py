@@ -1632,6 +1632,15 @@ class AttemptSpawned(NamedTuple):
     ticks: Optional[int] = None
 
 
+class AttemptDeferred(NamedTuple):
+    """The attempt could not start for want of the engine's own means; it counts for nothing."""
+
+    at: float
+    task: str
+    attempt: int
+    reason: str
+
+
 class AttemptStopping(NamedTuple):
     """The attempt is being ended by `signal` (TERM or KILL) because of `reason`."""
 
@@ -1686,12 +1695,14 @@ class RunFinished(NamedTuple):
     reason: Optional[str] = None
 
 
-Event = Union[AttemptStarted, AttemptSpawned, AttemptStopping, AttemptEnded, TaskSettled, CancelRequested,
+Event = Union[AttemptStarted, AttemptSpawned, AttemptDeferred, AttemptStopping, AttemptEnded, TaskSettled,
+              CancelRequested,
               RunFinished]
 
 #: The words by which events are known on disk and in --output json: never renamed.
 EVENTS: Dict[str, Type[Any]] = {
-    "attempt_started": AttemptStarted, "attempt_spawned": AttemptSpawned, "attempt_stopping": AttemptStopping,
+    "attempt_started": AttemptStarted, "attempt_spawned": AttemptSpawned, "attempt_deferred": AttemptDeferred,
+    "attempt_stopping": AttemptStopping,
     "attempt_ended": AttemptEnded, "task_settled": TaskSettled, "cancel_requested": CancelRequested,
     "run_finished": RunFinished,
 }
@@ -1812,6 +1823,24 @@ def log_name(run_id: str, task_id: str, attempt: int) -> str:
     return f"logs/{run_id}/{task_id}.{attempt}.log"
 
 
+def judge(task: Task, kinds: Sequence[str]) -> Tuple[str, str]:
+    """Return what becomes of `task`, by its rule and how its upstream counts: RUNNING or an end, and why."""
+    if not kinds:
+        return RUNNING, ""
+    end = TRIGGER_RULES[task.trigger_rule](Counts(*map(kinds.count, (SUCCESS, SKIPPED, FAILED))))
+    if end == RUNNING:
+        return end, ""
+    kind = FAILED if end == UPSTREAM_FAILED else SKIPPED
+    culprit = next((name for name, k in zip(task.depends_on, kinds) if k == kind), None)
+    if culprit and task.trigger_rule not in ("all_failed", "one_failed"):
+        return end, f"upstream {culprit} {'failed' if kind == FAILED else 'was skipped'}"
+    return end, f"trigger rule {task.trigger_rule} does not hold"
+
+
+#: So long an attempt waits that the system had no means for, in seconds.
+PRESSURE_S = 1.0
+
+
 class Run:
     """All that is known of one run of a plan; it changes through apply() alone.
 
@@ -1838,6 +1867,7 @@ class Run:
         self.retries: List[Tuple[float, str, int]] = []                # heap of (time, task, failed attempt)
         self.deadlines: List[Tuple[float, str, int, str]] = []         # heap of (time, task, attempt, signal)
         self.stopping = self.killed = 0
+        self.room: Optional[int] = None                      # attempts at once that the system has means for
         self._scopes = Scopes(plan)
         for name in plan.order:
             self._survey(name)
@@ -1948,6 +1978,16 @@ class Run:
         attempt = self.tasks[event.task].attempts[-1]
         attempt.pid, attempt.ticks = event.pid, event.ticks
 
+    def _on_deferred(self, event: AttemptDeferred) -> None:
+        task_run = self.tasks[event.task]
+        task_run.attempts.pop()
+        task_run.started = task_run.started if task_run.attempts else None
+        task_run.status, task_run.attempt, task_run.reason = RETRYING, event.attempt - 1, event.reason
+        task_run.retry_at = round(event.at + PRESSURE_S, 6)
+        heapq.heappush(self.retries, (task_run.retry_at, event.task, task_run.attempt))
+        del self.running[event.task]
+        self.room = max(1, len(self.running))
+
     def _on_stopping(self, event: AttemptStopping) -> None:
         task_run, task = self.tasks[event.task], self.plan.tasks[event.task]
         if not task_run.stopping:
@@ -1968,6 +2008,7 @@ class Run:
         self.killed -= task_run.killed
         task_run.stopping, task_run.killed = None, False
         del self.running[event.task]
+        self.room = self.room and self.room + 1
         tries = task_run.attempt - task_run.first_attempt + 1
         if (event.status == FAILED and tries <= task.retry.max_retries
                 and task.retry.covers(event.code, event.final)):
@@ -1989,9 +2030,9 @@ class Run:
         self.outcome, self.reason, self.finished = event.status, event.reason, event.at
 
     _APPLY: Dict[Type[Any], Callable[[Any, Any], None]] = {
-              AttemptStarted: _on_started, AttemptSpawned: _on_spawned, AttemptStopping: _on_stopping,
-              AttemptEnded: _on_ended, TaskSettled: _on_settled, CancelRequested: _on_cancel,
-              RunFinished: _on_finished}
+              AttemptStarted: _on_started, AttemptSpawned: _on_spawned, AttemptDeferred: _on_deferred,
+              AttemptStopping: _on_stopping, AttemptEnded: _on_ended, TaskSettled: _on_settled,
+              CancelRequested: _on_cancel, RunFinished: _on_finished}
 
     def _settle(self, name: str, status: str, at: Optional[float], reason: Optional[str],
                 output: Optional[Mapping[str, Any]], error: Optional[str]) -> None:
@@ -2027,7 +2068,7 @@ class Run:
         if name in self.plan.left_out:
             self.barred[name] = (SKIPPED, "left out")
             return
-        end, reason = self.judge(task)
+        end, reason = judge(task, [self.counts_as(up) for up in task.depends_on])
         if end == RUNNING:
             heapq.heappush(self.ready, (self.plan.key[name], name))
         else:
@@ -2041,20 +2082,6 @@ class Run:
         if status == SKIPPED:
             return SKIPPED
         return SUCCESS if self.plan.tasks[name].allow_failure else FAILED
-
-    def judge(self, task: Task) -> Tuple[str, str]:
-        """Return what becomes of `task`, its upstream settled, by its rule: RUNNING or an end, and why."""
-        if not task.depends_on:
-            return RUNNING, ""
-        kinds = [self.counts_as(name) for name in task.depends_on]
-        end = TRIGGER_RULES[task.trigger_rule](Counts(*map(kinds.count, (SUCCESS, SKIPPED, FAILED))))
-        if end == RUNNING:
-            return end, ""
-        kind = FAILED if end == UPSTREAM_FAILED else SKIPPED
-        culprit = next((name for name, k in zip(task.depends_on, kinds) if k == kind), None)
-        if culprit and task.trigger_rule not in ("all_failed", "one_failed"):
-            return end, f"upstream {culprit} {'failed' if kind == FAILED else 'was skipped'}"
-        return end, f"trigger rule {task.trigger_rule} does not hold"
 
 
 def inputs_of(run: Run, task: Task) -> Dict[str, str]:
@@ -2190,6 +2217,12 @@ def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
     return starts
 
 
+def free_slots(run: Run, slots: Optional[int]) -> Optional[int]:
+    """Return how many more attempts may start; None: no limit."""
+    limits = [limit for limit in (slots, run.room) if limit is not None]
+    return min(limits) - len(run.running) if limits else None
+
+
 def due(run: Run, now: float, slots: Optional[int]) -> List[Due]:
     """Return all that should be done now, with at most `slots` attempts at once (None: no limit)."""
     if run.outcome:
@@ -2203,7 +2236,7 @@ def due(run: Run, now: float, slots: Optional[int]) -> List[Due]:
         actions = [Settle(name, *end) for name, end in run.barred.items()]
     actions += _overdue(run, now)
     if not actions:
-        actions = _starts(run, now, None if slots is None else slots - len(run.running))
+        actions = _starts(run, now, free_slots(run, slots))
     if not actions and not run.unsettled:
         return [verdict(run)]
     return actions
@@ -2215,7 +2248,8 @@ def next_wake(run: Run, slots: Optional[int]) -> Optional[float]:
     A retry whose time has come and that waits for a slot is no reason to wake: the end of an attempt is.
     """
     times = [run.deadlines[0][0]] if run.deadlines else []
-    if run.retries and (slots is None or len(run.running) < slots):
+    free = free_slots(run, slots)
+    if run.retries and (free is None or free > 0):
         times.append(run.retries[0][0])
     return min(times, default=None)
 
@@ -3234,7 +3268,9 @@ _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 _DEVICES = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
 DURABILITIES = ("full", "normal", "off")
-#: What the system says where the disk is the trouble, and not what was asked of it.
+#: What the system says where it has no means left for this process, and where the disk is the trouble; all
+#: else is about what was asked.
+PRESSURE_ERRORS = frozenset([errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE])
 DISK_ERRORS = frozenset([errno.ENOSPC, errno.EIO, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)])
 
 
@@ -3660,7 +3696,9 @@ class Journal:
                 self._put_view(run, False)
                 self._next_view = now + max(0.2, 20 * (time.monotonic() - began))
         except OSError as exc:
-            raise self._error(exc) from None
+            if exc.errno not in PRESSURE_ERRORS:
+                raise self._error(exc) from None
+            self._next_view = now + 1           # the view can wait: the journal has it all
         times = [self._next_sync] if self._unsynced and self.durability == "normal" else []
         return min(times + ([self._next_view] if self._dirty else []), default=None)
 
@@ -4149,6 +4187,10 @@ class Processes:
         except LookupError as exc:             # a template without a value: no attempt will find one
             return [attempt_unstartable(run, action.task, self.now(), exc.args[0], None)]
         except (OSError, ValueError) as exc:   # ValueError: a NUL in an argument
+            if getattr(exc, "errno", None) in PRESSURE_ERRORS:
+                if log is not None:
+                    self._store.disk.unlink(self._log_path(action))
+                return [AttemptDeferred(self.now(), action.task, action.attempt, f"can't start yet: {exc}")]
             if getattr(exc, "errno", None) in DISK_ERRORS:
                 place = getattr(exc, "filename", None) or self._store.path
                 raise StateError(f"{place}: can't be written: {exc}; what was recorded before is safe: "
@@ -4179,9 +4221,13 @@ class Processes:
         finally:
             os.close(stdin)
 
+    def _log_path(self, action: Start) -> str:
+        """Return where the log of an attempt lies."""
+        return os.path.join(self._files.logs, f"{action.task}.{action.attempt}.log")
+
     def _open_log(self, action: Start) -> int:
         """Open a new log and lock it; whoever inherits it holds the lock, which is a proof of life."""
-        path = os.path.join(self._files.logs, f"{action.task}.{action.attempt}.log")
+        path = self._log_path(action)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
         try:
             fd = self._store.disk.open(path, flags)
@@ -4629,6 +4675,8 @@ class Lines(Watcher):
                       f": {event.reason}" + (" (SIGKILL)" if event.signal == "KILL" else ""))
         elif isinstance(event, AttemptEnded):
             self.ended(event)
+        elif isinstance(event, AttemptDeferred):
+            self.line("deferred", event.task, f": {event.reason}")
         elif isinstance(event, TaskSettled):
             self.line(event.status, event.task, f": {event.reason}")
         elif isinstance(event, CancelRequested):

@@ -285,7 +285,8 @@ class T02Model(unittest.TestCase):
                                           "failed", "upstream_failed", "cancelled"))
         self.assertEqual(mf.RUN_STATES, ("running", "success", "failed", "cancelled", "interrupted"))
         self.assertEqual(list(mf.EVENTS), [
-            "attempt_started", "attempt_spawned", "attempt_stopping", "attempt_ended", "task_settled",
+            "attempt_started", "attempt_spawned", "attempt_deferred", "attempt_stopping", "attempt_ended",
+            "task_settled",
             "cancel_requested", "run_finished"])
 
     def test_trigger_rules_mean_what_airflow_documents(self):
@@ -943,6 +944,26 @@ class T09Scheduler(unittest.TestCase):
         run, _, _ = simulate(make(*tasks, fail_fast=True), {"a": {1: (1, 1)}, "b": {1: (2, 0)}})
         self.assertEqual(ends(run), {"a": "failed", "b": "success", "c": "cancelled", "d": "cancelled"})
         self.assertEqual((run.tasks["c"].reason, run.status), ("fail_fast: a failed", "failed"))
+
+    def test_an_attempt_that_was_deferred_counts_for_nothing_and_lowers_parallelism_for_a_while(self):
+        class Tight(SimWorld):
+            """A system that has means for two attempts at once until second 5."""
+
+            def start(self, run, action):
+                if self.clock < 5 and len(self.ends) >= 2:
+                    return [mf.AttemptDeferred(self.clock, action.task, action.attempt, "can't start yet: EAGAIN")]
+                return super().start(run, action)
+
+        flow = make(*[task(f"t{n}", max_retries=0) for n in range(6)])
+        run, world, journal = simulate(flow, slots=4, world=Tight({f"t{n}": {1: (2, 0)} for n in range(6)}))
+        self.assertTrue(run.ok)
+        self.assertEqual({len(t.attempts) for t in run.tasks.values()}, {1})
+        deferred = [event for event in journal if isinstance(event, mf.AttemptDeferred)]
+        self.assertTrue(2 <= len(deferred) <= 8, deferred)
+        again = mf.Run(mf.make_plan(flow), "r")
+        for event in journal:
+            again.apply(mf.event_from_json(mf.event_to_json(event)))
+        self.assertEqual(mf.run_to_json(again), mf.run_to_json(run))
 
     def test_cancel_stops_what_runs_and_settles_the_rest(self):
         run, world, _ = simulate(make(task("a"), task("b", "a")), {"a": {1: (99, 0)}}, cancels=[3])
@@ -1999,6 +2020,21 @@ class T15Processes(unittest.TestCase):
             with self.assertRaises(mf.StateError) as caught:
                 mini.run("f")
             self.assertIn("context-2.json", str(caught.exception))
+
+    @unittest.skipUnless(LINUX, "the limit is set by a Linux call")
+    def test_an_engine_without_means_for_more_puts_tasks_back_and_loses_none(self):
+        """Few open files: what can't start now starts when others have ended, and no retry is used up."""
+        code = f"""
+            import resource, sys
+            sys.path.insert(0, {HERE!r}); import miniflow, subprocess, threading, select
+            resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
+            run = miniflow.MiniFlow().run("f", run_id="r", max_parallel=40)
+            print(run.status, max(len(t.attempts) for t in run.tasks.values()))
+            """
+        with one(*[task(f"t{n}", command=["sleep", "0.3"]) for n in range(30)]) as project:
+            done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=project.path, timeout=100,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual((done.stdout, done.stderr), (b"success 1\n", b""))
 
     def test_context_files_that_nobody_needs_any_more_are_removed(self):
         tasks = [task(f"t{n}", *([f"t{n - 1}"] if n else []), command=f"echo k{n}=v > $MINIFLOW_OUTPUT")
