@@ -3255,7 +3255,8 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
 #
 #   open    take the lock; read what is there; keep a damaged tail aside; put a fresh journal, whose first
 #           record holds the whole state, in place of the old one by rename; write the view durably.
-#   event   one write of whole lines; if it fails, cut the file back to the last good byte and stop.
+#   event   one write of whole lines; if it fails, cut the file back to the last good byte.  If the disk is
+#           full, wait for space; after another error go on in a fresh journal, once; else stop.
 #   view    temporary file and rename, without fsync, and never more than a twentieth of the time.
 #   finish  view with fsync and rename, then remove journal and lock.  Doing it again does no harm.
 #
@@ -3267,11 +3268,13 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 _DEVICES = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
+STALL_S = 60.0                                 # how long a full disk is waited for
 DURABILITIES = ("full", "normal", "off")
 #: What the system says where it has no means left for this process, and where the disk is the trouble; all
 #: else is about what was asked.
 PRESSURE_ERRORS = frozenset([errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE])
-DISK_ERRORS = frozenset([errno.ENOSPC, errno.EIO, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)])
+FULL_ERRORS = frozenset([errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)])
+DISK_ERRORS = FULL_ERRORS | {errno.EIO, errno.EROFS}
 
 
 class Disk:
@@ -3640,8 +3643,10 @@ class Journal:
             raise StateError(f"{self.files.lock}: can't be locked: {exc.strerror}") from None
         self._fd: Optional[int] = None
         self._seq = self._good = 0
-        self._dirty = self._unsynced = False
+        self._dirty = self._unsynced = self._stalled = False
         self._next_view = self._next_sync = 0.0
+        self.note: Callable[[str], None] = lambda text: None           # is told what a user should know
+        self.hurry: Callable[[], bool] = lambda: False                 # tells whether waiting makes no sense
 
     def begin(self, run: Run, engine: Mapping[str, Any], last: Optional[Loaded] = None) -> None:
         """Start a fresh journal with the state of `run`, which `engine` carries on (from `last`, if any)."""
@@ -3653,59 +3658,115 @@ class Journal:
             if last and last.damage:
                 stamp = engine["since"].replace(":", "")
                 self.disk.put(f"{path}.bad-{stamp}", last.damage, True)
-            self._seq = last.seq + 1 if last else 1
-            opened = encode_record({"event": "opened", "state": run_to_json(run, self._engine)}, self._seq)
-            self.disk.put(path, opened, True)
-            self._fd = self.disk.open(path, os.O_WRONLY | os.O_APPEND)
-            self._good = len(opened)
+            self._seq = last.seq if last else 0
+            self._open_journal(run)
             self._put_view(run, True)
         except OSError as exc:
             raise self._error(exc) from None
 
+    def _open_journal(self, run: Run) -> None:
+        """Put a fresh journal, which begins with the whole state of `run`, in place of the old one."""
+        opened = encode_record({"event": "opened", "state": run_to_json(run, self._engine)}, self._seq + 1)
+        self.disk.put(self.files.journal, opened, True)
+        fd = self.disk.open(self.files.journal, os.O_WRONLY | os.O_APPEND)
+        if self._fd is not None:
+            self.disk.close(self._fd)
+        self._run, self._fd, self._seq, self._good = run, fd, self._seq + 1, len(opened)
+
     def append(self, events: List[Event]) -> None:
         """Write events down, all or none; raise StateError if that can't be done."""
+        began, renewed = time.monotonic(), False
+        while True:
+            content = b"".join(encode_record(event_to_json(event), self._seq + n)
+                               for n, event in enumerate(events, 1))
+            try:
+                self._write(content)
+                break
+            except OSError as exc:
+                renewed = self._recover(exc, began, renewed)
+        self._seq += len(events)
+        self._good += len(content)
+        self._dirty = self._unsynced = True
+
+    def _write(self, content: bytes) -> None:
+        """Write whole lines to the journal, or cut it back to the last good one."""
         assert self._fd is not None
-        content = b"".join(encode_record(event_to_json(event), self._seq + n)
-                           for n, event in enumerate(events, 1))
         try:
             self.disk.write(self._fd, content)
             if self.durability == "full":
                 self.disk.sync(self._fd)
-        except OSError as exc:
-            try:
-                self.disk.truncate(self._fd, self._good)
-            except OSError:
-                pass                           # a torn line is dropped when the journal is read
+        except OSError:
+            self.disk.truncate(self._fd, self._good)
+            raise
+
+    def _recover(self, exc: OSError, began: float, renewed: bool) -> bool:
+        """Do what can be done about an error since `began`: wait for space, or go on in a new file, once.
+
+        What the system could not write it may have dropped, so the file that it belonged to is not trusted
+        any more.  Returns whether there is a new file; raises StateError if nothing helps.
+        """
+        if exc.errno in FULL_ERRORS and time.monotonic() - began < STALL_S and not self.hurry():
+            if not self._stalled:
+                self.note(f"{self.files.journal}: {exc.strerror}; waiting up to {STALL_S:g} s for space")
+            self._stalled = True
+            time.sleep(0.2)
+            return renewed
+        if exc.errno in FULL_ERRORS or renewed:
             raise self._error(exc) from None
-        self._seq += len(events)
-        self._good += len(content)
-        self._dirty = self._unsynced = True
+        try:
+            self._open_journal(self._run)
+        except OSError as again:
+            raise self._error(again) from None
+        self.note(f"{self.files.journal}: {exc.strerror}; going on in a new file")
+        return True
 
     def idle(self, run: Run, now: float) -> Optional[float]:
         """Use a moment without work to sync the journal and bring the view up to date, if it is time.
 
         Returns when it will be time for what is still to be done; None if nothing is.
         """
-        try:
-            if self._unsynced and self.durability == "normal" and now >= self._next_sync:
-                assert self._fd is not None
+        if self._unsynced and self.durability == "normal" and now >= self._next_sync:
+            assert self._fd is not None
+            try:
                 self.disk.sync(self._fd)
-                self._next_sync, self._unsynced = now + 0.2, False
-            if self._dirty and now >= self._next_view:
-                began = time.monotonic()
+            except OSError as exc:
+                self._recover(exc, time.monotonic(), exc.errno in FULL_ERRORS)
+            self._next_sync, self._unsynced = now + 0.2, False
+        if self._dirty and now >= self._next_view:
+            self._check_ownership()
+            began = time.monotonic()
+            try:
                 self._put_view(run, False)
-                self._next_view = now + max(0.2, 20 * (time.monotonic() - began))
-        except OSError as exc:
-            if exc.errno not in PRESSURE_ERRORS:
-                raise self._error(exc) from None
-            self._next_view = now + 1           # the view can wait: the journal has it all
+            except OSError as exc:
+                if exc.errno not in PRESSURE_ERRORS | DISK_ERRORS:
+                    raise self._error(exc) from None
+                began -= 1                      # the view can wait: the journal has it all
+            self._next_view = now + max(0.2, 20 * (time.monotonic() - began))
         times = [self._next_sync] if self._unsynced and self.durability == "normal" else []
         return min(times + ([self._next_view] if self._dirty else []), default=None)
 
+    def _check_ownership(self) -> None:
+        """Raise StateError if the journal is not ours any more, because another engine took the run over."""
+        assert self._fd is not None
+        try:
+            ours = os.path.samestat(os.fstat(self._fd), os.stat(self.files.journal, follow_symlinks=False))
+        except OSError:
+            ours = False
+        if not ours:
+            raise StateError(f"{self.files.journal}: was replaced or removed; another engine may have taken "
+                             "the run over, so this one ends its tasks and stops")
+
     def finish(self, run: Run) -> None:
         """Write the final state and remove journal and lock."""
+        self._check_ownership()
+        began, renewed = time.monotonic(), True
         try:
-            self._put_view(run, True)
+            while True:
+                try:
+                    self._put_view(run, True)
+                    break
+                except OSError as exc:
+                    renewed = self._recover(exc, began, renewed)
             self.disk.unlink(self.files.journal)
             self.disk.unlink(self.files.lock)
         except OSError as exc:
@@ -4172,6 +4233,10 @@ class Processes:
         """Return the time."""
         return self.clock.now()
 
+    def is_signalled(self) -> bool:
+        """Tell whether a signal has come that wait() has not told of yet."""
+        return bool(self._waiter.signals)
+
     def start(self, run: Run, action: Start) -> List[Event]:
         """Start an attempt; return that it was spawned, or how it failed to."""
         output = os.path.join(self._io, f"{action.task}.{action.attempt}.out")
@@ -4377,6 +4442,9 @@ class Watcher:
     def observe(self, event: Event) -> None:
         """The event is on disk and has been applied."""
 
+    def note(self, text: str) -> None:
+        """Something outside the run has happened that a user should know."""
+
     def refresh(self, now: float) -> Optional[float]:
         """Nothing is due now; return when to be called again at the latest, None: when something happened."""
         return None
@@ -4419,6 +4487,7 @@ def _carry_out(run: Run, journal: Journal, store: Store, order: Order, clock: Cl
     try:
         engine = this_engine(clock.now())
         with Processes(store, run.id, order.tasks_dir, clock, engine["token"]) as world:
+            journal.note, journal.hurry = watcher.note, world.is_signalled
             journal.begin(run, engine, last)
             work(run, journal, world, order.slots or run.plan.flow.max_parallel or usable_cpus(), watcher)
     finally:
@@ -4662,6 +4731,9 @@ class Lines(Watcher):
     def tell(self, text: str) -> None:
         """Show a line for good."""
         say(text)
+
+    def note(self, text: str) -> None:
+        self.tell(safe(text))
 
     def paint(self, status: str, text: str) -> str:
         """Return `text` in the colour of `status`, where there are colours."""
