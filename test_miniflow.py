@@ -1886,6 +1886,33 @@ class T14Orphans(unittest.TestCase):
                 wait_for(lambda pids=pids: not any(map(alive, pids)), "the end of all of them", 10)
                 self.assertEqual(json.loads(project.main("runs", "--json")[1])[0]["status"], "interrupted")
 
+    def test_an_engine_killed_again_and_again_repeats_no_success_and_keeps_the_order(self):
+        """Tasks tell of their begin and end with one O_APPEND write each; what they tell is the oracle."""
+        for seed in range(6):
+            chance = random.Random(seed)
+            names = [f"t{n}" for n in range(8)]
+            upstream = {name: [up for up in names[:n] if chance.random() < 0.3] for n, name in enumerate(names)}
+            tell = "echo begin $MINIFLOW_TASK >> told; sleep 0.05; echo end $MINIFLOW_TASK >> told"
+            with one(*[task(name, *upstream[name], command=tell) for name in names]) as project:
+                for _ in range(4):
+                    process = project.start("run", "f", "--run-id", "r", "-j", "3")
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.communicate(timeout=chance.uniform(0.15, 0.5))
+                    process.kill()
+                    process.communicate()
+                while project.main("run", "f", "--run-id", "r")[0]:
+                    pass                       # a third interruption in a row fails a task once
+                ended, running = set(), set()
+                for word, name in map(str.split, project.lines("told")):
+                    if word == "begin":
+                        self.assertLessEqual(set(upstream[name]), ended)
+                        running.add(name)
+                    else:
+                        ended.add(name)
+                self.assertEqual(ended, set(names))
+                for task_run in project.state("r")["tasks"].values():
+                    self.assertEqual([a["status"] for a in task_run["attempts"]].count("success"), 1)
+
     def test_a_watchdog_that_was_killed_is_replaced(self):
         with one(task("a", script="s.py"), task("b", command="sleep 0.5"), task("c", "b", command="sleep 60"),
                  max_parallel=3, scripts={"s.py": self.STUBBORN}) as project:
@@ -2366,6 +2393,18 @@ class T16Runner(unittest.TestCase):
             self.assertEqual(project.lines("ran"), ["a", "b", "b"])
             self.assertEqual([a["status"] for a in project.state("r")["tasks"]["b"]["attempts"]],
                              ["interrupted", "success"])
+
+    def test_of_six_racers_for_one_run_one_makes_it(self):
+        for _ in range(5):
+            with one(task("a", command="echo ran >> ran; sleep 0.2")) as project:
+                racers = [project.start("run", "f", "--run-id", "r") for _ in range(6)]
+                codes = []
+                for racer in racers:
+                    racer.communicate(timeout=60)
+                    codes.append(racer.returncode)
+                self.assertEqual(project.lines("ran"), ["ran"])
+                self.assertLessEqual(set(codes), {0, 4})
+                self.assertEqual(os.listdir(project.at("miniflow_output/runs")), ["r.json"])
 
     def test_a_run_is_gone_on_with_only_by_its_own_flow_and_selection(self):
         flows = {"one": flow_json(task("a", command="test -e ready")), "two": flow_json(task("b"))}
