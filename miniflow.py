@@ -3980,7 +3980,8 @@ class Watchdog:
         self._groups.add(group)
         if self._process is None:
             self._start()
-        self._tell(b"+%d\n" % group)
+        else:
+            self._tell(b"+%d\n" % group)
 
     def remove(self, group: int) -> None:
         """Watch a process group no more."""
@@ -3990,25 +3991,28 @@ class Watchdog:
     def _start(self) -> None:
         """Start the process and tell it of all groups; without one the run goes on all the same."""
         import subprocess
-        reader, self._pipe = os.pipe()
+        reader = -1
         env = {name: value for name, value in os.environ.items() if name != "MINIFLOW_COOKIE"}
         try:
+            reader, self._pipe = os.pipe()
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _WATCHDOG, self._token, str(WATCHDOG_GRACE_S)],
+                [sys.executable or "python3", "-I", "-S", "-c", _WATCHDOG, self._token,
+                 str(WATCHDOG_GRACE_S)],
                 stdin=reader, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, cwd="/",
                 start_new_session=True)
+            os.write(self._pipe, b"".join(b"+%d\n" % group for group in self._groups))
         except OSError:
-            self._process = None
+            self.close()                       # tried again with the next group
         finally:
-            os.close(reader)
-        self._tell(b"".join(b"+%d\n" % group for group in self._groups))
+            if reader >= 0:
+                os.close(reader)
 
     def _tell(self, words: bytes) -> None:
-        """Write to the watchdog; if it has died, start another."""
-        try:
-            os.write(self._pipe, words)
-        except OSError:
-            if self._process is not None:
+        """Write to the watchdog; if it has died, start another, which is told of all groups."""
+        if self._process is not None:
+            try:
+                os.write(self._pipe, words)
+            except OSError:
                 self.close()
                 self._start()
 
@@ -5022,13 +5026,10 @@ def format_plan(plan: Plan, slots: int) -> str:
     rows = [("", "task", "does", "after", "with")]
     for n, name in enumerate(plan.order, 1):
         task = plan.tasks[name]
-        what = task.action.path if isinstance(task.action, Script) else (
-            task.action.command if isinstance(task.action.command, str) else " ".join(task.action.command))
         extra = [f"{word} {value}" for word, value, usual in (
             ("retries", task.retry.max_retries, 0), ("timeout_s", task.timeout_s, None),
             ("trigger_rule", task.trigger_rule, "all_success")) if value != usual]
-        rows.append((str(n), name, shown(what) if len(what) > 60 else what,
-                     ", ".join(task.depends_on) or "-",
+        rows.append((str(n), name, describe_action(task), ", ".join(task.depends_on) or "-",
                      "left out" if name in plan.left_out else ", ".join(extra)))
     return f"{len(plan.order)} tasks, {slots} at once\n{format_table(rows)}"
 

@@ -1927,6 +1927,19 @@ class T14Orphans(unittest.TestCase):
             process.communicate()
             wait_for(lambda: not any(map(alive, pids)), "the end of all of them", 10)
 
+    def test_a_watchdog_that_cant_live_keeps_no_run_from_its_end(self):
+        code = f"""
+            import sys
+            sys.path.insert(0, {HERE!r}); import miniflow
+            sys.executable = sys.argv[1]
+            print(miniflow.MiniFlow().run("f").status)
+            """
+        with one(*[task(f"t{n}", command="sleep 0.05") for n in range(20)]) as project:
+            for executable in ("/bin/true", "/no/such/python"):
+                done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), executable], cwd=project.path,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+                self.assertEqual((done.stdout, done.stderr), (b"success\n", b""))
+
     def test_a_timeout_ends_what_has_left_the_group(self):
         with one(task("a", script="s.py", timeout_s=1, grace_s=0.3), scripts={"s.py": self.STUBBORN}) as project:
             self.assertEqual(project.run().tasks["a"].reason, "timeout after 1 s")
@@ -2796,7 +2809,7 @@ class T19CommandLine(unittest.TestCase):
             code, out, err = project.main("run", "f", "--dry-run")
             self.assertEqual(code, 0)
             self.assertTrue(os.path.isfile(out.strip()))
-            self.assertRegex(err, r"(?m)^2  b +true +a +retries 2$")
+            self.assertRegex(err, r"(?m)^2  b +command true +a +retries 2$")
             self.assertFalse(os.path.exists(project.at("ran")))
             self.assertFalse(os.path.exists(project.at("miniflow_output/runs")))
 
