@@ -45,13 +45,15 @@ Contents
     11. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
     12. EXPORTERS: how does a plan look in other languages?
     --- the line: all above is pure ---
-    13. STORE: where do runs live, and how do they survive?
-    14. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
-    15. PROCESSES: how are attempts started, watched and ended?
-    16. RUNNER: how is one run driven to its end?
-    17. REPORTING: how is it told to a person?
-    18. LIBRARY: what does a Python program use?
-    19. COMMAND LINE: what can be typed?
+    13. DISK: how does a byte get onto the disk, and stay there?
+    14. LOCKS: which one engine may work on a run?
+    15. STORE: where do runs live, and how do they survive?
+    16. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+    17. PROCESSES: how are attempts started, watched and ended?
+    18. RUNNER: how is one run driven to its end?
+    19. REPORTING: how is it told to a person?
+    20. LIBRARY: what does a Python program use?
+    21. COMMAND LINE: what can be typed?
 
 
 Licence (MIT)
@@ -114,9 +116,9 @@ __all__ = [
     "Run", "TaskRun", "Attempt",
     # 9. SCHEDULER
     "due", "next_wake", "drive",
-    # 18. LIBRARY
+    # 20. LIBRARY
     "MiniFlow",
-    # 19. COMMAND LINE
+    # 21. COMMAND LINE
     "main",
 ]
 
@@ -2698,6 +2700,13 @@ def attempt_end(run: Run, task_id: str, now: float, code: int, stopping: Optiona
     return AttemptEnded(now, task_id, attempt, SUCCESS, output=handed_on or None)
 
 
+def attempt_unkillable(run: Run, task_id: str, now: float, stopping: str, pid: int) -> AttemptEnded:
+    """Return the end of an attempt that SIGKILL did not end: there will be no other one beside it."""
+    status = CANCELLED if run.cancel and stopping == run.cancel.reason else FAILED
+    return AttemptEnded(now, task_id, run.tasks[task_id].attempt, status,
+                        f"{stopping}; unkillable: process {pid} is given up", "unkillable", final=True)
+
+
 def attempt_unstartable(run: Run, task_id: str, now: float, reason: str, code: Optional[int]) -> AttemptEnded:
     """Return the end of an attempt that never came to be; without a retry unless retry_on names `code`."""
     return AttemptEnded(now, task_id, run.tasks[task_id].attempt, FAILED, reason, code, final=True)
@@ -3248,28 +3257,15 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
 
 
 # ============================================================================
-# == 13. STORE: where do runs live, and how do they survive?
+# == 13. DISK: how does a byte get onto the disk, and stay there?
 # ============================================================================
-# An engine that owns a run holds the lock RUN.lock (the kernel's, so that it dies with the engine), appends
-# to the journal RUN.jsonl, and now and then rewrites the view RUN.json.  The protocol:
-#
-#   open    take the lock; read what is there; keep a damaged tail aside; put a fresh journal, whose first
-#           record holds the whole state, in place of the old one by rename; write the view durably.
-#   event   one write of whole lines; if it fails, cut the file back to the last good byte.  If the disk is
-#           full, wait for space; after another error go on in a fresh journal, once; else stop.
-#   view    temporary file and rename, without fsync, and never more than a twentieth of the time.
-#   finish  view with fsync and rename, then remove journal and lock.  Doing it again does no harm.
-#
-# Reading takes no lock and repairs nothing: the journal first, then the snapshot (the other order can miss
-# both), the longest valid prefix of the one and the other if its checksum holds; the highest sequence number
-# wins.  Files without a valid state are reported and never replaced by an empty one.
+# All state is written through the few calls of Disk, so that a test can put a fault at each of them, and
+# rebuild what a power cut may leave behind.  A file is replaced by writing a new one beside it and renaming
+# that, so that whoever reads finds the old or the new.  Nothing here follows a symbolic link but the way to
+# the output directory.
 
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
-_RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
-_DEVICES = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
-STALL_S = 60.0                                 # how long a full disk is waited for
-DURABILITIES = ("full", "normal", "off")
 #: What the system says where it has no means left for this process, and where the disk is the trouble; all
 #: else is about what was asked.
 PRESSURE_ERRORS = frozenset([errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE])
@@ -3332,14 +3328,47 @@ class Disk:
         """Close a file."""
         os.close(fd)
 
-    def make_dir(self, path: str, parents: bool = False) -> None:
-        """Make a directory of mode 0700; it may exist, but not as a symbolic link (unless `parents`)."""
+    def link(self, old: str, new: str) -> None:
+        """Give a file a second name; FileExistsError if that is taken."""
+        os.link(old, new)
+
+    def make_dir(self, path: str, outermost: bool = False, durable: bool = False) -> None:
+        """Make a directory of mode 0700, or see that the one that is there is no way in for somebody else.
+
+        The `outermost` one may be a symbolic link, and those above it are made as well.
+        """
+        above = os.path.dirname(path)
+        if outermost and above != path and not os.path.isdir(above):
+            self.make_dir(above, True, durable)
         try:
-            (os.makedirs if parents else os.mkdir)(path, 0o700)
-            os.chmod(path, 0o700)
+            os.mkdir(path, 0o700)
         except FileExistsError:
-            if not stat.S_ISDIR((os.stat if parents else os.lstat)(path).st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, "is there and is not a directory", path) from None
+            self._check_dir(path, (os.stat if outermost else os.lstat)(path))
+        else:
+            os.chmod(path, 0o700)
+            if durable:
+                self.sync_dir(above)
+
+    def _check_dir(self, path: str, found: os.stat_result) -> None:
+        """Raise OSError if `path` is no directory, or one through which others could lead us astray."""
+        if not stat.S_ISDIR(found.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "is there and is not a directory", path)
+        if os.name == "nt":
+            return
+        if found.st_uid not in (os.geteuid(), 0) and os.geteuid():
+            raise PermissionError(errno.EPERM, f"it belongs to another user, uid {found.st_uid}", path)
+        if found.st_mode & stat.S_IWOTH and self._has_modes(path):
+            raise PermissionError(errno.EPERM, f"everybody may write there (mode {found.st_mode & 0o7777:o})",
+                                  path)
+
+    def _has_modes(self, path: str) -> bool:
+        """Tell whether files below `path` have modes of their own: on some file systems all have the same."""
+        probe = os.path.join(path, f".mode-{os.urandom(8).hex()}")
+        os.mkdir(probe, 0o700)
+        try:
+            return not os.stat(probe).st_mode & stat.S_IWOTH
+        finally:
+            os.rmdir(probe)
 
     def put(self, path: str, content: bytes, durable: bool) -> None:
         """Replace the file at `path` by one with `content`: it is always whole, the old or the new."""
@@ -3360,9 +3389,10 @@ class Disk:
             self.sync_dir(os.path.dirname(path))
 
 
-def read_file(path: str, limit: Optional[int] = None) -> bytes:
+def read_file(path: str, limit: Optional[int] = None, follow: bool = True) -> bytes:
     """Return the content of a regular file, at most `limit` bytes of it; raise OSError for anything else."""
-    fd = os.open(path, os.O_RDONLY | _CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    flags = os.O_RDONLY | _CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    fd = os.open(path, flags if follow else flags | _NOFOLLOW)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", path)
@@ -3370,6 +3400,256 @@ def read_file(path: str, limit: Optional[int] = None) -> bytes:
             return file.read() if limit is None else file.read(limit)
     finally:
         os.close(fd)
+
+
+# ============================================================================
+# == 14. LOCKS: which one engine may work on a run?
+# ============================================================================
+# The engine that works on a run holds the system's lock on RUN.lock (flock; on Windows that of a byte), which
+# dies with it however it dies, so that there are no stale locks.  What the file says of its owner is for
+# people.
+#
+# Some network file systems have no such locks.  There an engine owns a run by RUN.owner, a file that names
+# its process: link() makes it whole, or fails if there is one.  If that process has gone, the file is
+# renamed, so that of several engines that see this one succeeds.  Whether it has can be told on its own host
+# only.
+
+NO_LOCKS = frozenset([errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, getattr(errno, "EOPNOTSUPP", errno.ENOTSUP)])
+_LOOKS_S = 0.2                                 # somebody who only looks holds a lock for an instant
+
+
+def process_stat(pid: Union[int, str]) -> List[bytes]:
+    """Return the fields of /proc/PID/stat from the third on (state, parent, group, …); none if unknown."""
+    try:
+        return read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def start_ticks(pid: int) -> Optional[int]:
+    """Return when the system started a process, in its ticks (field 22 of its stat); None if unknown."""
+    fields = process_stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def this_engine(now: float) -> Dict[str, Any]:
+    """Return who this engine is: its process, since when, and the token of its tasks' cookies."""
+    try:
+        boot = read_file("/proc/sys/kernel/random/boot_id").decode().strip()
+    except OSError:
+        boot = ""
+    host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?")
+    return {"pid": os.getpid(), "ticks": start_ticks(os.getpid()), "host": host, "boot": boot,
+            "since": format_time(now), "token": os.urandom(8).hex()}
+
+
+def may_live(engine: Mapping[str, Any]) -> bool:
+    """Tell whether an engine may still be alive: on another host nobody knows, so it may."""
+    here = this_engine(0)
+    if engine.get("host") != here["host"]:
+        return True
+    pid, ticks = engine.get("pid"), engine.get("ticks")
+    if engine.get("boot") != here["boot"] or not isinstance(pid, int):
+        return False
+    if here["ticks"] is not None:
+        return start_ticks(pid) == ticks and process_stat(pid)[:1] != [b"Z"]
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, AttributeError):
+        return False
+    except OSError:
+        pass                                   # somebody else's process, but one that lives
+    return True
+
+
+def try_lock(fd: int, shared: bool = False) -> bool:
+    """Lock an open file without waiting, until it is closed; tell whether that worked.
+
+    Raises OSError with one of NO_LOCKS where the file system has no locks.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+            os.lseek(fd, 2**30, os.SEEK_SET)   # a byte that nobody reads: a locked one can't be read
+            try:
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+            finally:
+                os.lseek(fd, 0, os.SEEK_SET)
+        else:
+            import fcntl
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+def _parse_owner(content: bytes) -> Dict[str, Any]:
+    """Return what the owner of a lock wrote of itself; nothing if that can't be read."""
+    try:
+        owner = json.loads(content)
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _owner_file(path: str) -> str:
+    """Return what stands for the lock `path` where there are no locks."""
+    return path[:-len(".lock")] + ".owner"
+
+
+def lock_owner(path: str) -> Optional[Dict[str, Any]]:
+    """Return who holds the lock RUN.lock at `path`, {} if that is not known, or None if nobody does."""
+    try:
+        owner = _parse_owner(read_file(_owner_file(path), follow=False))
+        if may_live(owner):
+            return owner
+    except OSError:
+        pass
+    try:
+        fd = os.open(path, (os.O_RDONLY if os.name != "nt" else os.O_RDWR) | _CLOEXEC | _NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return {}                              # somebody else's: better not touched
+    try:
+        return None if try_lock(fd, shared=True) else _parse_owner(os.read(fd, 4096))
+    except OSError as exc:
+        return None if exc.errno in NO_LOCKS else {}
+    finally:
+        os.close(fd)
+
+
+class Lock:
+    """What the one engine that works on a run holds; made by take_lock()."""
+
+    #: Open files of locks in this process: a forked child closes its own of them, or it would hold the locks.
+    held: Set[int] = set()
+
+    def __init__(self, disk: Disk, path: str, content: bytes, fd: Optional[int] = None) -> None:
+        self.path, self._disk, self._content, self._fd = path, disk, content, fd
+        if fd is not None:
+            self.held.add(fd)
+
+    @property
+    def is_weak(self) -> bool:
+        """True where the file system has no locks and a file has to do."""
+        return self._fd is None
+
+    def release(self, remove: bool) -> None:
+        """Let go of the run, and `remove` the file, unless somebody may look at it to see what went wrong."""
+        try:
+            if read_file(self.path) == self._content if self.is_weak else remove:
+                self._disk.unlink(self.path)
+        except FileNotFoundError:
+            pass                               # somebody else has removed it
+        finally:
+            if self._fd is not None:
+                self.held.discard(self._fd)
+                self._disk.close(self._fd)
+
+    @classmethod
+    def close_in_child(cls) -> None:
+        """Close what a forked child has inherited: the lock is the parent's."""
+        while cls.held:
+            os.close(cls.held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Lock.close_in_child)
+
+
+def _locked(path: str, owner: Mapping[str, Any]) -> RunLocked:
+    """Return the error that says who holds the lock at `path`."""
+    run_id = os.path.basename(path).rpartition(".")[0]
+    return RunLocked(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
+                     f"{owner.get('host', '?')} since {owner.get('since', '?')}; wait for it, or cancel it")
+
+
+def _is_file(fd: int, path: str) -> bool:
+    """Tell whether an open file is the one at `path`: its last owner may just have removed that."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _take_by_file(disk: Disk, path: str, me: Mapping[str, Any], force: bool) -> None:
+    """Own a run by the file at `path`, which names this engine, or raise RunLocked."""
+    mine, stale = f"{path}.{me['token']}", f"{path}.stale-{me['token']}"
+    disk.put(mine, json.dumps(me).encode(), True)
+    try:
+        while True:
+            try:
+                return disk.link(mine, path)
+            except FileExistsError:
+                pass
+            try:
+                owner = read_file(path, follow=False)
+                if may_live(_parse_owner(owner)) and not force:
+                    raise _locked(path, _parse_owner(owner))
+                disk.replace(path, stale)
+            except FileNotFoundError:
+                continue                       # another engine was quicker
+            if read_file(stale) != owner:      # by then it was the file of an engine that lives
+                disk.replace(stale, path)
+                raise _locked(path, _parse_owner(read_file(path)))
+            disk.unlink(stale)
+    finally:
+        disk.unlink(mine)
+
+
+def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False) -> Lock:
+    """Take the lock RUN.lock at `path` for the engine `me`; raise RunLocked if another one holds it.
+
+    With `force` an engine on another host is taken to be gone; that matters only where there are no locks.
+    """
+    end, content = time.monotonic() + _LOOKS_S, json.dumps(me).encode()
+    while True:
+        fd = disk.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            if try_lock(fd):
+                if _is_file(fd, path):
+                    disk.truncate(fd, 0)
+                    disk.write(fd, content)
+                    lock, fd = Lock(disk, path, content, fd), -1
+                    return lock
+            elif time.monotonic() > end:
+                raise _locked(path, _parse_owner(os.read(fd, 4096)))
+        except OSError as exc:
+            if exc.errno not in NO_LOCKS:
+                raise
+            disk.unlink(path)
+            _take_by_file(disk, _owner_file(path), me, force)
+            return Lock(disk, _owner_file(path), content)
+        finally:
+            if fd >= 0:
+                disk.close(fd)
+        time.sleep(0.01)
+
+
+# ============================================================================
+# == 15. STORE: where do runs live, and how do they survive?
+# ============================================================================
+# The engine that holds the lock of a run appends to its journal RUN.jsonl, and now and then rewrites the view
+# RUN.json.  The protocol:
+#
+#   open    take the lock; read what is there; keep a damaged tail aside; put a fresh journal, whose first
+#           record holds the whole state, in place of the old one by rename; write the view durably.
+#   event   one write of whole lines; if it fails, cut the file back to the last good byte.  If the disk is
+#           full, wait for space; after another error go on in a fresh journal, once; else stop.
+#   view    temporary file and rename, without fsync, and never more than a twentieth of the time.
+#   finish  view with fsync and rename, then remove journal and lock.  Doing it again does no harm.
+#
+# Reading takes no lock and repairs nothing: the journal first, then the snapshot (the other order can miss
+# both), the longest valid prefix of the one and the other if its checksum holds; the highest sequence number
+# wins.  Files without a valid state are reported and never replaced by an empty one.
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
+_DEVICES = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
+STALL_S = 60.0                                 # how long a full disk is waited for
+DURABILITIES = ("full", "normal", "off")
 
 
 class RunFiles(NamedTuple):
@@ -3400,7 +3680,7 @@ class Loaded(NamedTuple):
 def _read_journal(path: str) -> Tuple[Optional[Run], int, Mapping[str, Any], bytes]:
     """Return the run of a journal's valid prefix, its last seq, its engine, and the rest of the bytes."""
     try:
-        content = read_file(path)
+        content = read_file(path, follow=False)
     except FileNotFoundError:
         return None, -1, {}, b""
     run: Optional[Run] = None
@@ -3416,33 +3696,6 @@ def _read_journal(path: str) -> Tuple[Optional[Run], int, Mapping[str, Any], byt
             run.apply(event_from_json(record))
         seq, at = record["seq"], at + len(line)
     return run, seq, engine, content[at:]
-
-
-def _try_lock(fd: int, shared: bool = False) -> bool:
-    """Lock an open file without waiting, until it is closed; tell whether that worked."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-            os.lseek(fd, 2**30, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined, unused-ignore]
-        else:
-            import fcntl
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as exc:
-        if exc.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            return False
-        raise
-    return True
-
-
-def _read_owner(fd: int) -> Dict[str, Any]:
-    """Return what the owner of a lock wrote into it, for people to read."""
-    try:
-        os.lseek(fd, 0, os.SEEK_SET)
-        owner = json.loads(os.read(fd, 4096))
-    except (OSError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
 
 
 class Store:
@@ -3461,14 +3714,14 @@ class Store:
         return RunFiles(base + ".json", base + ".jsonl", base + ".lock",
                         os.path.join(self.path, "logs", run_id), os.path.join(self.path, "tmp", run_id))
 
-    def prepare(self, *parts: str) -> str:
+    def prepare(self, *parts: str, durable: bool = False) -> str:
         """Make the output directory and the directory `parts` in it, and return its path."""
         path = self.path
         try:
-            self.disk.make_dir(path, parents=True)
+            self.disk.make_dir(path, outermost=True, durable=durable)
             for part in parts:
                 path = os.path.join(path, part)
-                self.disk.make_dir(path)
+                self.disk.make_dir(path, durable=durable)
         except OSError as exc:
             raise StateError(f"{path}: can't be used for state: {exc.strerror}; "
                              "give another directory by -o") from None
@@ -3493,10 +3746,10 @@ class Store:
     def load(self, run_id: str) -> Loaded:
         """Read a run as it stands, without a lock; raise NotFound, or StateError if nothing valid is left."""
         files = self.files(run_id)
-        live = self.is_live(run_id)
+        live = self.owner(run_id) is not None
         try:
             run, seq, engine, damage = _read_journal(files.journal)
-            content = read_file(files.state) if os.path.lexists(files.state) else b""
+            content = read_file(files.state, follow=False) if os.path.lexists(files.state) else b""
             state = decode_state(content)
             if state and state["seq"] > seq:
                 run, seq, engine = run_from_json(state), state["seq"], state["engine"] or {}
@@ -3518,7 +3771,7 @@ class Store:
         files = self.files(run_id)
         try:
             if not os.path.lexists(files.journal):
-                content = read_file(files.state)
+                content = read_file(files.state, follow=False)
                 at = content.rfind(_CRC)
                 if at > 0 and content[at:] == _CRC + b'%08x"}\n' % zlib.crc32(content[:at]):
                     head: Dict[str, Any] = json.loads(content.partition(b",\n")[0] + b"}")
@@ -3553,94 +3806,44 @@ class Store:
             if not self.exists(run_id):
                 return run_id
 
-    # -- the lock --
-
-    def lock(self, run_id: str) -> int:
-        """Take the lock of a run and return its file descriptor; raise RunLocked if another holds it."""
+    def lock(self, run_id: str, engine: Mapping[str, Any], force: bool = False) -> Lock:
+        """Take the lock of a run for `engine`; raise RunLocked if another one holds it."""
         path = self.files(run_id).lock
-        for tries in range(40):                # somebody who only looks holds it for an instant
-            fd = self.disk.open(path, os.O_RDWR | os.O_CREAT)
-            if _try_lock(fd):
-                try:
-                    if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
-                        return fd              # else its last owner has just removed it
-                except FileNotFoundError:
-                    pass
-            elif tries >= 20:
-                owner = _read_owner(fd)
-                self.disk.close(fd)
-                raise RunLocked(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
-                                f"{owner.get('host', '?')} since {owner.get('since', '?')}; "
-                                "wait for it, or cancel it")
-            else:
-                time.sleep(0.01)
-            self.disk.close(fd)
-        raise StateError(f"{path}: can't be locked; it is removed again and again")
+        try:
+            return take_lock(self.disk, path, engine, force)
+        except OSError as exc:
+            raise StateError(f"{path}: can't be locked: {exc.strerror}") from None
 
-    def owner(self, run_id: str) -> Dict[str, Any]:
-        """Return who holds the lock of a run, as it wrote itself into it; empty if nobody did."""
-        try:
-            fd = self.disk.open(self.files(run_id).lock, os.O_RDONLY)
-        except OSError:
-            return {}
-        try:
-            return _read_owner(fd)
-        finally:
-            self.disk.close(fd)
-
-    def is_live(self, run_id: str) -> bool:
-        """Tell whether an engine holds the lock of a run."""
-        try:
-            fd = self.disk.open(self.files(run_id).lock, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True                        # somebody else's: better not touched
-        try:
-            return not _try_lock(fd, shared=True)
-        finally:
-            self.disk.close(fd)
+    def owner(self, run_id: str) -> Optional[Dict[str, Any]]:
+        """Return who works on a run, {} if that is not known, or None if nobody does."""
+        return lock_owner(self.files(run_id).lock)
 
     def remove(self, run_id: str) -> None:
         """Remove a run with its logs; raise RunLocked if an engine works on it."""
         import shutil
         files = self.files(run_id)
-        fd = self.lock(run_id)
+        lock = self.lock(run_id, this_engine(time.time()))
         try:
             for path in (files.logs, files.tmp):
                 shutil.rmtree(path, ignore_errors=True)
             aside = [os.path.join(self.runs, name) for name in os.listdir(self.runs)
                      if name.startswith(f"{run_id}.jsonl.bad-")]
-            for path in (files.journal, files.state, *aside, files.lock):
+            for path in (files.journal, files.state, *aside):
                 self.disk.unlink(path)
         except OSError as exc:
             raise StateError(f"{exc.filename}: can't be removed: {exc.strerror}") from None
         finally:
-            self.disk.close(fd)
-
-
-def this_engine(now: float) -> Dict[str, Any]:
-    """Return who this engine is: pid, host, boot id, since when, and the token of its tasks' cookies."""
-    try:
-        boot = read_file("/proc/sys/kernel/random/boot_id").decode().strip()
-    except OSError:
-        boot = ""
-    host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?")
-    return {"pid": os.getpid(), "host": host, "boot": boot, "since": format_time(now),
-            "token": os.urandom(8).hex()}
+            lock.release(remove=True)
 
 
 class Journal:
     """The state of one run on disk, in the hands of the engine that works on it."""
 
-    def __init__(self, store: Store, run_id: str, durability: str = "normal") -> None:
+    def __init__(self, store: Store, run_id: str, durability: str = "normal", force: bool = False) -> None:
         self.store, self.disk, self.durability = store, store.disk, durability
-        self.files = store.files(run_id)
-        store.prepare("runs")
-        try:
-            self._lock = store.lock(run_id)
-        except OSError as exc:
-            raise StateError(f"{self.files.lock}: can't be locked: {exc.strerror}") from None
+        self.files, self.engine = store.files(run_id), this_engine(time.time())
+        store.prepare("runs", durable=True)
+        self._lock: Optional[Lock] = store.lock(run_id, self.engine, force)
         self._fd: Optional[int] = None
         self._seq = self._good = 0
         self._dirty = self._unsynced = self._stalled = False
@@ -3648,15 +3851,15 @@ class Journal:
         self.note: Callable[[str], None] = lambda text: None           # is told what a user should know
         self.hurry: Callable[[], bool] = lambda: False                 # tells whether waiting makes no sense
 
-    def begin(self, run: Run, engine: Mapping[str, Any], last: Optional[Loaded] = None) -> None:
-        """Start a fresh journal with the state of `run`, which `engine` carries on (from `last`, if any)."""
-        self._engine = engine
+    def begin(self, run: Run, last: Optional[Loaded] = None) -> None:
+        """Start a fresh journal with the state of `run`, which goes on from `last`, if there is one."""
         path = self.files.journal
+        if self._lock and self._lock.is_weak:
+            self.note(f"{self._lock.path}: this file system has no locks, so this file has to do; "
+                      "see that no other host works on this run")
         try:
-            self.disk.truncate(self._lock, 0)
-            self.disk.write(self._lock, json.dumps(self._engine).encode())
             if last and last.damage:
-                stamp = engine["since"].replace(":", "")
+                stamp = self.engine["since"].replace(":", "")
                 self.disk.put(f"{path}.bad-{stamp}", last.damage, True)
             self._seq = last.seq if last else 0
             self._open_journal(run)
@@ -3666,7 +3869,7 @@ class Journal:
 
     def _open_journal(self, run: Run) -> None:
         """Put a fresh journal, which begins with the whole state of `run`, in place of the old one."""
-        opened = encode_record({"event": "opened", "state": run_to_json(run, self._engine)}, self._seq + 1)
+        opened = encode_record({"event": "opened", "state": run_to_json(run, self.engine)}, self._seq + 1)
         self.disk.put(self.files.journal, opened, True)
         fd = self.disk.open(self.files.journal, os.O_WRONLY | os.O_APPEND)
         if self._fd is not None:
@@ -3768,28 +3971,23 @@ class Journal:
                 except OSError as exc:
                     renewed = self._recover(exc, began, renewed)
             self.disk.unlink(self.files.journal)
-            self.disk.unlink(self.files.lock)
+            self.close(remove=True)
         except OSError as exc:
             raise self._error(exc) from None
         finally:
             self.close()
 
-    def close(self) -> None:
-        """Let go of the run; what is in the journal stays there for whoever resumes it."""
-        for fd in (self._fd, self._lock):
-            if fd is not None:
-                self.disk.close(fd)
-        self._fd = None
-        self._lock = None                      # type: ignore[assignment]
-
-    def give_up(self) -> None:
-        """Let go of a run that was not begun, and leave no trace."""
-        self.disk.unlink(self.files.lock)
-        self.close()
+    def close(self, remove: bool = False) -> None:
+        """Let go of the run, for good with `remove`; what is in the journal stays for whoever resumes it."""
+        (fd, self._fd), (lock, self._lock) = (self._fd, None), (self._lock, None)
+        if fd is not None:
+            self.disk.close(fd)
+        if lock:
+            lock.release(remove)
 
     def _put_view(self, run: Run, durable: bool) -> None:
         """Rewrite RUN.json."""
-        self.disk.put(self.files.state, encode_state(run_to_json(run, self._engine), self._seq), durable)
+        self.disk.put(self.files.state, encode_state(run_to_json(run, self.engine), self._seq), durable)
         self._dirty = False
 
     def _error(self, exc: OSError) -> StateError:
@@ -3800,7 +3998,7 @@ class Journal:
 
 
 # ============================================================================
-# == 14. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+# == 16. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
 # ============================================================================
 # Three signs tell that something of an attempt runs: its log is locked (whoever inherited it holds the lock),
 # its process is there with the start time that was recorded, or some process carries the attempt's cookie in
@@ -3864,14 +4062,6 @@ while time.monotonic() < end and not (linux and not found()):
 """
 
 
-def process_stat(pid: Union[int, str]) -> List[bytes]:
-    """Return the fields of /proc/PID/stat from the third on (state, parent, group, …); none if unknown."""
-    try:
-        return read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    except OSError:
-        return []
-
-
 def group_has_living(group: int) -> bool:
     """Tell whether a process group has members other than zombies, which somebody else has to reap."""
     try:
@@ -3880,12 +4070,6 @@ def group_has_living(group: int) -> bool:
         return True                            # a system without /proc can't tell
     stats = (process_stat(name) for name in names if name.isdigit())
     return any(fields[2] == b"%d" % group and fields[0] not in (b"Z", b"X") for fields in stats if fields)
-
-
-def start_ticks(pid: int) -> Optional[int]:
-    """Return when the system started a process, in its ticks (field 22 of its stat); None if unknown."""
-    fields = process_stat(pid)
-    return int(fields[19]) if fields else None
 
 
 def bearers(cookie: str) -> List[int]:
@@ -3944,7 +4128,9 @@ class Orphan(NamedTuple):
         except OSError:
             return False
         try:
-            return not _try_lock(fd, shared=True)
+            return not try_lock(fd, shared=True)
+        except OSError:
+            return False                       # no locks here: the other signs have to do
         finally:
             os.close(fd)
 
@@ -3974,6 +4160,11 @@ class Watchdog:
     def __init__(self, token: str) -> None:
         self._token, self._groups = token, set()             # type: Tuple[str, Set[int]]
         self._pipe, self._process = -1, None                 # type: Tuple[int, Any]
+
+    @property
+    def pid(self) -> Optional[int]:
+        """The watchdog's process, if there is one."""
+        return self._process.pid if self._process else None
 
     def add(self, group: int) -> None:
         """Watch a process group as well."""
@@ -4028,7 +4219,7 @@ class Watchdog:
 
 
 # ============================================================================
-# == 15. PROCESSES: how are attempts started, watched and ended?
+# == 17. PROCESSES: how are attempts started, watched and ended?
 # ============================================================================
 # Every attempt is a process group (and session) of its own whose output goes straight into its log, so
 # nothing of it passes through the engine.  The end of the group's leader is seen by its pidfd where there is
@@ -4043,8 +4234,10 @@ SIGNAL_EXITS = {name: 128 + getattr(signal, name)
                 for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 _SWEEP_S = 0.01                                # how often the rest of a group is looked at
 KEPT_CONTEXTS = 64                             # context files that are kept for tasks that see the same
-UNKILLABLE_S = 5.0                             # how long after SIGKILL the rest of a group is given up
+UNKILLABLE_S = 5.0                             # how long after SIGKILL what does not end is given up
 _LOOK_S = 0.02                                 # the same for processes without a pidfd
+_REAP_S = 1.0                                  # how often PID 1 looks for the orphans of others
+_FOREVER_S = 3600.0
 
 
 class Clock:
@@ -4123,7 +4316,7 @@ class Waiter:
 
     def wait(self, seconds: float) -> List[int]:
         """Wait at most so long; return the pidfds of the watched processes that have ended."""
-        seconds = min(max(seconds, 0), 3600)
+        seconds = min(max(seconds, 0), _FOREVER_S)
         if not self._poll:
             time.sleep(min(seconds, _LOOK_S))
             return []
@@ -4149,7 +4342,8 @@ class Context:
 class Child:
     """A running attempt: its process, which leads its group, and how to see its end."""
 
-    __slots__ = ("task", "process", "pidfd", "code", "stopping", "kill_at", "output", "context", "cookie")
+    __slots__ = ("task", "process", "pidfd", "code", "stopping", "kill_at", "give_up_at", "output", "context",
+                 "cookie")
 
     def __init__(self, task: str, process: Any, pidfd: Optional[int], output: str, context: Context,
                  cookie: str) -> None:
@@ -4158,6 +4352,7 @@ class Child:
         self.code: Optional[int] = None        # the leader's exit code, once it has ended
         self.stopping: Optional[str] = None    # why it was being stopped when it ended
         self.kill_at: Optional[float] = None   # when the rest of the group gets SIGKILL
+        self.give_up_at: Optional[float] = None              # when its leader is given up: it had SIGKILL
 
     def signal_group(self, word: str) -> bool:
         """Send TERM or KILL to the group; tell whether there was anybody."""
@@ -4219,15 +4414,20 @@ class Processes:
         self._by_fd: Dict[int, Child] = {}
         self._contexts: Dict[int, Context] = {}
         self._made = 0
+        self._reap_at = 0.0
         self._waiter = Waiter()
 
     def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
+        import subprocess
         for child in list(self._children.values()):    # only where the engine itself failed
             child.signal_group("KILL")
-            child.process.wait()
+            try:
+                child.process.wait(UNKILLABLE_S)
+            except subprocess.TimeoutExpired:
+                pass                           # nothing more can be done about it
             self._forget(child)
         send_signal(bearers(self._setting.token) if exc_info[0] else (), "KILL")
         self._watchdog.close()
@@ -4236,6 +4436,17 @@ class Processes:
     def now(self) -> float:
         """Return the time."""
         return self.clock.now()
+
+    def _reap_strangers(self) -> None:
+        """Reap what others have left to PID 1, if that is us; never waitpid(-1), which takes everybody's."""
+        ours = {child.process.pid for child in self._children.values()} | {self._watchdog.pid}
+        for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+            state, parent, *_ = process_stat(pid) or (b"", b"")
+            if state == b"Z" and parent == b"1" and pid not in ours:
+                try:
+                    os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:
+                    pass                       # another thread was quicker
 
     def is_signalled(self) -> bool:
         """Tell whether a signal has come that wait() has not told of yet."""
@@ -4303,7 +4514,10 @@ class Processes:
         except FileExistsError:                # of an attempt whose record a power cut took
             os.replace(path, path + ".lost")
             fd = self._store.disk.open(path, flags)
-        _try_lock(fd)
+        try:
+            try_lock(fd)
+        except OSError:
+            pass                               # no locks here
         return fd
 
     def _open_stdin(self, text: Optional[str], action: Start) -> int:
@@ -4339,19 +4553,18 @@ class Processes:
         if child:
             child.signal_group(action.signal)
             send_signal(escaped(child.cookie, child.process.pid), action.signal)
+            if action.signal == "KILL":
+                child.give_up_at = self.now() + UNKILLABLE_S
         return []
 
     def wait(self, run: Run, until: Optional[float]) -> List[Event]:
         """Wait until something happens, at the longest until `until`; return what did."""
-        now = self.now()
-        seconds = 3600.0 if until is None else until - now
-        if any(child.code is not None for child in self._children.values()):
-            seconds = min(seconds, _SWEEP_S)
-        elif len(self._by_fd) < len(self._children):
-            seconds = min(seconds, _LOOK_S)
-        ended = [self._by_fd[fd] for fd in self._waiter.wait(seconds)]
-        ended += [child for child in self._children.values()
-                  if child.pidfd is None or child.code is not None]
+        ended = [self._by_fd[fd] for fd in self._waiter.wait(self._patience(until))]
+        if os.getpid() == 1 and self.now() >= self._reap_at:
+            self._reap_strangers()
+            self._reap_at = self.now() + _REAP_S
+        ended += [child for child in self._children.values() if child not in ended
+                  and (child.pidfd is None or child.code is not None or child.give_up_at)]
         events = [event for child in ended for event in self._look_at(run, child)]
         while self._waiter.signals:
             name = self._waiter.signals.pop(0)
@@ -4359,6 +4572,17 @@ class Processes:
                                           bool(run.cancel
                                                or events and isinstance(events[-1], CancelRequested))))
         return events
+
+    def _patience(self, until: Optional[float]) -> float:
+        """Return how many seconds to wait, at the longest until `until`."""
+        seconds = _FOREVER_S if until is None else until - self.now()
+        if os.getpid() == 1:
+            seconds = min(seconds, _REAP_S)
+        if any(child.code is not None for child in self._children.values()):
+            return min(seconds, _SWEEP_S)
+        if len(self._by_fd) < len(self._children) or any(c.give_up_at for c in self._children.values()):
+            return min(seconds, _LOOK_S)
+        return seconds
 
     def _look_at(self, run: Run, child: Child) -> List[Event]:
         """Return the end of an attempt, if its leader and all of its group have ended.
@@ -4368,6 +4592,10 @@ class Processes:
         now = self.now()
         if child.code is None:
             child.code = child.poll()
+            if child.code is None and child.give_up_at and now >= child.give_up_at:
+                self._forget(child)
+                stopping = run.tasks[child.task].stopping or "stopped"
+                return [attempt_unkillable(run, child.task, now, stopping, child.process.pid)]
             if child.code is None:
                 return []
             child.stopping = run.tasks[child.task].stopping
@@ -4420,7 +4648,7 @@ class Processes:
 
 
 # ============================================================================
-# == 16. RUNNER: how is one run driven to its end?
+# == 18. RUNNER: how is one run driven to its end?
 # ============================================================================
 # Here the pure half and the world meet.  work() is the loop around drive(): it waits for the world, keeps the
 # journal's promises while it waits, and lets a Watcher tell of it.  start_run() and resume_run() differ in
@@ -4489,10 +4717,9 @@ def _carry_out(run: Run, journal: Journal, store: Store, order: Order, clock: Cl
                last: Optional[Loaded]) -> Run:
     """Drive `run` to its end in a world of processes, and let go of its journal whatever happens."""
     try:
-        engine = this_engine(clock.now())
-        with Processes(store, run.id, order.tasks_dir, clock, engine["token"]) as world:
+        with Processes(store, run.id, order.tasks_dir, clock, journal.engine["token"]) as world:
             journal.note, journal.hurry = watcher.note, world.is_signalled
-            journal.begin(run, engine, last)
+            journal.begin(run, last)
             work(run, journal, world, order.slots or run.plan.flow.max_parallel or usable_cpus(), watcher)
     finally:
         journal.close()
@@ -4519,7 +4746,7 @@ def start_run(store: Store, flow: Flow, stem: str, source: str, params: Mapping[
               watcher: Watcher = Watcher()) -> Run:
     """Run a checked flow from its beginning to its end, and return the Run."""
     values = complete_params(flow, params)
-    store.prepare("runs")
+    store.prepare("runs", durable=True)
     left_out = last_outputs(store, stem, select(flow, selection))
     clock = Clock()
     now = clock.now()
@@ -4529,7 +4756,7 @@ def start_run(store: Store, flow: Flow, stem: str, source: str, params: Mapping[
         raise UsageError(f"run id {run_id} differs from that of run {twin} by case only; give another")
     journal = Journal(store, run_id, order.durability)
     if store.exists(run_id):                   # somebody else was quicker, and is through
-        journal.give_up()
+        journal.close(remove=True)
         raise RunExists(f"run {run_id} exists; resume it, or give another run id")
     run = Run(make_plan(flow, left_out), run_id, values, now, stem, os.path.abspath(source))
     return _carry_out(run, journal, store, order, clock, watcher, None)
@@ -4539,17 +4766,19 @@ ON_ORPHAN = ("kill", "wait", "fail")
 
 
 def orphans_of(loaded: Loaded, store: Store) -> List[Orphan]:
-    """Return the attempts that were running when the engine of a run died, if they may run still."""
+    """Return the attempts that may run still, though the engine of their run is gone."""
     here, there = this_engine(0), loaded.engine
     if there.get("boot") != here["boot"]:
         return []                              # the machine was started anew since
     found = []
     for name, task_run in loaded.run.tasks.items():
-        if task_run.status == RUNNING:
+        if task_run.status != SUCCESS and task_run.attempts:
             attempt = task_run.attempts[-1]
             cookie = attempt_cookie(there.get("token", "?"), name, task_run.attempt)
-            found.append(Orphan(name, attempt, cookie, os.path.join(store.path, attempt.log or ""),
-                                loaded.run.plan.tasks[name].grace_s))
+            orphan = Orphan(name, attempt, cookie, os.path.join(store.path, attempt.log or ""),
+                            loaded.run.plan.tasks[name].grace_s)
+            if task_run.status == RUNNING or orphan.leader_lives():        # unkillable, and given up
+                found.append(orphan)
     return found
 
 
@@ -4593,7 +4822,8 @@ def resume_run(store: Store, run_id: str, flow: Optional[Flow], order: Order, no
     """
     if not store.exists(run_id):
         store.load(run_id)                     # says what is wrong
-    journal = Journal(store, run_id, order.durability)
+    journal = Journal(store, run_id, order.durability, order.force_host)
+    journal.note = note
     try:
         last = store.load(run_id)
         if stem not in (None, last.run.flow):
@@ -4607,10 +4837,10 @@ def resume_run(store: Store, run_id: str, flow: Optional[Flow], order: Order, no
             note(f"run {run_id} has succeeded already; nothing is done")
             if os.path.lexists(journal.files.journal):
                 # Its engine died before it could tidy up.
-                journal.begin(last.run, this_engine(Clock().now()), last)
+                journal.begin(last.run, last)
                 journal.finish(last.run)
             else:
-                journal.give_up()
+                journal.close(remove=True)
             return last.run
         if flow:
             for name, change in changed_tasks(last.run.plan.flow, flow).items():
@@ -4618,7 +4848,7 @@ def resume_run(store: Store, run_id: str, flow: Optional[Flow], order: Order, no
                      + ("" if change == "removed" else "; it runs again, and so does its downstream"))
         run = reopen(last.run, flow or last.run.plan.flow)
     except BaseException:
-        journal.give_up()
+        journal.close(remove=True)
         raise
     return _carry_out(run, journal, store, order, Clock(), watcher, last)
 
@@ -4639,7 +4869,7 @@ def start_or_resume(store: Store, flow: Flow, stem: str, source: str, params: Ma
 
 
 # ============================================================================
-# == 17. REPORTING: how is it told to a person?
+# == 19. REPORTING: how is it told to a person?
 # ============================================================================
 # Talk goes to stderr, results to stdout.  Text that came from a flow or a task is shown with its control
 # characters escaped, so that it can't drive the terminal.
@@ -5035,7 +5265,7 @@ def format_plan(plan: Plan, slots: int) -> str:
 
 
 # ============================================================================
-# == 18. LIBRARY: what does a Python program use?
+# == 20. LIBRARY: what does a Python program use?
 # ============================================================================
 # A flow is known by the stem of its file, so looking one up reads one file and lists no directory.  Scripts
 # are checked when a flow is loaded: a run whose last script is missing should not find out after three hours.
@@ -5182,7 +5412,7 @@ class MiniFlow:
 
 
 # ============================================================================
-# == 19. COMMAND LINE: what can be typed?
+# == 21. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
 # its arguments to a parser; only the parser of the command that was typed is ever made.  Global options are
@@ -5539,15 +5769,15 @@ def run_resume(options: Any) -> int:
 
 def _signal_engine(store: Store, run_id: str, name: str) -> bool:
     """Send a signal to the engine of a run; tell whether there was one, raise UsageError if not ours."""
-    if not store.is_live(run_id):
-        return False
     owner = store.owner(run_id)
+    if owner is None:
+        return False
     if owner.get("host") != this_engine(0)["host"]:
         raise UsageError(f"run {run_id} is being run on host {owner.get('host', '?')}; cancel it there")
     try:
         os.kill(int(owner["pid"]), getattr(signal, name))
     except (ProcessLookupError, KeyError):
-        return store.is_live(run_id)
+        return store.owner(run_id) is not None
     except PermissionError:
         raise UsageError(f"run {run_id} is being run by process {owner['pid']}, which is another user's; "
                          "ask that one") from None
@@ -5565,9 +5795,9 @@ def run_cancel(options: Any) -> int:
         if not _signal_engine(store, run_id, name):
             break
         end = time.monotonic() + patience
-        while store.is_live(run_id) and time.monotonic() < end:
+        while store.owner(run_id) is not None and time.monotonic() < end:
             time.sleep(0.05)
-        if store.is_live(run_id):
+        if store.owner(run_id) is not None:
             say(f"run {run_id} still goes on, {patience:g} s after {name}")
     status = store.load(run_id).status
     if loaded.status != RUNNING:
@@ -5646,7 +5876,7 @@ def _follow(store: Store, run_id: str, options: Any) -> int:
     """Show what comes in the logs of a run until it ends; of several tasks each line after its id."""
     places: Dict[str, List[Any]] = {}
     while True:
-        live = store.is_live(run_id)            # asked first, so that all is shown before leaving
+        live = store.owner(run_id) is not None  # asked first, so that all is shown before leaving
         for name, task_run in store.load(run_id).run.tasks.items():
             for number, attempt in enumerate(task_run.attempts, 1):
                 if options.task in (None, name) and options.attempt in (None, number) and attempt.log:

@@ -4,6 +4,7 @@ One class a section, in the same order; nothing to install.  What needs a tool t
 (shellcheck, …) is skipped with a reason; with MINIFLOW_TEST_ALL=1 such a skip is a failure.
 """
 import ast
+import collections
 import contextlib
 import errno
 import heapq
@@ -1500,7 +1501,313 @@ for _name in ("open", "write", "sync", "sync_dir", "replace", "unlink", "truncat
     setattr(FaultyDisk, _name, _faulty)
 
 
-class T13Store(unittest.TestCase):
+class RecordingDisk(mf.Disk):
+    """A Disk that remembers what it was asked for, and so what a power cut may leave of it.
+
+    What was written is safe after the sync of its file; before, any part of it may be there, as it was written,
+    as zeros, or cut.  What happened to names is safe after the sync of their directory, and happens in order.
+    """
+
+    def __init__(self):
+        self.log, self._inode, self._names, self._fresh = [], {}, {}, itertools.count()
+
+    def open(self, path, flags, mode=0o600):
+        fd = super().open(path, flags, mode)
+        if path not in self._names:
+            self._names[path] = next(self._fresh)
+            self.log.append(("create", path, self._names[path]))
+        self._inode[fd] = self._names[path]
+        return fd
+
+    def write(self, fd, content):
+        super().write(fd, content)
+        self.log.append(("write", self._inode[fd], bytes(content)))
+
+    def truncate(self, fd, size):
+        super().truncate(fd, size)
+        self.log.append(("truncate", self._inode[fd], size))
+
+    def sync(self, fd):
+        super().sync(fd)
+        self.log.append(("sync", self._inode[fd]))
+
+    def sync_dir(self, path):
+        super().sync_dir(path)
+        self.log.append(("sync_dir",))
+
+    def replace(self, old, new):
+        super().replace(old, new)
+        self._names[new] = self._names.pop(old)
+        self.log.append(("rename", old, new))
+
+    def unlink(self, path):
+        super().unlink(path)
+        if self._names.pop(path, None) is not None:
+            self.log.append(("unlink", path))
+
+    def after_power_cut(self, cut, chance, least):
+        """Return the files that a cut after `cut` calls may leave, by path; with `least` as few as may be."""
+        names, safe_names, written, safe = [], 0, {}, {}
+        for call in self.log[:cut]:
+            if call[0] in ("create", "rename", "unlink"):
+                names.append(call)
+            elif call[0] == "sync_dir":
+                safe_names = len(names)
+            elif call[0] == "sync":
+                safe[call[1]] = len(written.get(call[1], []))
+            else:
+                written.setdefault(call[1], []).append(call)
+        files = {}
+        for call in names[:safe_names if least else chance.randint(safe_names, len(names))]:
+            if call[0] == "create":
+                files[call[1]] = call[2]
+            elif call[0] == "rename":
+                files[call[2]] = files.pop(call[1])
+            else:
+                del files[call[1]]
+        return {path: self._content(written.get(inode, []), safe.get(inode, 0), chance, least)
+                for path, inode in files.items()}
+
+    def _content(self, calls, safe, chance, least):
+        """Return what may be left of a file of which the first `safe` calls are safe."""
+        content = b""
+        way = 0 if least else chance.randrange(4)
+        for number, (name, _, value) in enumerate(calls):
+            if name == "truncate":
+                content = content[:value]
+            elif number < safe or way == 1 or way == 2 and chance.random() < 0.5:
+                content += value
+            elif way == 2:
+                content += bytes(len(value))
+            elif way == 3:
+                return content + value[:chance.randrange(len(value) + 1)]
+            else:
+                return content
+        return content
+
+
+class T13Disk(unittest.TestCase):
+
+    def setUp(self):
+        self.path = os.path.realpath(tempfile.mkdtemp(prefix="miniflow-test-"))
+        self.addCleanup(shutil.rmtree, self.path, ignore_errors=True)
+
+    def test_a_file_is_replaced_as_a_whole_or_not_at_all(self):
+        path, counter = os.path.join(self.path, "f"), FaultyDisk()
+        counter.put(path, b"old", True)
+        for at in range(1, counter.calls + 1):
+            counter.put(path, b"old", False)
+            with self.assertRaises(OSError):
+                FaultyDisk(at).put(path, b"new", True)
+            self.assertIn(mf.read_file(path), (b"old", b"new"))
+        self.assertEqual(os.listdir(self.path), ["f"])
+
+    def test_directories_are_made_private_with_those_above_the_outermost(self):
+        disk, path = mf.Disk(), os.path.join(self.path, "a", "b", "c")
+        disk.make_dir(path, outermost=True, durable=True)
+        disk.make_dir(path, outermost=True)
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o700)
+        with self.assertRaises(FileNotFoundError):
+            disk.make_dir(os.path.join(self.path, "x", "y"))
+        link = os.path.join(self.path, "link")
+        os.symlink(path, link)
+        disk.make_dir(link, outermost=True)
+        for target in (link, ENGINE):
+            with self.assertRaises(NotADirectoryError):
+                disk.make_dir(target)
+
+    def test_state_is_not_put_where_others_could_change_it(self):
+        with one(task("a")) as project:
+            os.mkdir(project.at("open"))
+            os.chmod(project.at("open"), 0o777)
+            code, _, err = project.main("run", "f", "-o", "open")
+            self.assertEqual(code, 74)
+            self.assertIn("open: can't be used for state: everybody may write there (mode 777); "
+                          "give another directory by -o", err)
+            self.assertEqual(os.listdir(project.at("open")), [])
+            os.chmod(project.at("open"), 0o775)
+            self.assertEqual(project.main("run", "f", "-o", "open")[0], 0)
+
+    def test_the_directory_of_another_user_is_refused(self):
+        found = os.stat(self.path)
+        strange = os.stat_result((*found[:4], found.st_uid + 1, *found[5:]))
+        for uid, refused in ((found.st_uid + 2, True), (found.st_uid + 1, False), (0, False)):
+            saved, os.geteuid = os.geteuid, lambda uid=uid: uid
+            try:
+                mf.Disk()._check_dir(self.path, strange)
+                self.assertFalse(refused)
+            except PermissionError as exc:
+                self.assertTrue(refused)
+                self.assertIn(f"it belongs to another user, uid {found.st_uid + 1}", str(exc))
+            finally:
+                os.geteuid = saved
+
+    def test_a_file_system_on_which_all_files_have_one_mode_is_no_reason_to_refuse(self):
+        class NoModes(mf.Disk):
+            def _has_modes(self, path):
+                return False
+        os.chmod(self.path, 0o777)
+        NoModes().make_dir(self.path)
+        with self.assertRaises(PermissionError):
+            mf.Disk().make_dir(self.path)
+        self.assertEqual(os.listdir(self.path), [])
+
+
+class T14Locks(unittest.TestCase):
+    """Every test is made with the system's locks and, as on some network file systems, without."""
+
+    WITHOUT = """
+        import errno, os, sys
+        sys.path.insert(0, {here!r}); import miniflow
+        def no_lock(fd, shared=False):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        if {without}: miniflow.try_lock = no_lock
+        """
+
+    def program(self, without, code="sys.exit(miniflow.main())"):
+        """Return the arguments that run MiniFlow in a process of its own, with or without locks."""
+        text = self.WITHOUT.format(here=HERE, without=without)
+        return [sys.executable, "-c", textwrap.dedent(text) + textwrap.dedent(code)]
+
+    def both(self):
+        for without in (False, True):
+            with self.subTest(without=without):
+                yield without
+
+    def no_locks(self, without):
+        """Take the locks away from this process, too, until the returned function is called."""
+        def no_lock(fd, shared=False):
+            raise OSError(errno.ENOLCK, "no locks")
+        saved = mf.try_lock
+        mf.try_lock = no_lock if without else saved
+        return lambda: setattr(mf, "try_lock", saved)
+
+    def race(self, project, without, *arguments):
+        """Start six engines for one run at once; when five have been turned away, let the task of the sixth end."""
+        racers = [subprocess.Popen([*self.program(without), *arguments], cwd=project.path, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE) for _ in range(6)]
+        wait_for(lambda: [racer.poll() for racer in racers].count(None) < 2, "the end of five")
+        project.write("go", "")
+        errors = [racer.communicate()[1].decode() for racer in racers]
+        self.assertEqual(sorted(racer.returncode for racer in racers), [0, 4, 4, 4, 4, 4], errors)
+        return racers, errors
+
+    def test_of_many_racers_for_one_run_one_makes_it_and_the_others_are_told_who(self):
+        for without in self.both():
+            for _ in range(3):
+                with one(task("a", command="echo $PPID >> ran; until test -e go; do sleep 0.05; done")) as project:
+                    racers, errors = self.race(project, without, "run", "f", "--run-id", "r")
+                    winner = project.read("ran").strip()
+                    for racer, text in zip(racers, errors):
+                        self.assertRegex(text, rf"run r is being run by process {winner} on host \S+ since 20\S+Z; "
+                                         if racer.returncode else "success")
+                    self.assertEqual(os.listdir(project.at("miniflow_output/runs")), ["r.json"])
+                    self.assertIs("has no locks, so this file has to do" in "".join(errors), without)
+
+    def test_the_lock_of_a_killed_engine_is_taken_over_by_one(self):
+        for without in self.both():
+            with one(task("a", command="echo $$ >> ran; until test -e go; do sleep 0.05; done")) as project:
+                engine = subprocess.Popen([*self.program(without), "run", "f", "--run-id", "r"], cwd=project.path,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                wait_for(lambda: os.path.exists(project.at("ran")), "the task")
+                restore = self.no_locks(without)
+                try:
+                    self.assertEqual(json.loads(project.main("show", "r", "--json")[1])["status"], "running")
+                    engine.kill()
+                    engine.communicate()
+                    self.assertEqual(json.loads(project.main("show", "r", "--json")[1])["status"], "interrupted")
+                finally:
+                    restore()
+                self.race(project, without, "resume", "r")
+                self.assertEqual(len(project.lines("ran")), 2)
+                self.assertEqual(os.listdir(project.at("miniflow_output/runs")), ["r.json"])
+
+    def test_a_forked_child_does_not_hold_the_lock(self):
+        code = """
+            store = miniflow.Store("out")
+            store.prepare("runs")
+            lock = store.lock("r", miniflow.this_engine(0))
+            if os.fork():
+                os._exit(0)
+            os.write(1, bytes([10]))
+            os.read(0, 1)
+            """
+        with one(task("a")) as project:
+            parent = subprocess.Popen(self.program(False, code), cwd=project.path, stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE)
+            self.assertEqual(parent.stdout.readline(), b"\n")
+            parent.wait()
+            store = mf.Store(project.at("out"))
+            self.assertIsNone(store.owner("r"))
+            store.lock("r", mf.this_engine(0)).release(remove=True)
+            parent.stdin.close()
+            parent.stdout.close()
+
+    def test_where_there_are_no_locks_another_hosts_engine_is_gone_only_if_one_says_so(self):
+        restore = self.no_locks(True)
+        self.addCleanup(restore)
+        with one(task("a")) as project:
+            store = mf.Store(project.at("miniflow_output"))
+            store.prepare("runs")
+            there = {**mf.this_engine(0), "host": "elsewhere"}
+            other = store.lock("r", there)
+            self.assertTrue(other.is_weak)
+            with self.assertRaises(mf.RunLocked) as caught:
+                mf.Journal(store, "r")
+            self.assertIn("on host elsewhere", str(caught.exception))
+            mine = store.lock("r", mf.this_engine(0), force=True)
+            other.release(remove=True)         # it comes back, and finds that the run is not its own any more
+            self.assertEqual(store.owner("r")["host"], mf.this_engine(0)["host"])
+            mine.release(remove=False)
+            self.assertEqual(os.listdir(store.runs), [])
+
+    def test_an_owner_that_was_replaced_meanwhile_is_put_back(self):
+        """Two engines see the file of a dead one; the slower one renames what is by then the quicker one's."""
+        restore = self.no_locks(True)
+        self.addCleanup(restore)
+        with one(task("a")) as project:
+            store, dead = mf.Store(project.at("out")), {**mf.this_engine(0), "boot": "an earlier one"}
+            store.prepare("runs")
+            store.lock("r", dead)
+            quick = mf.this_engine(0)
+
+            class Slow(mf.Disk):
+                def replace(self, old, new):
+                    if ".stale-" in new:
+                        os.unlink(old)
+                        mf.Store(store.path).lock("r", quick)
+                    super().replace(old, new)
+
+            with self.assertRaises(mf.RunLocked):
+                mf.Store(store.path, Slow()).lock("r", mf.this_engine(0))
+            self.assertEqual(store.owner("r"), quick)
+            self.assertEqual(os.listdir(store.runs), ["r.owner"])
+
+    def test_on_windows_a_byte_beyond_the_content_is_locked(self):
+        calls = []
+
+        class Msvcrt:
+            LK_NBLCK = 2
+
+            @staticmethod
+            def locking(fd, mode, count):
+                calls.append((os.lseek(fd, 0, os.SEEK_CUR), mode, count))
+                if len(calls) > 1:
+                    raise OSError(errno.EACCES, "locked")
+
+        saved = os.name, sys.modules.get("msvcrt")
+        with tempfile.TemporaryFile() as file:
+            try:
+                os.name, sys.modules["msvcrt"] = "nt", Msvcrt
+                self.assertEqual((mf.try_lock(file.fileno()), mf.try_lock(file.fileno())), (True, False))
+            finally:
+                os.name = saved[0]
+                del sys.modules["msvcrt"]
+            self.assertEqual(file.tell(), 0)
+        self.assertEqual(calls, [(2**30, 2, 1)] * 2)
+
+
+class T15Store(unittest.TestCase):
 
     FLOW = make(task("a"), task("b", "a"))
 
@@ -1520,7 +1827,7 @@ class T13Store(unittest.TestCase):
         journal = mf.Journal(store, run_id)
         run = mf.Run(mf.make_plan(self.FLOW), run_id, started=1)
         try:
-            journal.begin(run, mf.this_engine(1.0))
+            journal.begin(run)
             for n, event in enumerate(self.events()[:until]):
                 journal.append([event])
                 run.apply(event)
@@ -1605,7 +1912,7 @@ class T13Store(unittest.TestCase):
         try:
             journal = mf.Journal(store, "r", "full")
             run = mf.Run(mf.make_plan(self.FLOW), "r", started=1)
-            journal.begin(run, mf.this_engine(1.0))
+            journal.begin(run)
             for n, event in enumerate(self.events()):
                 journal.append([event])
                 run.apply(event)
@@ -1620,12 +1927,209 @@ class T13Store(unittest.TestCase):
                 journal.close()
         return done, False
 
+    WIDE = make(task("a"), task("b", "a"), task("c", "a"), task("d", "b", "c"))
+
+    def session(self, store, tell, durability="full"):
+        """Carry run r of WIDE to its end, or on to it, as an engine does, in a simulated world."""
+        journal = mf.Journal(store, "r", durability)
+        if store.exists("r"):
+            last = store.load("r")
+            run = last.run if last.run.outcome else mf.reopen(last.run, self.WIDE)
+        else:
+            last, run = None, mf.Run(mf.make_plan(self.WIDE), "r", started=1)
+        journal.begin(run, last)
+        world, events = SimWorld(), None
+        world.clock = float(run.plan.rank["d"])
+
+        def record(events):
+            journal.append(events)
+            for event in events:
+                if isinstance(event, mf.AttemptStarted):
+                    tell(f"begin {event.task} {event.attempt}")
+                elif isinstance(event, mf.AttemptEnded):
+                    tell(f"end {event.task} {event.attempt}")
+
+        steps = mf.drive(run, world, record, 2)
+        with contextlib.suppress(StopIteration):
+            while True:
+                until = steps.send(events)
+                journal.idle(run, world.now())
+                events = world.wait(run, until)
+        journal.finish(run)
+
+    def check_told(self, told):
+        """Hold what sessions told of the attempts against what they promise; return the successes in it."""
+        ended, begun = {}, {}
+        for word, name, attempt in map(str.split, told):
+            if word == "begin":
+                self.assertNotIn(name, ended, f"{name} was a success and runs again: {told}")
+                self.assertLessEqual(set(self.WIDE_UP[name]), set(ended), told)
+                self.assertGreater(int(attempt), begun.get(name, 0), told)
+                begun[name] = int(attempt)
+            else:
+                self.assertEqual(begun[name], int(attempt))
+                ended[name] = int(attempt)
+        return ended
+
+    WIDE_UP = {task.id: task.depends_on for task in WIDE.tasks}
+    CALLS = ("open", "write", "fsync", "replace", "unlink", "ftruncate", "close", "mkdir", "fchmod", "chmod")
+
+    def in_a_child(self, action, at):
+        """Make a session in a forked child whose call number `at` to the system goes by `action`; 0: none.
+
+        Returns its exit code, 77 if it was killed, and what it told of attempts.
+        """
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            code = 70
+            try:
+                code = self.child_session(action, at, writer)
+            finally:
+                os._exit(code)
+        os.close(writer)
+        with open(reader) as file:
+            told = file.read().splitlines()
+        return os.WEXITSTATUS(os.waitpid(child, 0)[1]), told
+
+    def child_session(self, action, at, writer):
+        """Make a session with a fault and return the exit code."""
+        write, calls = os.write, itertools.count(1)
+
+        def patched(name, call):
+            def fault(*args, **options):
+                if next(calls) != at:
+                    return call(*args, **options)
+                if action == "kill":
+                    os._exit(77)
+                if action == "short" and name == "write":
+                    return call(args[0], args[1][:len(args[1]) // 2])
+                if action in ("kill half way", "short and full") and name == "write":
+                    call(args[0], args[1][:len(args[1]) // 2])
+                    if action == "kill half way":
+                        os._exit(77)
+                    raise OSError(errno.ENOSPC, "no space")
+                if isinstance(action, int):
+                    raise OSError(action, os.strerror(action))
+                return call(*args, **options)
+            return fault
+
+        for name in self.CALLS:
+            setattr(os, name, patched(name, getattr(os, name)))
+        mf.STALL_S, mf.time = 0.0, time
+        try:
+            self.session(self.store(), lambda text: write(writer, text.encode() + b"\n"))
+        except mf.StateError:
+            return 74
+        return 0 if next(calls) > at else 99            # 99: there is no call of that number
+
+    def test_a_fault_at_any_call_to_the_system_in_a_real_process_loses_nothing(self):
+        """Killed, killed in the middle of a write, short writes, errors; then another engine goes on."""
+        points = 0
+        for action in ("kill", "kill half way", "short", "short and full", errno.ENOSPC, errno.EIO, errno.EROFS):
+            codes = set()
+            for at in itertools.count(1):
+                shutil.rmtree(self.path)
+                os.mkdir(self.path)
+                with self.subTest(action=action, at=at):
+                    code, told = self.in_a_child(action, at)
+                    if code == 99:
+                        break
+                    codes.add(code)
+                    acknowledged = self.check_told(told)
+                    if self.store().exists("r"):
+                        tasks = self.store().load("r").run.tasks
+                        done = {name for name in tasks if tasks[name].status == "success"}
+                        self.assertLessEqual(set(acknowledged), done)
+                        # What was killed between writing its record and telling of it has ended all the same.
+                        told += [f"end {name} {tasks[name].attempt}" for name in sorted(done - set(acknowledged))]
+                    code, more = self.in_a_child("nothing", 0)
+                    self.assertEqual(code, 0)
+                    self.assertEqual(set(self.check_told(told + more)), set("abcd"))
+                    loaded = self.store().load("r")
+                    self.assertEqual(loaded.status, "success")
+                    left = [name for name in os.listdir(self.store().runs) if ".bad-" not in name]
+                    self.assertEqual(left, ["r.json"])
+                    points += 1
+            self.assertLessEqual(codes, {0, 74, 77})
+            self.assertNotIn(codes, ({0}, {74}) if action == "kill" else ({70},))
+        self.assertGreater(points, 300)
+
+    def test_a_power_cut_at_any_moment_leaves_a_possible_state_and_full_loses_nothing(self):
+        """Every state of the disk that a power cut may leave, as far as fsync has not forbidden it, is read."""
+        loaded = collections.Counter()
+        for durability in mf.DURABILITIES:
+            disk = RecordingDisk()
+            self.path = os.path.join(self.path, durability)
+            os.mkdir(self.path)
+            store = self.store(disk)
+            marks = []                         # (how much had been recorded by then, what was told)
+            self.session(store, lambda text: marks.append((len(disk.log), text)), durability)
+            chance = random.Random(7)
+            for cut in range(len(disk.log) + 1):
+                for trial in range(30):
+                    files = disk.after_power_cut(cut, chance, least=not trial)
+                    told = [text for at, text in marks if at <= cut]
+                    loaded[durability, self.check_cut(store, files, told, durability)] += 1
+        for durability in mf.DURABILITIES:
+            self.assertGreater(loaded[durability, "read"], 900, loaded)
+
+    def check_cut(self, store, files, told, durability):
+        """Read the run from `files` alone; return whether it was read, or had not been acknowledged yet."""
+        shutil.rmtree(store.runs)
+        os.mkdir(store.runs)
+        for path, content in files.items():
+            with open(path, "wb") as file:
+                file.write(content)
+        try:
+            run = store.load("r").run
+        except (mf.NotFound, mf.StateError):
+            self.assertEqual(told, [], "a run that had begun is not there any more")
+            return "not there"
+        done = {name for name, task_run in run.tasks.items() if task_run.status == "success"}
+        for name in done:
+            self.assertLessEqual(set(self.WIDE_UP[name]), done)
+        self.assertLessEqual(done, set(self.check_told(told)) | self.in_flight(told))
+        if durability == "full":
+            self.assertLessEqual(set(self.check_told(told)), done)
+        again = mf.reopen(run, self.WIDE) if not run.outcome else run
+        self.assertLessEqual(done, {name for name in again.tasks if again.tasks[name].status == "success"})
+        return "read"
+
+    def in_flight(self, told):
+        """Return the tasks that had begun: the record of their end may be on disk and not told of yet."""
+        return {text.split()[1] for text in told if text.startswith("begin")}
+
+    def test_commands_that_only_read_change_nothing(self):
+        with one(task("a", command="echo line"), task("b", "a")) as project:
+            self.assertEqual(project.main("list")[0], 0)
+            self.assertFalse(os.path.exists(project.at("miniflow_output")))
+            project.main("run", "f", "--run-id", "done")
+            self.write_run(mf.Store(project.at("miniflow_output")), 2)
+            with open(project.at("miniflow_output/runs/r.jsonl"), "ab") as file:
+                file.write(b'{"torn')
+            project.write("miniflow_output/runs/junk.json", "{}")
+            project.write("miniflow_output/runs/r.json.tmp", "left over")
+
+            def tree():
+                return {(path, name, os.lstat(os.path.join(path, name)).st_mtime_ns,
+                         os.lstat(os.path.join(path, name)).st_ino, os.lstat(os.path.join(path, name)).st_size)
+                        for path, folders, names in os.walk(project.at("miniflow_output"))
+                        for name in folders + names}
+
+            before = tree()
+            for arguments in (["runs"], ["runs", "--json"], ["show", "r"], ["show", "done"], ["show", "junk"], ["list"],
+                              ["logs", "done"], ["logs", "r"], ["validate", "f"], ["graph", "f"], ["cancel", "r"],
+                              ["clean", "--keep", "0", "--dry-run"], ["show", "last", "--json"]):
+                project.main(*arguments)
+                self.assertEqual(tree(), before, arguments)
+
     def test_a_disk_that_has_space_again_lets_the_run_go_on(self):
         notes, store = [], self.store(FaultyDisk())
         journal = mf.Journal(store, "r")
         journal.note = notes.append
         run = mf.Run(mf.make_plan(self.FLOW), "r", started=1)
-        journal.begin(run, mf.this_engine(1.0))
+        journal.begin(run)
         for event in self.events():
             store.disk.at = store.disk.calls + 1
             journal.append([event])
@@ -1641,7 +2145,7 @@ class T13Store(unittest.TestCase):
         journal = mf.Journal(store, "r", "full")
         journal.note = notes.append
         run = mf.Run(mf.make_plan(self.FLOW), "r", started=1)
-        journal.begin(run, mf.this_engine(1.0))
+        journal.begin(run)
         before = os.stat(store.files("r").journal).st_ino
         for n, event in enumerate(self.events()):
             store.disk.at = store.disk.calls + 2 if n == 2 else 0       # its sync
@@ -1656,10 +2160,10 @@ class T13Store(unittest.TestCase):
         store = self.store()
         first, second = mf.Journal(store, "r"), None
         run = mf.Run(mf.make_plan(self.FLOW), "r", started=1)
-        first.begin(run, mf.this_engine(1.0))
+        first.begin(run)
         os.unlink(store.files("r").lock)        # somebody "cleans up"
         second = mf.Journal(store, "r")
-        second.begin(mf.reopen(store.load("r").run, self.FLOW), mf.this_engine(2.0), store.load("r"))
+        second.begin(mf.reopen(store.load("r").run, self.FLOW), store.load("r"))
         first.append(self.events()[:1])
         with self.assertRaises(mf.StateError) as caught:
             first.idle(run, 100.0)
@@ -1703,7 +2207,7 @@ class T13Store(unittest.TestCase):
         disk = FaultyDisk()
         journal = mf.Journal(self.store(disk), "r")
         run = mf.Run(mf.make_plan(self.FLOW), "r")
-        journal.begin(run, mf.this_engine(0.0))
+        journal.begin(run)
         journal.append(self.events()[:1])
         self.assertEqual(journal.idle(run, 10.0), None)
         journal.append(self.events()[1:2])
@@ -1803,15 +2307,15 @@ class T13Store(unittest.TestCase):
     def test_of_many_racers_for_one_run_one_wins_and_the_others_are_told_who(self):
         store = self.store()
         first = mf.Journal(store, "r")
-        first.begin(mf.Run(mf.make_plan(self.FLOW), "r"), mf.this_engine(mf.Clock().now()))
+        first.begin(mf.Run(mf.make_plan(self.FLOW), "r"))
         with self.assertRaises(mf.RunLocked) as caught:
             mf.Journal(store, "r")
         self.assertRegex(str(caught.exception),
                          rf"^run r is being run by process {os.getpid()} on host \S+ since 20\S+Z; ")
-        self.assertTrue(store.is_live("r"))
+        self.assertTrue(store.owner("r"))
         self.assertEqual(store.load("r").status, "running")
         first.close()
-        self.assertFalse(store.is_live("r"))
+        self.assertFalse(store.owner("r"))
         mf.Journal(store, "r").close()
 
     def test_somebody_who_only_looks_does_not_keep_an_engine_out(self):
@@ -1821,7 +2325,7 @@ class T13Store(unittest.TestCase):
             import sys, time; sys.path.insert(0, {HERE!r}); import miniflow
             store, end = miniflow.Store({store.path!r}), time.monotonic() + 3
             print(flush=True)
-            while time.monotonic() < end: store.is_live("r")
+            while time.monotonic() < end: store.owner("r")
             """)], stdout=subprocess.PIPE)
         looker.stdout.readline()
         for _ in range(200):
@@ -1855,7 +2359,7 @@ def children(pid):
 
 
 @unittest.skipUnless(LINUX, "without /proc nobody can tell whose a process is")
-class T14Orphans(unittest.TestCase):
+class T16Orphans(unittest.TestCase):
 
     STUBBORN = """
         import os, signal, subprocess, sys, time
@@ -2026,7 +2530,7 @@ class T14Orphans(unittest.TestCase):
         self.assertEqual(mf.due(again, 9, 1), [mf.Start("a", 4)])
 
 
-class T15Processes(unittest.TestCase):
+class T17Processes(unittest.TestCase):
 
     def test_the_end_of_a_task_is_its_exit_code(self):
         with one(task("ok"), task("bad", command="exit 3"), task("killed", command="kill -9 $$"),
@@ -2334,7 +2838,7 @@ class T15Processes(unittest.TestCase):
                              (b"new\n", "old"))
 
 
-class T16Runner(unittest.TestCase):
+class T18Runner(unittest.TestCase):
 
     def test_a_failed_run_is_resumed_and_repeats_nothing_that_succeeded(self):
         with one(task("a", command="echo a >> ran"), task("b", "a", command="echo b >> ran; test -e ready"),
@@ -2406,18 +2910,6 @@ class T16Runner(unittest.TestCase):
             self.assertEqual(project.lines("ran"), ["a", "b", "b"])
             self.assertEqual([a["status"] for a in project.state("r")["tasks"]["b"]["attempts"]],
                              ["interrupted", "success"])
-
-    def test_of_six_racers_for_one_run_one_makes_it(self):
-        for _ in range(5):
-            with one(task("a", command="echo ran >> ran; sleep 0.2")) as project:
-                racers = [project.start("run", "f", "--run-id", "r") for _ in range(6)]
-                codes = []
-                for racer in racers:
-                    racer.communicate(timeout=60)
-                    codes.append(racer.returncode)
-                self.assertEqual(project.lines("ran"), ["ran"])
-                self.assertLessEqual(set(codes), {0, 4})
-                self.assertEqual(os.listdir(project.at("miniflow_output/runs")), ["r.json"])
 
     def test_a_run_is_gone_on_with_only_by_its_own_flow_and_selection(self):
         flows = {"one": flow_json(task("a", command="test -e ready")), "two": flow_json(task("b"))}
@@ -2510,7 +3002,7 @@ class T16Runner(unittest.TestCase):
         self.assertEqual(*orders)
 
 
-class T17Reporting(unittest.TestCase):
+class T19Reporting(unittest.TestCase):
 
     def test_control_characters_cannot_drive_the_terminal(self):
         for text, shown in [("\x1b]0;pwn\x07", "\\x1b]0;pwn\\x07"), ("\x1b[2J", "\\x1b[2J"),
@@ -2616,7 +3108,7 @@ class T17Reporting(unittest.TestCase):
             self.assertEqual(project.state("r")["status"], "success")
 
 
-class T18Library(unittest.TestCase):
+class T20Library(unittest.TestCase):
 
     def test_a_program_lists_and_runs_flows_as_the_readme_shows(self):
         with Project({"b": flow_json(task("x", command="exit 1")),
@@ -2667,7 +3159,7 @@ class T18Library(unittest.TestCase):
             self.assertIn("is not a file", check("sub"))
 
 
-class T19CommandLine(unittest.TestCase):
+class T21CommandLine(unittest.TestCase):
 
     def test_every_promise_of_an_exit_code(self):
         with Project({"good": flow_json(task("a")), "red": flow_json(task("a", command="exit 1")),
