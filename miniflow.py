@@ -4603,15 +4603,17 @@ class Processes:
                 child.kill_at = now + run.plan.tasks[child.task].grace_s
                 if not child.stopping:         # else it has had its SIGTERM
                     child.signal_group("TERM")
-        if child.kill_at is not None and child.leaves_something() and now < child.kill_at + UNKILLABLE_S:
+        left = child.kill_at is not None and child.leaves_something()
+        if left and child.kill_at and now < child.kill_at + UNKILLABLE_S:
             if now >= child.kill_at:
                 child.signal_group("KILL")
                 send_signal(escaped(child.cookie, child.process.pid), "KILL")
             self._unwatch(child)               # its leader has told all it can
             return []
         self._forget(child)
-        return [attempt_end(run, child.task, self.now(), child.code, child.stopping,
-                            lambda: self._take_output(child.output))]
+        end = attempt_end(run, child.task, self.now(), child.code, child.stopping,
+                          lambda: self._take_output(child.output))
+        return [end._replace(error="unkillable: some of its processes are given up") if left else end]
 
     def _unwatch(self, child: Child) -> None:
         """Stop waiting for the end of a leader."""
@@ -5155,7 +5157,10 @@ class Live(Lines):
 
     def refresh(self, now: float) -> Optional[float]:
         if now >= self.next_draw:
-            columns, rows = os.get_terminal_size(2)
+            try:
+                columns, rows = os.get_terminal_size(2)
+            except OSError:
+                columns, rows = 0, 0           # the terminal has been closed
             lines = self.picture(now, columns or 80, rows or 24)
             self.erase()
             self.write("".join(line + "\n" for line in lines))
@@ -6143,7 +6148,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 130
     except Exception:
         import traceback
-        traceback.print_exc()
+        say(traceback.format_exc())
         say(f"this is a bug in MiniFlow {__version__}; "
             "please report it with the lines above and what you typed")
         return 70

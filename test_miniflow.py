@@ -1994,7 +1994,12 @@ class T15Store(unittest.TestCase):
 
     def child_session(self, action, at, writer):
         """Make a session with a fault and return the exit code."""
-        write, calls = os.write, itertools.count(1)
+        write, calls, doomed = os.write, itertools.count(1), []
+
+        def tell(text):
+            write(writer, text.encode() + b"\n")
+            if doomed:
+                os._exit(77)                   # right after the first record behind the torn one
 
         def patched(name, call):
             def fault(*args, **options):
@@ -2008,6 +2013,7 @@ class T15Store(unittest.TestCase):
                     call(args[0], args[1][:len(args[1]) // 2])
                     if action == "kill half way":
                         os._exit(77)
+                    doomed.append(True)
                     raise OSError(errno.ENOSPC, "no space")
                 if isinstance(action, int):
                     raise OSError(action, os.strerror(action))
@@ -2016,9 +2022,9 @@ class T15Store(unittest.TestCase):
 
         for name in self.CALLS:
             setattr(os, name, patched(name, getattr(os, name)))
-        mf.STALL_S, mf.time = 0.0, time
+        time.sleep = lambda seconds: None      # a full disk has space again at once
         try:
-            self.session(self.store(), lambda text: write(writer, text.encode() + b"\n"))
+            self.session(self.store(), tell)
         except mf.StateError:
             return 74
         return 0 if next(calls) > at else 99            # 99: there is no call of that number
@@ -2057,22 +2063,24 @@ class T15Store(unittest.TestCase):
 
     def test_a_power_cut_at_any_moment_leaves_a_possible_state_and_full_loses_nothing(self):
         """Every state of the disk that a power cut may leave, as far as fsync has not forbidden it, is read."""
-        loaded = collections.Counter()
         for durability in mf.DURABILITIES:
-            disk = RecordingDisk()
             self.path = os.path.join(self.path, durability)
             os.mkdir(self.path)
-            store = self.store(disk)
-            marks = []                         # (how much had been recorded by then, what was told)
-            self.session(store, lambda text: marks.append((len(disk.log), text)), durability)
-            chance = random.Random(7)
-            for cut in range(len(disk.log) + 1):
-                for trial in range(30):
-                    files = disk.after_power_cut(cut, chance, least=not trial)
-                    told = [text for at, text in marks if at <= cut]
-                    loaded[durability, self.check_cut(store, files, told, durability)] += 1
-        for durability in mf.DURABILITIES:
-            self.assertGreater(loaded[durability, "read"], 900, loaded)
+            read = self.cut_everywhere(durability)
+            self.assertGreater(read["read"], 900, read)
+
+    def cut_everywhere(self, durability):
+        """Cut the power after each call of a session, and count how many of the states left could be read."""
+        disk, marks = RecordingDisk(), []      # marks: how much had been called by then, what was told
+        store = self.store(disk)
+        self.session(store, lambda text: marks.append((len(disk.log), text)), durability)
+        chance, read = random.Random(7), collections.Counter()
+        for cut in range(len(disk.log) + 1):
+            told = [text for at, text in marks if at <= cut]
+            for trial in range(30):
+                files = disk.after_power_cut(cut, chance, least=not trial)
+                read[self.check_cut(store, files, told, durability)] += 1
+        return read
 
     def check_cut(self, store, files, told, durability):
         """Read the run from `files` alone; return whether it was read, or had not been acknowledged yet."""
@@ -2780,6 +2788,111 @@ class T17Processes(unittest.TestCase):
             process.communicate(timeout=60)
             self.assertEqual((process.returncode, project.state("r")["status"]), (130, "cancelled"))
             self.assertFalse(alive(int(project.read("pid"))))
+
+    def test_what_sigkill_does_not_end_is_given_up_by_name_and_never_run_beside(self):
+        """A kernel that does not end a process is made of signals that go astray."""
+        saved = os.killpg, mf.send_signal, mf.UNKILLABLE_S
+        self.addCleanup(lambda: (setattr(os, "killpg", saved[0]), setattr(mf, "send_signal", saved[1]),
+                                 setattr(mf, "UNKILLABLE_S", saved[2])))
+        with one(task("a", command="echo $$ >> pids; test -e go || exec sleep 60", timeout_s=0.3, grace_s=0.1,
+                      max_retries=3, retry_on=["timeout"]), task("b", "a"), task("c")) as project:
+            os.killpg, mf.send_signal, mf.UNKILLABLE_S = lambda group, number: None, lambda pids, word: None, 0.3
+            run = project.run(run_id="r")
+            pid = int(project.read("pids"))
+            self.assertEqual(ends(run), {"a": "failed", "b": "upstream_failed", "c": "success"})
+            self.assertEqual(run.tasks["a"].reason,
+                             f"timeout after 0.3 s; unkillable: process {pid} is given up")
+            self.assertTrue(alive(pid))
+            os.killpg, mf.send_signal, mf.UNKILLABLE_S = saved
+            project.write("go", "")
+            if LINUX:
+                code, _, err = project.main("resume", "r", "--on-orphan", "fail")
+                self.assertEqual(code, 4)
+                self.assertIn(f"task a still runs, though its engine is gone: it is process {pid}", err)
+                self.assertEqual(project.main("resume", "r")[0], 0)
+                self.assertFalse(alive(pid))
+            else:
+                os.kill(pid, signal.SIGKILL)
+
+    def test_what_a_task_leaves_and_sigkill_does_not_end_is_said_and_keeps_no_run(self):
+        saved = os.killpg, mf.UNKILLABLE_S
+        self.addCleanup(lambda: (setattr(os, "killpg", saved[0]), setattr(mf, "UNKILLABLE_S", saved[1])))
+        with one(task("a", command="sleep 60 & echo $! > pid", grace_s=0.1)) as project:
+            os.killpg, mf.UNKILLABLE_S = lambda group, number: None, 0.2
+            run = project.run()
+            self.assertEqual((run.status, run.tasks["a"].error),
+                             ("success", "unkillable: some of its processes are given up"))
+            os.kill(int(project.read("pid")), signal.SIGKILL)
+
+    def test_a_cancelled_task_that_sigkill_does_not_end_is_cancelled(self):
+        run = mf.Run(mf.make_plan(make(task("a"))), "r")
+        for event in (mf.AttemptStarted(1, "a", 1), mf.CancelRequested(2, "cancelled by SIGTERM"),
+                      mf.AttemptStopping(2, "a", 1, "cancelled by SIGTERM")):
+            run.apply(event)
+        end = mf.attempt_unkillable(run, "a", 9, "cancelled by SIGTERM", 7)
+        self.assertEqual((end.status, end.reason),
+                         ("cancelled", "cancelled by SIGTERM; unkillable: process 7 is given up"))
+
+    @needs("unshare")
+    def test_as_the_first_process_of_a_container_it_reaps_and_hears_sigterm(self):
+        """The orphans of a task that left its group come to PID 1, whose signals have no default action."""
+        left = "for n in 1 2 3; do (setsid sleep 0.1 >/dev/null 2>&1 &); done"
+        unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        if os.geteuid():
+            unshare.insert(1, "--map-root-user")
+        zombies = "for n in /proc/[0-9]*/stat; do read a b c d < $n && test $c != Z || echo $b; done"
+        with one(task("a", command=left), task("b", "a", command="sleep 2.5"), task("c", "b", command=zombies),
+                 task("d", "c", command="echo > ready; exec sleep 60")) as project:
+            process = subprocess.Popen([*unshare, sys.executable, ENGINE, "run", "f", "--run-id", "r"],
+                                       cwd=project.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            wait_for(lambda: process.poll() is not None or os.path.exists(project.at("ready")), "the last task", 30)
+            self.assertEqual(project.log("r", "c"), b"", process.poll() and process.communicate())
+            engine, = children(process.pid)
+            os.kill(engine, signal.SIGTERM)
+            process.communicate(timeout=30)
+            self.assertEqual(process.returncode, 143)
+            self.assertEqual(project.state("r")["status"], "cancelled")
+
+    def test_a_terminal_that_is_closed_ends_the_run_and_its_tasks(self):
+        import pty
+        with one(task("a", command="echo $$ > pid; exec sleep 60")) as project:
+            child, primary = pty.fork()
+            if not child:
+                try:
+                    os.chdir(project.path)
+                    os.execv(sys.executable, [sys.executable, ENGINE, "run", "f", "--run-id", "r"])
+                finally:
+                    os._exit(1)
+            pid = int(wait_for(lambda: os.path.exists(project.at("pid")) and project.read("pid").strip(), "it"))
+            os.close(primary)
+            self.assertEqual(os.WEXITSTATUS(os.waitpid(child, 0)[1]), 129)
+            self.assertFalse(alive(pid))
+            self.assertEqual(project.state("r")["tasks"]["a"]["reason"], "cancelled by SIGHUP")
+
+    def test_output_of_any_size_and_of_any_bytes_passes_the_engine_by(self):
+        """100 MB of all bytes; what the engine takes of memory is that of a task without output."""
+        code = """
+            import sys
+            block = bytes(range(256)) * 4096
+            for n in range(int(sys.argv[1])):
+                sys.stdout.buffer.write(block)
+            """
+        peaks = []
+        for blocks in (0, 100):
+            with one(task("a", script="s.py", args=[str(blocks)]), scripts={"s.py": code}) as project:
+                process = project.start("run", "f", "--run-id", "r", "--output", "quiet")
+                process.stdout.close()
+                process.stderr.close()
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = status
+                self.assertEqual(status, 0)
+                log = project.at("miniflow_output", "logs", "r", "a.1.log")
+                self.assertEqual(os.path.getsize(log), blocks * 2**20)
+                with open(log, "rb") as file:
+                    self.assertIn(file.read(256), (b"", bytes(range(256))))
+                peaks.append(usage.ru_maxrss)
+                self.assertEqual(project.main("show", "r")[0], 0)
+        self.assertLess(peaks[1], peaks[0] * 1.2)
 
     def test_a_hangup_is_ignored_under_nohup(self):
         with one(task("a", command="touch started; sleep 0.7")) as project:
