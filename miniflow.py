@@ -85,8 +85,8 @@ import re
 import zlib
 from datetime import datetime, timedelta, timezone
 from typing import (
-    Any, Callable, Collection, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-    Optional, Sequence, Set, Tuple, Type, Union,
+    IO, Any, Callable, Collection, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
+    NamedTuple, Optional, Sequence, Set, Tuple, Type, Union,
 )
 
 # What is used below the line.  What is slow to import (argparse, subprocess, difflib, …) is imported where
@@ -3389,17 +3389,20 @@ class Disk:
             self.sync_dir(os.path.dirname(path))
 
 
-def read_file(path: str, limit: Optional[int] = None, follow: bool = True) -> bytes:
-    """Return the content of a regular file, at most `limit` bytes of it; raise OSError for anything else."""
+def open_file(path: str, follow: bool = False) -> IO[bytes]:
+    """Open a regular file to read its bytes; raise OSError for anything else, and for a symbolic link."""
     flags = os.O_RDONLY | _CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     fd = os.open(path, flags if follow else flags | _NOFOLLOW)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", path)
-        with open(fd, "rb", closefd=False) as file:
-            return file.read() if limit is None else file.read(limit)
-    finally:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    return open(fd, "rb")
+
+
+def read_file(path: str, limit: int = -1, follow: bool = True) -> bytes:
+    """Return the content of a regular file, at most `limit` bytes of it; raise OSError for anything else."""
+    with open_file(path, follow) as file:
+        return file.read(limit)
 
 
 # ============================================================================
@@ -4926,7 +4929,7 @@ def format_table(rows: Sequence[Sequence[Any]]) -> str:
 def log_tail(path: str, lines: int = TAIL_LINES) -> Tuple[List[str], int]:
     """Return the last lines of a log, decoded and safe to show, and how many bytes come before them."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
             start = max(0, size - 64 * 1024)
             file.seek(start)
@@ -5010,6 +5013,8 @@ class Lines(Watcher):
             self.line(RETRYING, event.task, f"{reason} ({took}); attempt {event.attempt + 1} in {wait}")
         else:
             self.line(event.status, event.task, f"{reason} ({took})")
+        if event.error:
+            self.tell(f"    {safe(event.error)}")
         if event.status == FAILED:
             self.tail(task_run.attempts[-1].log)
 
@@ -5053,7 +5058,7 @@ def follow_lines(path: str, place: List[Any], whole: bool) -> Iterator[str]:
     `place` keeps the offset and an unfinished line, which is given at the end if `whole`.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
             if size - place[0] > SHOWN_BYTES:
                 yield f"({size - place[0] - SHOWN_BYTES} bytes left out)"
@@ -5865,7 +5870,7 @@ def _print_log(path: str) -> None:
     """Copy a log to stdout."""
     terminal = sys.stdout.isatty()
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             for chunk in iter(lambda: file.readline(1 << 16) if terminal else file.read(1 << 20), b""):
                 if terminal:
                     print_result(safe(chunk.decode("utf-8", "replace").rstrip("\r\n")))

@@ -2293,6 +2293,8 @@ class T15Store(unittest.TestCase):
             mf.Journal(store, "q")
         with open(victim) as file:
             self.assertEqual(file.read(), "untouched")
+        os.symlink(victim, store.files("s").state)
+        self.assertIn("symbolic link", store.summary("s")["reason"])
         os.mkdir(os.path.join(self.path, "elsewhere"))
         os.symlink(os.path.join(self.path, "elsewhere"), os.path.join(store.path, "logs"))
         with self.assertRaises(mf.StateError):
@@ -3479,6 +3481,18 @@ class T21CommandLine(unittest.TestCase):
                 wait_for(lambda: not alive(pid), "the end of the task", 10)
         finally:
             mf.CANCEL_S = saved
+
+    def test_a_log_that_is_a_symbolic_link_by_now_is_not_shown(self):
+        with one(task("a")) as project:
+            project.main("run", "f", "--run-id", "r")
+            log = project.at("miniflow_output/logs/r/a.1.log")
+            os.unlink(log)
+            project.write("victim", "secret")
+            os.symlink(project.at("victim"), log)
+            for arguments in (["logs", "r"], ["logs", "r", "a"], ["logs", "-f", "r"]):
+                _, out, err = project.main(*arguments)
+                self.assertNotIn("secret", out + err)
+            self.assertNotIn("secret", str(mf.log_tail(log)))
 
     def test_logs_can_be_followed_to_the_end_of_the_run(self):
         with one(task("a", command="echo one; sleep 0.5; printf two"), task("b", "a", command="echo three")) as project:
