@@ -38,22 +38,24 @@ Contents
      4. VALUES: what do params and ${{ templates }} stand for?
      5. CHECKING: what is wrong with the meaning of a flow?
      6. JSON FRONT END: how does a flow become JSON, and JSON a flow?
-     7. PLAN: in which order will what happen?
-     8. EVENTS AND RUN: what has happened, and what does it add up to?
-     9. SCHEDULER: given a run and the time, what should be done now?
-    10. STATE: how is a run written down, and read back?
-    11. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
-    12. EXPORTERS: how does a plan look in other languages?
+     7. PYTHON FRONT END: how do functions become a flow?
+     8. PLAN: in which order will what happen?
+     9. EVENTS AND RUN: what has happened, and what does it add up to?
+    10. SCHEDULER: given a run and the time, what should be done now?
+    11. STATE: how is a run written down, and read back?
+    12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
+    13. EXPORTERS: how does a plan look in other languages?
     --- the line: all above is pure ---
-    13. DISK: how does a byte get onto the disk, and stay there?
-    14. LOCKS: which one engine may work on a run?
-    15. STORE: where do runs live, and how do they survive?
-    16. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
-    17. PROCESSES: how are attempts started, watched and ended?
-    18. RUNNER: how is one run driven to its end?
-    19. REPORTING: how is it told to a person?
-    20. LIBRARY: what does a Python program use?
-    21. COMMAND LINE: what can be typed?
+    14. DISK: how does a byte get onto the disk, and stay there?
+    15. LOCKS: which one engine may work on a run?
+    16. STORE: where do runs live, and how do they survive?
+    17. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+    18. PROCESSES: how are attempts started, watched and ended?
+    19. FUNCTIONS: how are Python functions called, and what becomes of what they return?
+    20. RUNNER: how is one run driven to its end?
+    21. REPORTING: how is it told to a person?
+    22. LIBRARY: what does a Python program use?
+    23. COMMAND LINE: what can be typed?
 
 
 Licence (MIT)
@@ -84,9 +86,10 @@ import json
 import re
 import zlib
 from datetime import datetime, timedelta, timezone
+from itertools import islice
 from typing import (
     IO, Any, Callable, Collection, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
-    NamedTuple, Optional, Sequence, Set, Tuple, Type, Union,
+    NamedTuple, Optional, Sequence, Set, Tuple, Type, Union, overload,
 )
 
 # What is used below the line.  What is slow to import (argparse, subprocess, difflib, …) is imported where
@@ -103,22 +106,24 @@ __version__ = "0.1.0"
 __all__ = [
     # 1. ERRORS
     "MiniFlowError", "UsageError", "FlowError", "NotFound", "FlowNotFound", "FlowFailed", "RunLocked",
-    "StateError",
+    "StateError", "RetryError", "NoRetry",
     # 2. MODEL
-    "Flow", "Task", "Script", "Command", "Retry", "Param",
+    "Flow", "Task", "Script", "Command", "Function", "Retry", "Param",
     # 5. CHECKING
     "check_flow",
     # 6. JSON FRONT END
     "parse_flow", "flow_schema",
-    # 7. PLAN
+    # 7. PYTHON FRONT END
+    "task", "FunctionTask", "make_flow",
+    # 8. PLAN
     "Plan", "Selection", "make_plan",
-    # 8. EVENTS AND RUN
+    # 9. EVENTS AND RUN
     "Run", "TaskRun", "Attempt",
-    # 9. SCHEDULER
+    # 10. SCHEDULER
     "due", "next_wake", "drive",
-    # 20. LIBRARY
-    "MiniFlow",
-    # 21. COMMAND LINE
+    # 22. LIBRARY
+    "MiniFlow", "Workflow", "StateStore", "JSONStateStore", "MemoryStateStore",
+    # 23. COMMAND LINE
     "main",
 ]
 
@@ -185,6 +190,14 @@ class StateError(MiniFlowError):
     """State can't be written, or can't be read (EX_IOERR of sysexits.h)."""
 
     exit_code = 74
+
+
+class RetryError(Exception):
+    """Raised by a Python task: try again, whatever retry_on says, as long as max_retries allows it."""
+
+
+class NoRetry(Exception):
+    """Raised by a Python task: another attempt would make no sense."""
 
 
 def near(name: str, names: Collection[str]) -> str:
@@ -282,7 +295,27 @@ class Command(NamedTuple):
     stdin: Optional[str] = None
 
 
-Action = Union[Script, Command]
+class Function(NamedTuple):
+    """An action: a Python function, known as module:name, which is called with the task's context.
+
+    `kind` is where it runs: on the event loop (async), in a thread, or in a process of its own.
+    """
+
+    name: str
+    kind: str = "async"
+
+    @property
+    def args(self) -> Tuple[()]:
+        """A function has no arguments but its context."""
+        return ()
+
+    @property
+    def stdin(self) -> None:
+        """A function has no standard input of its own."""
+        return None
+
+
+Action = Union[Script, Command, Function]
 
 
 def chance(*names: Any) -> float:
@@ -306,6 +339,8 @@ class Retry(NamedTuple):
 
     def covers(self, code: Union[int, str, None], final: bool) -> bool:
         """Tell whether a failure with `code` is retried; a `final` one only where retry_on names it."""
+        if code == RetryError.__name__:
+            return True
         if self.retry_on is None:
             return not final
         return code in self.retry_on
@@ -325,6 +360,7 @@ class Task(NamedTuple):
     trigger_rule: str = "all_success"
     allow_failure: bool = False
     priority: int = 0
+    pool: Optional[str] = None
     tags: Tuple[str, ...] = ()
     description: str = ""
 
@@ -340,6 +376,7 @@ class Flow(NamedTuple):
     params: Optional[Mapping[str, Param]] = None
     env: Mapping[str, Any] = {}
     max_parallel: Optional[int] = None
+    pools: Mapping[str, int] = {}
     fail_fast: bool = False
 
 
@@ -1125,6 +1162,14 @@ def _check_action(task: Task, path: Path) -> Iterator[Problem]:
                               "write it without leading dashes and =")
 
 
+def _check_pools(flow: Flow) -> Iterator[Problem]:
+    """Yield the pools that tasks name and the flow lacks."""
+    for n, task in enumerate(flow.tasks):
+        if task.pool is not None and task.pool not in flow.pools:
+            hint = near(task.pool, flow.pools) or f"; it has {', '.join(flow.pools) or 'none'}"
+            yield Problem(("tasks", n, "pool"), f"the flow has no pool {shown(task.pool)}{hint}")
+
+
 def _check_ref(ref: Ref, flow: Flow, roots: Iterable[str]) -> Optional[str]:
     """Return what is wrong with `ref` by itself, if anything."""
     root = str(ref.path[0])
@@ -1227,6 +1272,7 @@ def check_flow(flow: Flow) -> List[Problem]:
         problems += _check_action(task, ("tasks", n))
         problems += _check_env(task.env, ("tasks", n, "env"))
     problems += _check_graph(flow)
+    problems += _check_pools(flow)
     problems += _check_templates(flow)
     return problems
 
@@ -1314,6 +1360,7 @@ TASK_FIELDS = (
           "how its upstream must have ended"),
     Field("allow_failure", _BOOL, "true: its failure counts as success"),
     Field("priority", {"type": "integer", "minimum": -1000000, "maximum": 1000000}, "higher starts first"),
+    Field("pool", _STR, "name of a pool of the flow, of which only so many tasks run at once"),
 )
 #: Fields that `defaults` can't give, and those that fit one action only.
 _NOT_INHERITED = frozenset(["id", "depends_on"] + [field.name for field in ACTION_FIELDS])
@@ -1345,6 +1392,10 @@ FLOW_FIELDS = (
     Field("env", _ENV, "environment variables of every task"),
     Field("defaults", _DEFAULTS_SCHEMA, "fields that every task inherits"),
     Field("max_parallel", {"type": "integer", "minimum": 1, "maximum": 100000}, "tasks at once"),
+    Field("pools", {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1},
+                    "propertyNames": {"pattern": _NAME["pattern"], "maxLength": 128},
+                    "title": "an object of whole numbers from 1"},
+          "name to the number of its tasks that may run at once"),
     Field("fail_fast", _BOOL, "true: start nothing more after the first failure"),
     Field("tasks", {"type": "array", "minItems": 1, "items": _TASK_SCHEMA,
                     "title": "a non-empty array of tasks"},
@@ -1400,7 +1451,9 @@ def make_task(fields: Mapping[str, Any]) -> Task:
         return {name: _frozen(fields[name]) for name in names if name in fields}
 
     action: Action
-    if "script" in fields:
+    if "function" in fields:                    # only in the record of a run
+        action = Function(fields["function"], **pick(("kind",)))
+    elif "script" in fields:
         action = Script(fields["script"], **pick(("args", "python", "stdin")))
     else:
         action = Command(_frozen(fields["command"]), **pick(("args", "stdin")))
@@ -1482,14 +1535,13 @@ def parse_flow(content: Union[bytes, str], where: str,
 def task_to_json(task: Task) -> Dict[str, Any]:
     """Return the fields of `task` as in a flow file, without those that have their default value."""
     members: Dict[str, Any] = {"id": task.id}
-    name = "script" if isinstance(task.action, Script) else "command"
-    members[name] = task.action[0]
+    members[type(task.action).__name__.lower()] = task.action[0]
     parts: Tuple[Tuple[Any, Any], ...] = ((task, Task("", task.action)), (task.action, type(task.action)("")),
                                           (task.retry, Retry()))
     for part, plain in parts:
         for field in part._fields:
             value = getattr(part, field)
-            if field not in ("id", "action", "retry", "path", "command") and value != getattr(plain, field):
+            if field not in ("id", "action", "retry", "path", "command", "name") and value != getattr(plain, field):
                 members[field] = value
     return members
 
@@ -1507,8 +1559,209 @@ def flow_to_json(flow: Flow) -> Dict[str, Any]:
     return {**members, "tasks": [task_to_json(task) for task in flow.tasks]}
 
 
+def recorded_flow(value: Mapping[str, Any]) -> Flow:
+    """Return the Flow that flow_to_json wrote down; nothing is checked again."""
+    simple = {name: _frozen(value[name]) for name in Flow._fields
+              if name in value and name not in ("params", "tasks")}
+    return Flow(tasks=tuple(map(make_task, value["tasks"])), params=_make_params(value.get("params"), []), **simple)
+
+
 # ============================================================================
-# == 7. PLAN: in which order will what happen?
+# == 7. PYTHON FRONT END: how do functions become a flow?
+# ============================================================================
+# @task makes a FunctionTask of a function: it holds the same Task that a flow file would give, and the tasks
+# that >> put before it.  make_flow() takes tasks that hang together and returns a checked Flow; from there on
+# nobody knows which front end it came from.  The functions themselves are no part of the Flow, which has
+# their names only, so that it can be written down and compared.
+
+def class_name(cls: type) -> str:
+    """Return the name by which retry_on knows a class of exceptions: module.Name, for builtins Name."""
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _retry_names(retry_on: Any) -> Optional[Tuple[str, ...]]:
+    """Return `retry_on` as names: a class of exceptions or "timeout", or several of them."""
+    if retry_on is None:
+        return None
+    names = []
+    for item in retry_on if isinstance(retry_on, (list, tuple, set, frozenset)) else (retry_on,):
+        if isinstance(item, type) and issubclass(item, BaseException):
+            names.append(class_name(item))
+        elif item == "timeout":
+            names.append(item)
+        else:
+            raise ValueError(f"retry_on: expected classes of exceptions or \"timeout\", got {item!r}")
+    return tuple(names)
+
+
+def _function_kind(function: Callable[..., Any], process: bool) -> str:
+    """Return where `function` is to run; raise ValueError if it can't."""
+    import inspect
+    call = function
+    while hasattr(call, "func"):                # functools.partial
+        call = call.func
+    is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))
+    try:
+        inspect.signature(function).bind({})
+    except TypeError as exc:
+        raise ValueError(f"it is called with one argument, its context, but takes others: {exc}") from None
+    except ValueError:
+        pass                                    # a builtin that does not tell
+    if is_async and process:
+        raise ValueError("process=True: an async function runs on the event loop; make it a plain one")
+    name = getattr(function, "__qualname__", "<partial>")
+    if process and ("<" in name or not getattr(function, "__module__", None)):
+        raise ValueError(f"process=True: another process finds a function by its name in its module, and "
+                         f"{name} can't be found that way; define it at the top level of a module")
+    return "async" if is_async else "process" if process else "thread"
+
+
+def _each(tasks: Any) -> List[Any]:
+    """Return a task, or each of several; raise TypeError for anything else."""
+    found = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
+    for item in found:
+        if not hasattr(item, "upstream"):
+            raise TypeError(f"expected a task or a list of tasks, got {item!r}; decorate the function with @task")
+    return found
+
+
+class FunctionTask:
+    """A task made of a Python function by @task; called, it is that function."""
+
+    def __init__(self, function: Callable[..., Any], task: Task) -> None:
+        self.function, self.task = function, task
+        self.upstream: Dict[FunctionTask, None] = {}
+        self.__doc__ = function.__doc__
+        self.__wrapped__ = function
+        self.__name__ = task.id
+
+    @property
+    def name(self) -> str:
+        """The task's name, unique in a workflow."""
+        return self.task.id
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.function(*args, **options)
+
+    def __repr__(self) -> str:
+        return f"<task {self.name}>"
+
+    def __rshift__(self, downstream: Any) -> Any:
+        """a >> b, a >> [b, c]: they wait for a; returns what stands on the right."""
+        for task in _each(downstream):
+            task.upstream[self] = None
+        return downstream
+
+    def __lshift__(self, upstream: Any) -> Any:
+        """b << a, b << [a, c]: b waits for them; returns what stands on the right."""
+        for task in _each(upstream):
+            self.upstream[task] = None
+        return upstream
+
+    def __rrshift__(self, upstream: Any) -> FunctionTask:
+        """[a, b] >> c: c waits for all of them."""
+        self.__lshift__(upstream)
+        return self
+
+    def __rlshift__(self, downstream: Any) -> FunctionTask:
+        """[b, c] << a: they wait for a."""
+        self.__rshift__(downstream)
+        return self
+
+
+def _make_function_task(function: Callable[..., Any], name: Optional[str], retry_on: Any, process: bool,
+                        options: Dict[str, Any]) -> FunctionTask:
+    """Make a FunctionTask; raise FlowError with all that is wrong with it."""
+    fields = {"id": name if name is not None else getattr(function, "__name__", "<no name>"), **options}
+    known = {field.name: field.schema for field in TASK_FIELDS}
+    problems: List[Problem] = []
+    for field, value in fields.items():
+        check_schema(known[field], list(value) if isinstance(value, tuple) else value, (field,), problems)
+    lines = [f"{format_path(problem.path)}: {problem.what}" for problem in problems]
+    kind, names = "thread", None
+    try:
+        kind = _function_kind(function, process)
+        names = _retry_names(retry_on)
+    except ValueError as exc:
+        lines.append(str(exc))
+    if lines:
+        where = f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', function)!s}"
+        raise FlowError(f"task {where}: {line}" for line in lines)
+    full_name = f"{function.__module__}:{getattr(function, '__qualname__', fields['id'])}"
+    task = make_task({**fields, "function": full_name, "kind": kind})
+    return FunctionTask(function, task._replace(retry=task.retry._replace(retry_on=names)))
+
+
+_TASK_OPTIONS = frozenset(["name", "retry_on", "process", "max_retries", "backoff_s", "max_backoff_s", "jitter",
+                           "timeout_s", "grace_s", "tags", "description", "trigger_rule", "allow_failure", "pool",
+                           "priority"])
+
+
+@overload
+def task(function: Callable[..., Any]) -> FunctionTask:
+    """@task: with the options at their defaults."""
+
+
+@overload
+def task(function: None = None, *, name: Optional[str] = None, max_retries: int = 0, backoff_s: float = 0,
+         max_backoff_s: float = 3600, jitter: float = 0, retry_on: Any = None, timeout_s: Optional[float] = None,
+         grace_s: float = 5, tags: Sequence[str] = (), description: Optional[str] = None,
+         trigger_rule: str = "all_success", allow_failure: bool = False, pool: Optional[str] = None,
+         priority: int = 0, process: bool = False) -> Callable[[Callable[..., Any]], FunctionTask]:
+    """@task(…): with options."""
+
+
+def task(function: Optional[Callable[..., Any]] = None, *, name: Optional[str] = None, retry_on: Any = None,
+         process: bool = False, **options: Any) -> Any:
+    """Make a task of a function, which is called with the task's context, a dict: @task or @task(…).
+
+    The options are those of a task in a flow file.  `name` is by default that of the function, `description`
+    the first line of its docstring; `retry_on` takes classes of exceptions and "timeout"; `process` runs a
+    plain function in a process of its own.  Raises FlowError for what makes no sense.
+    """
+    def make(function: Callable[..., Any]) -> FunctionTask:
+        if not callable(function):
+            raise TypeError(f"@task: expected a function, got {function!r}")
+        if options.get("description") is None:
+            options["description"] = (function.__doc__ or "").strip().partition("\n")[0]
+        given = {field: value for field, value in options.items() if value is not None}
+        return _make_function_task(function, name, retry_on, process, given)
+
+    unknown = sorted(options.keys() - _TASK_OPTIONS)
+    if unknown:
+        raise TypeError(f"@task has no option {unknown[0]}{near(unknown[0], _TASK_OPTIONS)}")
+    return make if function is None else make(function)
+
+
+def make_flow(name: str, tasks: Sequence[FunctionTask], **fields: Any) -> Flow:
+    """Return the checked Flow of `tasks`; raise FlowError with all that is wrong.
+
+    `fields` are those of a Flow: description, version, tags, max_parallel, pools, fail_fast.
+    """
+    ours, problems = set(tasks), []
+    for item in tasks:
+        for up in item.upstream:
+            if up not in ours:
+                problems.append(f"workflow {name}: task {item.name} waits for {up.name}, "
+                                "which is not among the workflow's tasks; add it to them")
+    schemas = {field.name: field.schema for field in FLOW_FIELDS}
+    found: List[Problem] = [] if tasks else [Problem(("tasks",), "there are none; give at least one")]
+    for field, value in {"name": name, **fields}.items():
+        if value is not None:
+            check_schema(schemas[field], list(value) if isinstance(value, tuple) else value, (field,), found)
+    members = {field: _frozen(value) for field, value in fields.items() if value is not None}
+    flow = Flow(name, tuple(item.task._replace(depends_on=tuple(up.name for up in item.upstream if up in ours))
+                            for item in tasks), **members)
+    if not found:
+        found += check_flow(flow)
+    problems += [f"workflow {name}: {format_path(problem.path)}: {problem.what}" for problem in found]
+    if problems:
+        raise FlowError(problems)
+    return flow
+
+
+# ============================================================================
+# == 8. PLAN: in which order will what happen?
 # ============================================================================
 # A Plan is worked out once, before anything starts, and never changes.  What is left out of a partial run
 # stays in it as satisfied, with the outputs of its last success, so that nothing downstream needs to know.
@@ -1605,7 +1858,7 @@ def make_plan(flow: Flow, left_out: Mapping[str, Mapping[str, Any]] = {},
 
 
 # ============================================================================
-# == 8. EVENTS AND RUN: what has happened, and what does it add up to?
+# == 9. EVENTS AND RUN: what has happened, and what does it add up to?
 # ============================================================================
 # An Event is a fact with the time it became one (seconds since 1970).  A Run is the fold of its events:
 # apply() is the only way to change it, and costs the same however many tasks there are.
@@ -1656,7 +1909,8 @@ class AttemptStopping(NamedTuple):
 class AttemptEnded(NamedTuple):
     """The attempt is over.
 
-    `code` is what retry_on is held against; after a `final` failure a retry is pointless.
+    `code` is what retry_on is held against; after a `final` failure a retry is pointless.  `unsaved` names what
+    a Python task handed on beside `output` and JSON can't hold, with its type; `inputs` what it has read.
     """
 
     at: float
@@ -1668,6 +1922,8 @@ class AttemptEnded(NamedTuple):
     output: Optional[Mapping[str, Any]] = None
     error: Optional[str] = None
     final: bool = False
+    unsaved: Mapping[str, str] = {}
+    inputs: Optional[Mapping[str, str]] = None
 
 
 class TaskSettled(NamedTuple):
@@ -1734,53 +1990,44 @@ class Lineage:
 
 
 class Scope(NamedTuple):
-    """Whose outputs a task may read; `writers` maps each key to the rank of its last writer."""
+    """What a task may read: for each key the rank of its last writer, and its value.
+
+    `unsaved` has the keys whose value JSON can't hold: it is in the memory of the engine alone.
+    """
 
     lineage: Lineage
     writers: Mapping[str, int]
+    values: Mapping[str, Any]
+    unsaved: FrozenSet[str] = frozenset()
+
+    def extended(self, rank: int, output: Mapping[str, Any], unsaved: Iterable[str]) -> Scope:
+        """Return the scope of those downstream of the task with `rank` that may read this one."""
+        values, lost = {**self.values, **output}, frozenset(unsaved)
+        for key in lost:
+            values.pop(key, None)
+        return Scope(Lineage((self.lineage,), rank), {**self.writers, **dict.fromkeys([*output, *lost], rank)},
+                     values, (self.unsaved - output.keys()) | lost)
 
 
-NO_SCOPE = Scope(Lineage(), {})
+NO_SCOPE = Scope(Lineage(), {}, {})
 
 
-def join_scopes(scopes: Iterable[Scope]) -> Scope:
-    """Return the scope of a task downstream of `scopes`: the highest rank wins each key."""
-    distinct = list({id(scope): scope for scope in scopes if scope is not NO_SCOPE}.values())
-    if len(distinct) < 2:
-        return distinct[0] if distinct else NO_SCOPE
-    writers: Dict[str, int] = {}
-    for scope in distinct:
+def join_scopes(scopes: Sequence[Scope]) -> Scope:
+    """Return the scope of a task downstream of `scopes`, which are distinct: the highest rank wins each key."""
+    if len(scopes) < 2:
+        return scopes[0] if scopes else NO_SCOPE
+    writers, values, unsaved = dict(scopes[0].writers), dict(scopes[0].values), set(scopes[0].unsaved)
+    for scope in scopes[1:]:
         for key, rank in scope.writers.items():
             if rank > writers.get(key, -1):
                 writers[key] = rank
-    return Scope(Lineage(tuple(scope.lineage for scope in distinct)), writers)
-
-
-class Scopes:
-    """What settled tasks have opened to those downstream; nothing is kept that all of them have taken."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._rank = plan.rank
-        self._open: Dict[str, Scope] = {}
-        self._untaken = {name: len(below) for name, below in plan.downstream.items()}
-
-    def give(self, name: str, scope: Scope, output: Optional[Mapping[str, Any]]) -> None:
-        """Open to its downstream what task `name` may read and what it hands on."""
-        if output and self._untaken[name]:
-            rank = self._rank[name]
-            scope = Scope(Lineage((scope.lineage,), rank),
-                          {**scope.writers, **dict.fromkeys(output, rank)})
-        if self._untaken[name]:
-            self._open[name] = scope
-
-    def take(self, task: Task) -> Scope:
-        """Return what `task` may read."""
-        scope = join_scopes(self._open[up] for up in task.depends_on if up in self._open)
-        for up in task.depends_on:
-            self._untaken[up] -= 1
-            if not self._untaken[up]:
-                self._open.pop(up, None)
-        return scope
+                if key in scope.unsaved:
+                    unsaved.add(key)
+                    values.pop(key, None)
+                else:
+                    values[key] = scope.values[key]
+                    unsaved.discard(key)
+    return Scope(Lineage(tuple(scope.lineage for scope in scopes)), writers, values, frozenset(unsaved))
 
 
 class Attempt:
@@ -1801,7 +2048,7 @@ class TaskRun:
     """Where one task stands within one run."""
 
     __slots__ = ("status", "reason", "attempt", "started", "finished", "inputs", "output", "error",
-                 "attempts", "first_attempt", "retry_at", "stopping", "killed", "scope")
+                 "attempts", "first_attempt", "retry_at", "stopping", "killed", "scope", "unsaved", "deadline")
 
     def __init__(self) -> None:
         self.status = PENDING
@@ -1812,12 +2059,94 @@ class TaskRun:
         self.finished: Optional[float] = None
         self.inputs: Mapping[str, str] = {}
         self.output: Optional[Mapping[str, Any]] = None
+        self.unsaved: Mapping[str, str] = {}    # keys handed on that JSON can't hold, with their types
         self.error: Optional[str] = None
         self.attempts: List[Attempt] = []
         self.retry_at: Optional[float] = None
         self.stopping: Optional[str] = None     # why the running attempt is being ended
         self.killed = False                     # it was sent SIGKILL
+        self.deadline: Optional[float] = None   # when the running attempt's time is over
         self.scope = NO_SCOPE                   # what it may read, once its upstream has settled
+
+
+class Scopes:
+    """What settled tasks have opened to those downstream; nothing is kept that all of them have taken."""
+
+    _KEPT = 16                                  # joins that are kept for tasks with the same upstream
+
+    def __init__(self, plan: Plan) -> None:
+        self._rank = plan.rank
+        self._open: Dict[str, Scope] = {}
+        self._untaken = {name: len(below) for name, below in plan.downstream.items()}
+        self._joins: Dict[Tuple[int, ...], Tuple[List[Scope], Scope]] = {}
+
+    def give(self, name: str, scope: Scope, task_run: TaskRun) -> None:
+        """Open to its downstream what task `name` may read and what it hands on."""
+        if self._untaken[name]:
+            if task_run.output or task_run.unsaved:
+                scope = scope.extended(self._rank[name], task_run.output or {}, task_run.unsaved)
+            self._open[name] = scope
+
+    def take(self, task: Task) -> Scope:
+        """Return what `task` may read."""
+        distinct = {id(scope): scope for scope in (self._open.get(up, NO_SCOPE) for up in task.depends_on)
+                    if scope is not NO_SCOPE}
+        for up in task.depends_on:
+            self._untaken[up] -= 1
+            if not self._untaken[up]:
+                self._open.pop(up, None)
+        if len(distinct) < 2:
+            return next(iter(distinct.values()), NO_SCOPE)
+        ids = tuple(distinct)
+        if ids not in self._joins:
+            scopes = list(distinct.values())    # kept beside the join, so that their ids stay theirs
+            self._joins[ids] = scopes, join_scopes(scopes)
+            if len(self._joins) > self._KEPT:
+                del self._joins[next(iter(self._joins))]
+        return self._joins[ids][1]
+
+
+#: The pool of plain functions that have none of their own; no pool of a flow can have this name.
+PLAIN_FUNCTIONS = "(plain functions)"
+
+
+class Queues:
+    """Which tasks are ready, in a heap for each pool, and how many of each pool are running."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.limits: Dict[Optional[str], int] = {name: size for name, size in plan.flow.pools.items()}
+        self.ready: Dict[Optional[str], List[Tuple[Tuple[float, ...], str]]] = {}
+        self._running: Dict[Optional[str], int] = {}
+
+    def pool(self, name: str) -> Optional[str]:
+        """Return the pool of task `name`; all that have none share one, but for plain functions."""
+        task = self._plan.tasks[name]
+        if task.pool is None and isinstance(task.action, Function) and task.action.kind != "async":
+            return PLAIN_FUNCTIONS
+        return task.pool
+
+    def push(self, name: str) -> None:
+        """Task `name` is ready."""
+        heapq.heappush(self.ready.setdefault(self.pool(name), []), (self._plan.key[name], name))
+
+    def drop(self, is_ready: Callable[[str], bool]) -> None:
+        """Take from the tops of the heaps what is not ready any more."""
+        for heap in self.ready.values():
+            while heap and not is_ready(heap[0][1]):
+                heapq.heappop(heap)
+
+    def enter(self, name: str) -> None:
+        """Task `name` runs now."""
+        self._running[self.pool(name)] = self._running.get(self.pool(name), 0) + 1
+
+    def leave(self, name: str) -> None:
+        """Task `name` does not run any more."""
+        self._running[self.pool(name)] -= 1
+
+    def room(self, pool: Optional[str]) -> Optional[int]:
+        """Return how many more tasks of `pool` may run; None: any number."""
+        return max(0, self.limits[pool] - self._running.get(pool, 0)) if pool in self.limits else None
 
 
 def log_name(run_id: str, task_id: str, attempt: int) -> str:
@@ -1863,7 +2192,7 @@ class Run:
         self.tasks: Dict[str, TaskRun] = tasks or {name: TaskRun() for name in plan.order}
         self.unsettled = len(self.tasks)
         self.waits: Dict[str, int] = {}                                # task to its unsettled upstream count
-        self.ready: List[Tuple[Tuple[float, ...], str]] = []           # heap of (key, task)
+        self.queues = Queues(plan)
         self.barred: Dict[str, Tuple[str, str]] = {}                   # task to the end that its rule demands
         self.running: Dict[str, None] = {}
         self.retries: List[Tuple[float, str, int]] = []                # heap of (time, task, failed attempt)
@@ -1884,6 +2213,7 @@ class Run:
         elif task_run.status == RUNNING:
             task_run.scope = self._scopes.take(task)
             self.running[name] = None
+            self.queues.enter(name)
             self._set_deadline(name, task_run.attempts[-1].started)
         elif task_run.status == RETRYING:
             task_run.scope = self._scopes.take(task)
@@ -1914,12 +2244,7 @@ class Run:
 
     def ctx_of(self, task_id: str) -> Dict[str, Any]:
         """Return a new dict of what the task may read: params and its ancestors' outputs."""
-        writers = self.tasks[task_id].scope.writers
-        merged = dict(self.params)
-        for rank in sorted(set(writers.values())):
-            output = self.tasks[self.plan.order[rank]].output or {}
-            merged.update((key, output[key]) for key in output if writers[key] == rank)
-        return merged
+        return {**self.params, **self.tasks[task_id].scope.values}
 
     def outputs_of(self, scope: Scope) -> Dict[str, Mapping[str, Any]]:
         """Return the outputs of every ancestor in `scope` by its id, in topological order."""
@@ -1934,9 +2259,8 @@ class Run:
         while self.retries and self.retries[0][0] <= event.at:
             _, name, attempt = heapq.heappop(self.retries)
             if self._waits_for_retry(name, attempt):
-                heapq.heappush(self.ready, (self.plan.key[name], name))
-        while self.ready and not self.is_ready(self.ready[0][1]):
-            heapq.heappop(self.ready)
+                self.queues.push(name)
+        self.queues.drop(self.is_ready)
         while self.deadlines and not self.is_pressing(self.deadlines[0]):
             heapq.heappop(self.deadlines)
         while self.retries and not self._waits_for_retry(*self.retries[0][1:]):
@@ -1948,10 +2272,11 @@ class Run:
 
     def is_pressing(self, deadline: Tuple[float, str, int, str]) -> bool:
         """Tell whether an entry of `deadlines` still holds."""
-        _, name, attempt, signal_name = deadline
+        at, name, attempt, word = deadline
         task_run = self.tasks[name]
-        return (task_run.status == RUNNING and task_run.attempt == attempt
-                and not (task_run.killed if signal_name == "KILL" else task_run.stopping))
+        if task_run.status != RUNNING or task_run.attempt != attempt:
+            return False
+        return not task_run.killed if word == "KILL" else not task_run.stopping and at == task_run.deadline
 
     def _waits_for_retry(self, name: str, attempt: int) -> bool:
         """Tell whether an entry of `retries` still holds."""
@@ -1967,18 +2292,20 @@ class Run:
         if task_run.started is None:
             task_run.started = event.at
         self.running[event.task] = None
+        self.queues.enter(event.task)
         self._set_deadline(event.task, event.at)
 
     def _set_deadline(self, name: str, started: float) -> None:
         """Note when the running attempt's time is over."""
-        limit = self.plan.tasks[name].timeout_s
+        limit, task_run = self.plan.tasks[name].timeout_s, self.tasks[name]
         if limit is not None:
-            heapq.heappush(self.deadlines,
-                           (round(started + limit, 6), name, self.tasks[name].attempt, "TERM"))
+            task_run.deadline = round(started + limit, 6)
+            heapq.heappush(self.deadlines, (task_run.deadline, name, task_run.attempt, "TERM"))
 
     def _on_spawned(self, event: AttemptSpawned) -> None:
         attempt = self.tasks[event.task].attempts[-1]
         attempt.pid, attempt.ticks = event.pid, event.ticks
+        self._set_deadline(event.task, event.at)             # the record of the start may have waited for a disk
 
     def _on_deferred(self, event: AttemptDeferred) -> None:
         task_run = self.tasks[event.task]
@@ -1988,6 +2315,7 @@ class Run:
         task_run.retry_at = round(event.at + PRESSURE_S, 6)
         heapq.heappush(self.retries, (task_run.retry_at, event.task, task_run.attempt))
         del self.running[event.task]
+        self.queues.leave(event.task)
         self.room = max(1, len(self.running))
 
     def _on_stopping(self, event: AttemptStopping) -> None:
@@ -2010,7 +2338,11 @@ class Run:
         self.killed -= task_run.killed
         task_run.stopping, task_run.killed = None, False
         del self.running[event.task]
+        self.queues.leave(event.task)
         self.room = self.room and self.room + 1
+        task_run.unsaved = event.unsaved
+        if event.inputs is not None:
+            task_run.inputs = event.inputs
         tries = task_run.attempt - task_run.first_attempt + 1
         if (event.status == FAILED and tries <= task.retry.max_retries
                 and task.retry.covers(event.code, event.final)):
@@ -2057,7 +2389,7 @@ class Run:
                 self.warnings += 1
             elif self.first_failure is None:
                 self.first_failure = name
-        self._scopes.give(name, task_run.scope, task_run.output)
+        self._scopes.give(name, task_run.scope, task_run)
         task_run.scope = NO_SCOPE
 
     def _reached(self, name: str) -> None:
@@ -2072,7 +2404,7 @@ class Run:
             return
         end, reason = judge(task, [self.counts_as(up) for up in task.depends_on])
         if end == RUNNING:
-            heapq.heappush(self.ready, (self.plan.key[name], name))
+            self.queues.push(name)
         else:
             self.barred[name] = (end, reason)
 
@@ -2100,7 +2432,7 @@ def inputs_of(run: Run, task: Task) -> Dict[str, str]:
 
 
 # ============================================================================
-# == 9. SCHEDULER: given a run and the time, what should be done now?
+# == 10. SCHEDULER: given a run and the time, what should be done now?
 # ============================================================================
 # due() and next_wake() are questions: they read a Run and change nothing.  drive() is the whole runner: it
 # asks what is due, writes down what it is about to do, does it through a World, and otherwise waits.  It is a
@@ -2204,19 +2536,20 @@ def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
     """Return a Start for the first `free` tasks by key: those that are ready, and retries that are due."""
     if free is not None and free <= 0:
         return []
-    late = []
+    late: Dict[Optional[str], List[Tuple[Tuple[float, ...], str]]] = {}
     for at, name, attempt in _ascending(run.retries):
         if at > now:
             break
         if run.tasks[name].status == RETRYING and run.tasks[name].attempt == attempt:
-            late.append((run.plan.key[name], name))
-    starts: List[Due] = []
-    for _, name in heapq.merge(_ascending(run.ready), sorted(late)):
-        if free is not None and len(starts) >= free:
-            break
-        if run.is_ready(name):
-            starts.append(Start(name, run.tasks[name].attempt + 1))
-    return starts
+            late.setdefault(run.queues.pool(name), []).append((run.plan.key[name], name))
+
+    def queue(pool: Optional[str]) -> Iterator[Tuple[Tuple[float, ...], str]]:
+        entries = heapq.merge(_ascending(run.queues.ready.get(pool, ())), sorted(late.get(pool, ())))
+        return islice((entry for entry in entries if run.is_ready(entry[1])), run.queues.room(pool))
+
+    queues = [queue(pool) for pool in {**run.queues.ready, **late}]
+    first = heapq.merge(*queues) if len(queues) != 1 else queues[0]
+    return [Start(name, run.tasks[name].attempt + 1) for _, name in islice(first, free)]
 
 
 def free_slots(run: Run, slots: Optional[int]) -> Optional[int]:
@@ -2251,8 +2584,9 @@ def next_wake(run: Run, slots: Optional[int]) -> Optional[float]:
     """
     times = [run.deadlines[0][0]] if run.deadlines else []
     free = free_slots(run, slots)
-    if run.retries and (free is None or free > 0):
-        times.append(run.retries[0][0])
+    if free is None or free > 0:
+        times += islice((at for at, name, _ in _ascending(run.retries)
+                         if run.queues.room(run.queues.pool(name)) != 0), 1)
     return min(times, default=None)
 
 
@@ -2260,8 +2594,9 @@ def fact(run: Run, action: Due, now: float) -> Event:
     """Return the event that records that `action` is being taken."""
     if isinstance(action, Start):
         task = run.plan.tasks[action.task]
-        return AttemptStarted(now, action.task, action.attempt, log_name(run.id, action.task, action.attempt),
-                              inputs_of(run, task))
+        in_process = isinstance(task.action, Function) and task.action.kind != "process"
+        log = None if in_process else log_name(run.id, action.task, action.attempt)
+        return AttemptStarted(now, action.task, action.attempt, log, inputs_of(run, task))
     if isinstance(action, Stop):
         return AttemptStopping(now, action.task, action.attempt, action.reason, action.signal)
     if isinstance(action, Settle):
@@ -2297,7 +2632,7 @@ def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Op
 
 
 # ============================================================================
-# == 10. STATE: how is a run written down, and read back?
+# == 11. STATE: how is a run written down, and read back?
 # ============================================================================
 # The state of a run (RUN.json) is one JSON object: a first line that says how the run stands, then its parts,
 # a line for each task.  The journal (RUN.jsonl) has one event a line; its first record, `opened`, holds a
@@ -2350,7 +2685,8 @@ def task_run_to_json(task_run: TaskRun) -> Dict[str, Any]:
                "attempts": [_attempt_to_json(attempt) for attempt in task_run.attempts]}
     for name, value, usual in (("first_attempt", task_run.first_attempt, 1),
                                ("stopping", task_run.stopping, None),
-                               ("retry_at", format_time(task_run.retry_at), None)):
+                               ("retry_at", format_time(task_run.retry_at), None),
+                               ("unsaved", task_run.unsaved, {})):
         if value != usual:
             members[name] = value
     return members
@@ -2447,6 +2783,7 @@ def _task_run_from_json(members: Mapping[str, Any]) -> TaskRun:
     task_run.attempts = [_attempt_from_json(attempt) for attempt in members["attempts"]]
     task_run.first_attempt = members.get("first_attempt", 1)
     task_run.stopping, task_run.retry_at = members.get("stopping"), parse_time(members.get("retry_at"))
+    task_run.unsaved = members.get("unsaved", {})
     return task_run
 
 
@@ -2454,8 +2791,7 @@ def run_from_json(state: Mapping[str, Any]) -> Run:
     """Rebuild a Run from the state that run_to_json gave."""
     if state["format"] != FORMAT:
         raise ValueError(f"it has format {state['format']}, not {FORMAT}")
-    flow = read_flow(state["definition"], [])
-    assert flow
+    flow = recorded_flow(state["definition"])
     tasks = {name: _task_run_from_json(members) for name, members in state["tasks"].items()}
     run = Run(make_plan(flow, state["left_out"]), state["id"], state["params"],
               parse_time(state["started"]) or 0, state["flow"], state["source"], tasks)
@@ -2504,9 +2840,14 @@ def reopen(old: Run, flow: Flow) -> Run:
     changes = changed_tasks(old.plan.flow, flow)
     left_out = {task.id: old.plan.left_out[task.id] for task in flow.tasks if task.id in old.plan.left_out}
     plan = make_plan(flow, left_out)
-    again = {name for name in plan.order if name in changes
-             or old.tasks[name].status not in (SUCCESS, CACHED, SKIPPED)}
-    again = _reach(again, plan.downstream)
+    again = _reach({name for name in plan.order if name in changes
+                    or old.tasks[name].status not in (SUCCESS, CACHED, SKIPPED)}, plan.downstream)
+    unsaved = {name for name in plan.order if name in old.tasks and old.tasks[name].unsaved}
+    while True:                                 # what only the memory of an engine held is made again, if needed
+        needed = _reach(again, {task.id: task.depends_on for task in flow.tasks}) & unsaved - again
+        if not needed:
+            break
+        again = _reach(again | needed, plan.downstream)
     tasks = {}
     for name in plan.order:
         tasks[name] = old.tasks.get(name) or TaskRun()
@@ -2518,7 +2859,7 @@ def reopen(old: Run, flow: Flow) -> Run:
 
 
 # ============================================================================
-# == 11. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
+# == 12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
 # ============================================================================
 # An attempt is a program, its arguments, its environment, a directory and its input: worked out here from the
 # task, the values of its templates and the surroundings that the engine hands in, without touching any of
@@ -2602,6 +2943,22 @@ def _own_env(run: Run, task: Task, setting: Setting) -> Dict[str, str]:
     return env
 
 
+#: What the process of a function executes: it loads this file under the name that it has here, and goes on there.
+FUNCTION_PROGRAM = """
+import importlib, importlib.util, json, sys
+call = json.load(sys.stdin)
+sys.path[:], name = call["sys_path"], call["miniflow"]
+try:
+    miniflow = importlib.import_module(name)
+    assert miniflow.__file__ == call["file"]
+except (ImportError, AttributeError, AssertionError):
+    spec = importlib.util.spec_from_file_location(name, call["file"])
+    miniflow = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(miniflow)
+sys.exit(miniflow.answer_call(call))
+"""
+
+
 def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
     """Return what the current attempt of a task executes; raise LookupError if a template finds no value."""
     task = run.plan.tasks[task_id]
@@ -2616,6 +2973,8 @@ def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
         python = action.python or setting.python
         head = [_absolute(python, setting.start_dir) if "/" in python else python,
                 f"{setting.tasks_dir}/{action.path}"]
+    elif isinstance(action, Function):
+        head = [setting.python, "-c", FUNCTION_PROGRAM]
     elif isinstance(action.command, str):
         head = ["/bin/sh", "-c", action.command.replace("$${{", "${{"), "sh"]
     else:
@@ -2700,6 +3059,142 @@ def attempt_end(run: Run, task_id: str, now: float, code: int, stopping: Optiona
     return AttemptEnded(now, task_id, attempt, SUCCESS, output=handed_on or None)
 
 
+_MAX_DEPTH = 200                               # of a value; what is deeper JSON can't hold everywhere
+
+
+def json_copy(value: Any, depth: int = 0) -> Any:
+    """Return a copy of `value`, which is just what JSON holds; raise TypeError if JSON would change it.
+
+    Raises ValueError for NaN and the infinities, which no JSON reader takes.
+    """
+    kind = type(value)
+    if kind is str or kind is bool or value is None:
+        return value
+    if kind is float:
+        if value - value != 0:
+            raise ValueError(f"{value} is no JSON number")
+        return value
+    if kind is int and value.bit_length() < 10000:           # longer ones Python itself may refuse to write
+        return value
+    if kind is list and depth < _MAX_DEPTH:
+        return [json_copy(item, depth + 1) for item in value]
+    if kind is dict and depth < _MAX_DEPTH and all(type(key) is str for key in value):
+        return {key: json_copy(item, depth + 1) for key, item in value.items()}
+    raise TypeError(f"JSON can't hold a {class_name(kind)} as it is")
+
+
+class Returned(NamedTuple):
+    """What a function returned: what JSON holds, and the rest by key, with its type."""
+
+    output: Dict[str, Any]
+    kept: Dict[str, Any]
+    unsaved: Dict[str, str]
+
+
+def split_returned(value: Any) -> Returned:
+    """Sort what a function returned; raise ValueError that says what is wrong with it."""
+    if value is None:
+        return Returned({}, {}, {})
+    if not isinstance(value, dict):
+        hint = "; declare the function async" if hasattr(value, "__await__") else "; return a dict or None"
+        raise ValueError(f"it returned a {class_name(type(value))}{hint}")
+    output, kept, unsaved = {}, {}, {}
+    for key, item in value.items():
+        if type(key) is not str:
+            raise ValueError(f"it returned the key {key!r}, a {class_name(type(key))}; keys have to be strings")
+        try:
+            output[key] = json_copy(item)
+        except ValueError as exc:
+            raise ValueError(f"it returned {key!r}: {exc}; return None or a string instead") from None
+        except TypeError:
+            kept[key], unsaved[key] = item, class_name(type(item))
+    return Returned(output, kept, unsaved)
+
+
+class ContextDict(Dict[str, Any]):
+    """The context of a Python task: a dict of its own that notes which of its keys are read."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.given = set(values)
+        self.read: Set[str] = set()
+
+    def _note_all(self) -> None:
+        self.read = self.given
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        self.read.add(key)
+        return super().pop(key, *default)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().setdefault(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self._note_all()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self._note_all()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._note_all()
+        return super().values()
+
+    def items(self) -> Any:
+        self._note_all()
+        return super().items()
+
+    def copy(self) -> Dict[str, Any]:
+        self._note_all()
+        return dict(super().items())
+
+    def popitem(self) -> Tuple[str, Any]:
+        self._note_all()
+        return super().popitem()
+
+
+def inputs_read(run: Run, task_id: str, keys: Iterable[str]) -> Dict[str, str]:
+    """Return which task each of `keys` came from that the running attempt of a task has read."""
+    writers = run.tasks[task_id].scope.writers
+    return {key: run.plan.order[writers[key]] for key in sorted(keys) if key in writers}
+
+
+def function_ended(run: Run, task_id: str, now: float, stopping: Optional[str], returned: Returned,
+                   read: Iterable[str]) -> AttemptEnded:
+    """Return the end of the running attempt of a function that has returned."""
+    end = attempt_end(run, task_id, now, 0, stopping, lambda: returned.output)
+    if end.status == SUCCESS:
+        end = end._replace(unsaved=returned.unsaved)
+    return end._replace(inputs=inputs_read(run, task_id, read))
+
+
+def function_failed(run: Run, task_id: str, now: float, stopping: Optional[str], reason: str,
+                    classes: Sequence[str], error: Optional[str], read: Iterable[str]) -> AttemptEnded:
+    """Return the end of an attempt of a function that has raised an exception of `classes`, the first its own.
+
+    The code of the end is the class that retry_on names, else its own.
+    """
+    inputs = inputs_read(run, task_id, read)
+    if stopping:
+        return attempt_end(run, task_id, now, 1, stopping, dict)._replace(inputs=inputs)
+    names = run.plan.tasks[task_id].retry.retry_on or ()
+    steering = {class_name(RetryError): RetryError.__name__, class_name(NoRetry): NoRetry.__name__}
+    code = next((steering[name] for name in classes if name in steering),
+                next((name for name in classes if name in names), classes[0]))
+    return AttemptEnded(now, task_id, run.tasks[task_id].attempt, FAILED, reason, code, error=error,
+                        final=code == NoRetry.__name__, inputs=inputs)
+
+
 def attempt_unkillable(run: Run, task_id: str, now: float, stopping: str, pid: int) -> AttemptEnded:
     """Return the end of an attempt that SIGKILL did not end: there will be no other one beside it."""
     status = CANCELLED if run.cancel and stopping == run.cancel.reason else FAILED
@@ -2713,7 +3208,7 @@ def attempt_unstartable(run: Run, task_id: str, now: float, reason: str, code: O
 
 
 # ============================================================================
-# == 12. EXPORTERS: how does a plan look in other languages?
+# == 13. EXPORTERS: how does a plan look in other languages?
 # ============================================================================
 # An exporter turns a plan into text in one pass; nobody edits the text afterwards.  What a language can't
 # express is named and refused, never dropped in silence.
@@ -2734,6 +3229,8 @@ def describe_action(task: Task) -> str:
     action = task.action
     if isinstance(action, Script):
         return f"script {action.path}"
+    if isinstance(action, Function):
+        return f"function {action.name}"
     text = action.command if isinstance(action.command, str) else " ".join(action.command)
     return "command " + (text if len(text) <= 50 and text.isprintable() else shown(text, 50))
 
@@ -3034,6 +3531,7 @@ mf_red=0
 declare -a mf_end mf_reason mf_attempts mf_counts_as
 for mf_n in $mf_order; do
     if [[ ${mf_left_out[mf_n]:-} ]]; then
+        see "$mf_n" || exit 2
         set_end "$mf_n" skipped 'left out'
     elif ((mf_red)) && [[ $mf_fail_fast ]]; then
         set_end "$mf_n" cancelled 'fail_fast: a task failed'
@@ -3042,6 +3540,7 @@ for mf_n in $mf_order; do
         if [[ $mf_verdict == run ]]; then
             run_task "$mf_n"
         else
+            see "$mf_n" || exit 2       # for those downstream, which see through it
             set_end "$mf_n" "$mf_verdict" 'its trigger rule does not hold'
         fi
     fi
@@ -3139,6 +3638,8 @@ class _BashTask:
                 start = '"$mf_start_dir"/' if "/" in action.python and action.python[0] != "/" else ""
                 python = start + bash_quote(action.python)
             return [python, bash_quote(f"{tasks_dir}/{action.path}")]
+        if isinstance(action, Function):
+            raise ValueError(f"{action.name} is a Python function; bash runs scripts and commands")
         if isinstance(action.command, str):
             return ["/bin/sh", "-c", bash_quote(action.command.replace("$${{", "${{")), "sh"]
         return [self.word(text) for text in action.command]
@@ -3257,7 +3758,7 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
 
 
 # ============================================================================
-# == 13. DISK: how does a byte get onto the disk, and stay there?
+# == 14. DISK: how does a byte get onto the disk, and stay there?
 # ============================================================================
 # All state is written through the few calls of Disk, so that a test can put a fault at each of them, and
 # rebuild what a power cut may leave behind.  A file is replaced by writing a new one beside it and renaming
@@ -3266,6 +3767,7 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
 
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)       # a FIFO in the place of a file is not waited for
 #: What the system says where it has no means left for this process, and where the disk is the trouble; all
 #: else is about what was asked.
 PRESSURE_ERRORS = frozenset([errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE])
@@ -3391,7 +3893,7 @@ class Disk:
 
 def open_file(path: str, follow: bool = False) -> IO[bytes]:
     """Open a regular file to read its bytes; raise OSError for anything else, and for a symbolic link."""
-    flags = os.O_RDONLY | _CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    flags = os.O_RDONLY | _CLOEXEC | _NONBLOCK | getattr(os, "O_BINARY", 0)
     fd = os.open(path, flags if follow else flags | _NOFOLLOW)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -3406,7 +3908,7 @@ def read_file(path: str, limit: int = -1, follow: bool = True) -> bytes:
 
 
 # ============================================================================
-# == 14. LOCKS: which one engine may work on a run?
+# == 15. LOCKS: which one engine may work on a run?
 # ============================================================================
 # The engine that works on a run holds the system's lock on RUN.lock (flock; on Windows that of a byte), which
 # dies with it however it dies, so that there are no stale locks.  What the file says of its owner is for
@@ -3439,23 +3941,27 @@ def this_engine(now: float) -> Dict[str, Any]:
     """Return who this engine is: its process, since when, and the token of its tasks' cookies."""
     try:
         boot = read_file("/proc/sys/kernel/random/boot_id").decode().strip()
+        pids = os.stat("/proc/self/ns/pid").st_ino           # containers count their processes each for itself
     except OSError:
-        boot = ""
+        boot, pids = "", 0
     host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?")
-    return {"pid": os.getpid(), "ticks": start_ticks(os.getpid()), "host": host, "boot": boot,
+    return {"pid": os.getpid(), "ticks": start_ticks(os.getpid()), "host": host, "boot": boot, "pids": pids,
             "since": format_time(now), "token": os.urandom(8).hex()}
 
 
-def may_live(engine: Mapping[str, Any]) -> bool:
-    """Tell whether an engine may still be alive: on another host nobody knows, so it may."""
+def is_visible(engine: Mapping[str, Any]) -> bool:
+    """Tell whether the process of an engine can be seen from here: on this host, in the same container."""
     here = this_engine(0)
-    if engine.get("host") != here["host"]:
-        return True
-    pid, ticks = engine.get("pid"), engine.get("ticks")
-    if engine.get("boot") != here["boot"] or not isinstance(pid, int):
+    return all(engine.get(key) == here[key] for key in ("host", "boot", "pids"))
+
+
+def is_process(pid: Any, ticks: Any) -> bool:
+    """Tell whether process `pid`, which the system started at `ticks`, still lives."""
+    if not isinstance(pid, int):
         return False
-    if here["ticks"] is not None:
-        return start_ticks(pid) == ticks and process_stat(pid)[:1] != [b"Z"]
+    fields = process_stat(pid)
+    if fields or os.path.exists("/proc/self/stat"):
+        return bool(fields) and fields[0] != b"Z" and int(fields[19]) == ticks
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, AttributeError):
@@ -3463,6 +3969,14 @@ def may_live(engine: Mapping[str, Any]) -> bool:
     except OSError:
         pass                                   # somebody else's process, but one that lives
     return True
+
+
+def may_live(engine: Mapping[str, Any]) -> bool:
+    """Tell whether an engine may still be alive: what can't be seen from here may, unless the host was booted."""
+    here = this_engine(0)
+    if engine.get("host") == here["host"] and engine.get("boot") != here["boot"]:
+        return False
+    return not is_visible(engine) or is_process(engine.get("pid"), engine.get("ticks"))
 
 
 def try_lock(fd: int, shared: bool = False) -> bool:
@@ -3502,16 +4016,22 @@ def _owner_file(path: str) -> str:
     return path[:-len(".lock")] + ".owner"
 
 
-def lock_owner(path: str) -> Optional[Dict[str, Any]]:
-    """Return who holds the lock RUN.lock at `path`, {} if that is not known, or None if nobody does."""
+def _file_owner(path: str) -> Dict[str, Any]:
+    """Return who owns a run by a file, where there are no locks; nothing if nobody does, or that one is gone."""
     try:
         owner = _parse_owner(read_file(_owner_file(path), follow=False))
-        if may_live(owner):
-            return owner
     except OSError:
-        pass
+        return {}
+    return owner if owner and may_live(owner) else {}
+
+
+def lock_owner(path: str) -> Optional[Dict[str, Any]]:
+    """Return who holds the lock RUN.lock at `path`, {} if that is not known, or None if nobody does."""
+    owner = _file_owner(path)
+    if owner:
+        return owner
     try:
-        fd = os.open(path, (os.O_RDONLY if os.name != "nt" else os.O_RDWR) | _CLOEXEC | _NOFOLLOW)
+        fd = os.open(path, (os.O_RDONLY if os.name != "nt" else os.O_RDWR) | _CLOEXEC | _NOFOLLOW | _NONBLOCK)
     except FileNotFoundError:
         return None
     except OSError:
@@ -3522,6 +4042,14 @@ def lock_owner(path: str) -> Optional[Dict[str, Any]]:
         return None if exc.errno in NO_LOCKS else {}
     finally:
         os.close(fd)
+
+
+def _is_file(fd: int, path: str) -> bool:
+    """Tell whether an open file is the one at `path`: its last owner may just have removed that."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except OSError:
+        return False
 
 
 class Lock:
@@ -3540,13 +4068,20 @@ class Lock:
         """True where the file system has no locks and a file has to do."""
         return self._fd is None
 
+    def is_held(self) -> bool:
+        """Tell whether the lock is still ours: somebody may have removed the file, and another engine come."""
+        if self._fd is not None:
+            return _is_file(self._fd, self.path)
+        try:
+            return read_file(self.path) == self._content
+        except OSError:
+            return False
+
     def release(self, remove: bool) -> None:
         """Let go of the run, and `remove` the file, unless somebody may look at it to see what went wrong."""
         try:
-            if read_file(self.path) == self._content if self.is_weak else remove:
+            if (remove or self.is_weak) and self.is_held():
                 self._disk.unlink(self.path)
-        except FileNotFoundError:
-            pass                               # somebody else has removed it
         finally:
             if self._fd is not None:
                 self.held.discard(self._fd)
@@ -3568,14 +4103,6 @@ def _locked(path: str, owner: Mapping[str, Any]) -> RunLocked:
     run_id = os.path.basename(path).rpartition(".")[0]
     return RunLocked(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
                      f"{owner.get('host', '?')} since {owner.get('since', '?')}; wait for it, or cancel it")
-
-
-def _is_file(fd: int, path: str) -> bool:
-    """Tell whether an open file is the one at `path`: its last owner may just have removed that."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
 
 
 def _take_by_file(disk: Disk, path: str, me: Mapping[str, Any], force: bool) -> None:
@@ -3613,7 +4140,11 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
         fd = disk.open(path, os.O_RDWR | os.O_CREAT)
         try:
             if try_lock(fd):
+                owner = _file_owner(path)
+                if owner and not force:
+                    raise _locked(path, owner)             # by an engine that sees no locks here
                 if _is_file(fd, path):
+                    disk.unlink(_owner_file(path))
                     disk.truncate(fd, 0)
                     disk.write(fd, content)
                     lock, fd = Lock(disk, path, content, fd), -1
@@ -3633,7 +4164,7 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
 
 
 # ============================================================================
-# == 15. STORE: where do runs live, and how do they survive?
+# == 16. STORE: where do runs live, and how do they survive?
 # ============================================================================
 # The engine that holds the lock of a run appends to its journal RUN.jsonl, and now and then rewrites the view
 # RUN.json.  The protocol:
@@ -3652,6 +4183,7 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 _DEVICES = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
 STALL_S = 60.0                                 # how long a full disk is waited for
+_CHECK_S = 2.0                                 # how often an engine without events sees if the run is still its own
 DURABILITIES = ("full", "normal", "off")
 
 
@@ -3729,6 +4261,16 @@ class Store:
             raise StateError(f"{path}: can't be used for state: {exc.strerror}; "
                              "give another directory by -o") from None
         return path
+
+    def check(self) -> None:
+        """Raise StateError if one of the directories is not fit to remove things from."""
+        for part in ("", "runs", "logs", "tmp", "scripts"):
+            path = os.path.join(self.path, part) if part else self.path
+            if os.path.lexists(path):
+                try:
+                    self.disk.make_dir(path, outermost=not part)
+                except OSError as exc:
+                    raise StateError(f"{path}: {exc.strerror}; nothing was removed") from None
 
     def ids(self) -> List[str]:
         """Return the ids of all runs, in no order."""
@@ -3821,9 +4363,18 @@ class Store:
         """Return who works on a run, {} if that is not known, or None if nobody does."""
         return lock_owner(self.files(run_id).lock)
 
+    def remove_script(self, name: str) -> None:
+        """Remove a generated script."""
+        path = os.path.join(self.path, "scripts", name)
+        try:
+            self.disk.unlink(path)
+        except OSError as exc:
+            raise StateError(f"{path}: can't be removed: {exc.strerror}") from None
+
     def remove(self, run_id: str) -> None:
         """Remove a run with its logs; raise RunLocked if an engine works on it."""
         import shutil
+        self.check()
         files = self.files(run_id)
         lock = self.lock(run_id, this_engine(time.time()))
         try:
@@ -3850,7 +4401,7 @@ class Journal:
         self._fd: Optional[int] = None
         self._seq = self._good = 0
         self._dirty = self._unsynced = self._stalled = False
-        self._next_view = self._next_sync = 0.0
+        self._next_view = self._next_sync = self._next_check = 0.0
         self.note: Callable[[str], None] = lambda text: None           # is told what a user should know
         self.hurry: Callable[[], bool] = lambda: False                 # tells whether waiting makes no sense
 
@@ -3868,7 +4419,19 @@ class Journal:
             self._open_journal(run)
             self._put_view(run, True)
         except OSError as exc:
+            if last is None and self._fd is None:
+                self._unmake()
+                raise StateError(f"{exc.filename or path}: state can't be written: {exc.strerror}; "
+                                 "the run was not begun") from None
             raise self._error(exc) from None
+
+    def _unmake(self) -> None:
+        """Leave as little as possible of a run that could not be begun."""
+        try:
+            self.disk.unlink(self.files.journal)
+            self.close(remove=True)
+        except OSError:
+            pass                               # the disk refuses this, too
 
     def _open_journal(self, run: Run) -> None:
         """Put a fresh journal, which begins with the whole state of `run`, in place of the old one."""
@@ -3881,6 +4444,7 @@ class Journal:
 
     def append(self, events: List[Event]) -> None:
         """Write events down, all or none; raise StateError if that can't be done."""
+        self._check_ownership()
         began, renewed = time.monotonic(), False
         while True:
             content = b"".join(encode_record(event_to_json(event), self._seq + n)
@@ -3889,10 +4453,17 @@ class Journal:
                 self._write(content)
                 break
             except OSError as exc:
-                renewed = self._recover(exc, began, renewed)
+                if exc.errno in FULL_ERRORS:
+                    self._wait_for_space(exc, began)
+                elif renewed:
+                    raise self._error(exc) from None
+                else:
+                    self._renew(exc)
+                    renewed = True
         self._seq += len(events)
         self._good += len(content)
         self._dirty = self._unsynced = True
+        self._stalled = False
 
     def _write(self, content: bytes) -> None:
         """Write whole lines to the journal, or cut it back to the last good one."""
@@ -3905,41 +4476,39 @@ class Journal:
             self.disk.truncate(self._fd, self._good)
             raise
 
-    def _recover(self, exc: OSError, began: float, renewed: bool) -> bool:
-        """Do what can be done about an error since `began`: wait for space, or go on in a new file, once.
-
-        What the system could not write it may have dropped, so the file that it belonged to is not trusted
-        any more.  Returns whether there is a new file; raises StateError if nothing helps.
-        """
-        if exc.errno in FULL_ERRORS and time.monotonic() - began < STALL_S and not self.hurry():
-            if not self._stalled:
-                self.note(f"{self.files.journal}: {exc.strerror}; waiting up to {STALL_S:g} s for space")
-            self._stalled = True
-            time.sleep(0.2)
-            return renewed
-        if exc.errno in FULL_ERRORS or renewed:
+    def _wait_for_space(self, exc: OSError, began: float) -> None:
+        """Wait a moment, as a disk is full since `began`; raise StateError if that was long enough."""
+        if time.monotonic() - began >= STALL_S or self.hurry():
             raise self._error(exc) from None
+        if not self._stalled:
+            self.note(f"{self.files.journal}: {exc.strerror}; waiting up to {STALL_S:g} s for space")
+        self._stalled = True
+        time.sleep(0.2)
+
+    def _renew(self, exc: OSError) -> None:
+        """Go on in a fresh journal: what the system could not write it may have dropped from the old one."""
         try:
             self._open_journal(self._run)
         except OSError as again:
             raise self._error(again) from None
         self.note(f"{self.files.journal}: {exc.strerror}; going on in a new file")
-        return True
 
     def idle(self, run: Run, now: float) -> Optional[float]:
         """Use a moment without work to sync the journal and bring the view up to date, if it is time.
 
-        Returns when it will be time for what is still to be done; None if nothing is.
+        Returns when to be called again.
         """
+        if now >= self._next_check:
+            self._check_ownership()
+            self._next_check = now + _CHECK_S
         if self._unsynced and self.durability == "normal" and now >= self._next_sync:
             assert self._fd is not None
             try:
                 self.disk.sync(self._fd)
             except OSError as exc:
-                self._recover(exc, time.monotonic(), exc.errno in FULL_ERRORS)
+                self._renew(exc)
             self._next_sync, self._unsynced = now + 0.2, False
         if self._dirty and now >= self._next_view:
-            self._check_ownership()
             began = time.monotonic()
             try:
                 self._put_view(run, False)
@@ -3949,30 +4518,32 @@ class Journal:
                 began -= 1                      # the view can wait: the journal has it all
             self._next_view = now + max(0.2, 20 * (time.monotonic() - began))
         times = [self._next_sync] if self._unsynced and self.durability == "normal" else []
-        return min(times + ([self._next_view] if self._dirty else []), default=None)
+        return min(times + ([self._next_view] if self._dirty else []), default=self._next_check)
 
     def _check_ownership(self) -> None:
-        """Raise StateError if the journal is not ours any more, because another engine took the run over."""
-        assert self._fd is not None
+        """Raise StateError if lock or journal are not ours any more, because another engine took the run over."""
+        assert self._fd is not None and self._lock
         try:
             ours = os.path.samestat(os.fstat(self._fd), os.stat(self.files.journal, follow_symlinks=False))
         except OSError:
             ours = False
-        if not ours:
-            raise StateError(f"{self.files.journal}: was replaced or removed; another engine may have taken "
-                             "the run over, so this one ends its tasks and stops")
+        if not ours or not self._lock.is_held():
+            raise StateError(f"{self.files.journal}: it or its lock was replaced or removed; another engine may have "
+                             "taken the run over, so this one ends its tasks and stops")
 
     def finish(self, run: Run) -> None:
         """Write the final state and remove journal and lock."""
         self._check_ownership()
-        began, renewed = time.monotonic(), True
+        began = time.monotonic()
         try:
             while True:
                 try:
                     self._put_view(run, True)
                     break
                 except OSError as exc:
-                    renewed = self._recover(exc, began, renewed)
+                    if exc.errno not in FULL_ERRORS:
+                        raise
+                    self._wait_for_space(exc, began)
             self.disk.unlink(self.files.journal)
             self.close(remove=True)
         except OSError as exc:
@@ -4000,8 +4571,102 @@ class Journal:
                           f"miniflow resume {os.path.basename(self.files.logs)}")
 
 
+class MemoryStore(Store):
+    """Runs that are kept in memory alone; for the logs of processes there is a temporary directory."""
+
+    def __init__(self) -> None:
+        self.disk, self._states, self.live = Disk(), {}, set()     # type: Disk, Dict[str, Dict[str, Any]], Set[str]
+        self._folder: Any = None
+
+    @property
+    def path(self) -> str:                      # type: ignore[override]
+        """The temporary directory, made when it is needed, and removed with the store."""
+        if self._folder is None:
+            import tempfile
+            self._folder = tempfile.TemporaryDirectory(prefix="miniflow-")
+        return str(self._folder.name)
+
+    @property
+    def runs(self) -> str:                      # type: ignore[override]
+        """Stands for a directory in messages."""
+        return "memory"
+
+    def ids(self) -> List[str]:
+        """Return the ids of all runs, in no order."""
+        return list(self._states)
+
+    def exists(self, run_id: str) -> bool:
+        """Tell whether there is a run of that id."""
+        return run_id in self._states
+
+    def load(self, run_id: str) -> Loaded:
+        """Return a run as it stands; raise NotFound."""
+        if run_id not in self._states:
+            raise NotFound(f"no run {run_id} in memory")
+        state = self._states[run_id]
+        return Loaded(run_from_json(state), 0, run_id in self.live, state["engine"], b"")
+
+    def save(self, run: Run, engine: Mapping[str, Any]) -> None:
+        """Keep a run as it stands."""
+        self._states[run.id] = json.loads(json.dumps(run_to_json(run, engine)))
+
+    def summary(self, run_id: str) -> Dict[str, Any]:
+        """Return the head of a run's state."""
+        return {name: self._states[run_id][name] for name in _HEAD}
+
+    def owner(self, run_id: str) -> Optional[Dict[str, Any]]:
+        """Return who works on a run, or None if nobody does."""
+        return this_engine(0) if run_id in self.live else None
+
+    def remove(self, run_id: str) -> None:
+        """Remove a run; raise RunLocked if it goes on."""
+        if run_id in self.live:
+            raise RunLocked(f"run {run_id} goes on; wait for it, or cancel it")
+        del self._states[run_id]
+
+
+class MemoryJournal:
+    """What a Journal does, for a run that is kept in memory."""
+
+    def __init__(self, store: MemoryStore, run_id: str) -> None:
+        store.files(run_id)                    # is it a name?
+        if run_id in store.live:
+            raise RunLocked(f"run {run_id} is being run by this very program; wait for it, or cancel it")
+        store.live.add(run_id)
+        self.store, self.run_id, self.engine = store, run_id, this_engine(time.time())
+        self.note: Callable[[str], None] = lambda text: None
+        self.hurry: Callable[[], bool] = lambda: False
+
+    def begin(self, run: Run, last: Optional[Loaded] = None) -> None:
+        """Keep the run as it stands."""
+        self.store.save(run, self.engine)
+
+    def append(self, events: List[Event]) -> None:
+        """Nothing is written down: the Run itself has it all."""
+
+    def idle(self, run: Run, now: float) -> Optional[float]:
+        """There is nothing to be written."""
+        return None
+
+    def finish(self, run: Run) -> None:
+        """Keep the run as it has ended."""
+        self.store.save(run, self.engine)
+        self.close()
+
+    def close(self, remove: bool = False) -> None:
+        """Let go of the run."""
+        self.store.live.discard(self.run_id)
+
+
+def open_journal(store: Store, run_id: str, durability: str, force: bool) -> Union[Journal, MemoryJournal]:
+    """Take hold of a run; raise RunLocked if somebody else has."""
+    if isinstance(store, MemoryStore):
+        return MemoryJournal(store, run_id)
+    return Journal(store, run_id, durability, force)
+
+
 # ============================================================================
-# == 16. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+# == 17. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
 # ============================================================================
 # Three signs tell that something of an attempt runs: its log is locked (whoever inherited it holds the lock),
 # its process is there with the start time that was recorded, or some process carries the attempt's cookie in
@@ -4094,6 +4759,19 @@ def bearers(cookie: str) -> List[int]:
     return found
 
 
+def holders(path: str) -> List[int]:
+    """Return the processes that have a file open, as far as this user may know."""
+    found = []
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self/fd") else ():
+        try:
+            fds = os.listdir(f"/proc/{name}/fd") if name.isdigit() else ()
+            if int(name) != os.getpid() and any(os.readlink(f"/proc/{name}/fd/{fd}") == path for fd in fds):
+                found.append(int(name))
+        except (OSError, ValueError):
+            pass                               # gone, or somebody else's
+    return found
+
+
 def escaped(cookie: str, group: Optional[int]) -> List[int]:
     """Return the processes that carry `cookie` and have left the process group of their attempt."""
     return [pid for pid in bearers(cookie) if process_stat(pid)[2:3] != [b"%d" % (group or 0)]]
@@ -4121,13 +4799,12 @@ class Orphan(NamedTuple):
 
     def leader_lives(self) -> bool:
         """Tell whether the process that was recorded is still that process."""
-        fields = process_stat(self.attempt.pid) if self.attempt.pid else []
-        return bool(fields) and fields[0] != b"Z" and int(fields[19]) == self.attempt.ticks
+        return is_process(self.attempt.pid, self.attempt.ticks)
 
     def log_is_locked(self) -> bool:
         """Tell whether somebody still holds the attempt's log open for writing."""
         try:
-            fd = os.open(self.log, os.O_RDONLY | _CLOEXEC | _NOFOLLOW)
+            fd = os.open(self.log, os.O_RDONLY | _CLOEXEC | _NOFOLLOW | _NONBLOCK)
         except OSError:
             return False
         try:
@@ -4139,12 +4816,13 @@ class Orphan(NamedTuple):
 
     def trace(self) -> Optional[str]:
         """Return by what it shows that something of the attempt still runs, if it does."""
-        pids = bearers(self.cookie)
         if self.leader_lives():
             return f"it is process {self.attempt.pid}"
+        locked = self.log_is_locked()
+        pids = bearers(self.cookie) or (holders(self.log) if locked else [])
         if pids:
             return f"it left {'process' if len(pids) == 1 else 'processes'} {', '.join(map(str, pids))}"
-        return f"something of it holds its log {self.log}" if self.log_is_locked() else None
+        return f"something of it holds its log {self.log}" if locked else None
 
     def send(self, word: str) -> None:
         """Send TERM or KILL to all of the attempt that can be told to be of it."""
@@ -4155,10 +4833,12 @@ class Orphan(NamedTuple):
             except (ProcessLookupError, PermissionError):
                 pass
         send_signal(escaped(self.cookie, group), word)
+        if not group and self.log_is_locked():
+            send_signal(holders(self.log), word)
 
 
 class Watchdog:
-    """Ends the processes of an engine that was killed; started when there is a group to watch."""
+    """Ends the processes of an engine that was killed; started before there is a group to watch."""
 
     def __init__(self, token: str) -> None:
         self._token, self._groups = token, set()             # type: Tuple[str, Set[int]]
@@ -4168,6 +4848,18 @@ class Watchdog:
     def pid(self) -> Optional[int]:
         """The watchdog's process, if there is one."""
         return self._process.pid if self._process else None
+
+    def is_gone(self) -> bool:
+        """Tell whether the watchdog has died; a new one is started with the next group."""
+        if self._process is None or self._process.poll() is None:
+            return False
+        self.close()
+        return True
+
+    def ready(self) -> None:
+        """See that there is one, before a process starts that it would find by its cookie alone."""
+        if self._process is None:
+            self._start()
 
     def add(self, group: int) -> None:
         """Watch a process group as well."""
@@ -4195,6 +4887,7 @@ class Watchdog:
                 stdin=reader, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, cwd="/",
                 start_new_session=True)
             os.write(self._pipe, b"".join(b"+%d\n" % group for group in self._groups))
+            os.set_blocking(self._pipe, False) # one that hangs is replaced as one that died is
         except OSError:
             self.close()                       # tried again with the next group
         finally:
@@ -4222,7 +4915,7 @@ class Watchdog:
 
 
 # ============================================================================
-# == 17. PROCESSES: how are attempts started, watched and ended?
+# == 18. PROCESSES: how are attempts started, watched and ended?
 # ============================================================================
 # Every attempt is a process group (and session) of its own whose output goes straight into its log, so
 # nothing of it passes through the engine.  The end of the group's leader is seen by its pidfd where there is
@@ -4260,7 +4953,7 @@ class Waiter:
     Signals can be had by the main thread alone; elsewhere they stay whoever's they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, take_signals: bool = True) -> None:
         import threading
         self.signals: List[str] = []
         self._old: Dict[int, Any] = {}
@@ -4269,7 +4962,7 @@ class Waiter:
         if os.name != "nt":
             import select
             self._poll = select.poll()
-        if threading.current_thread() is threading.main_thread():
+        if take_signals and threading.current_thread() is threading.main_thread():
             self._take_signals()
 
     def _take_signals(self) -> None:
@@ -4402,23 +5095,104 @@ class Child:
         return group_has_living(self.process.pid)
 
 
+class Exchange:
+    """The files by which attempts of a run are given something and hand something on."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self._store, self._run_id, self._disk = store, run_id, store.disk
+        self._logs = store.prepare("logs", run_id)
+        self._io = store.prepare("tmp", run_id, "io")
+        self.work = store.prepare("tmp", run_id, "work")
+        self._contexts: Dict[int, Context] = {}
+        self._made = 0
+
+    def output(self, action: Start) -> str:
+        """Return where an attempt may write what it hands on; nothing is there before."""
+        path = os.path.join(self._io, f"{action.task}.{action.attempt}.out")
+        self._disk.unlink(path)                # of an attempt whose record a power cut took
+        self._disk.make_dir(self.work)         # some task may have removed it
+        return path
+
+    def log_path(self, action: Start) -> str:
+        """Return where the log of an attempt lies."""
+        return os.path.join(self._logs, f"{action.task}.{action.attempt}.log")
+
+    def open_log(self, action: Start) -> int:
+        """Open a new log and lock it; whoever inherits it holds the lock, which is a proof of life."""
+        path = self.log_path(action)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        try:
+            fd = self._disk.open(path, flags)
+        except FileExistsError:                # of an attempt whose record a power cut took
+            os.replace(path, path + ".lost")
+            fd = self._disk.open(path, flags)
+        except FileNotFoundError:              # somebody tidied up
+            self._store.prepare("logs", self._run_id)
+            fd = self._disk.open(path, flags)
+        try:
+            try_lock(fd)
+        except OSError:
+            pass                               # no locks here
+        return fd
+
+    def open_stdin(self, text: Optional[str], action: Start) -> int:
+        """Open what the task reads: its text, in a file that has no name any more, or nothing."""
+        if text is None:
+            return os.open(os.devnull, os.O_RDONLY | _CLOEXEC)
+        path = os.path.join(self._io, f"{action.task}.{action.attempt}.in")
+        fd = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        os.unlink(path)
+        self._disk.write(fd, os.fsencode(text))
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
+
+    def context(self, run: Run, task_id: str) -> Context:
+        """Return the task's context file; tasks that see the same share one, old ones are removed."""
+        scope = run.tasks[task_id].scope
+        context = self._contexts.get(id(scope))
+        if context is None:
+            self._made += 1
+            context = Context(scope, os.path.join(self._io, f"context-{self._made}.json"))
+            self._disk.put(context.path, context_json(run, task_id).encode(), False)
+            self._contexts[id(scope)] = context
+            for old in list(self._contexts.values())[:-KEPT_CONTEXTS]:
+                if not old.users:
+                    del self._contexts[id(old.scope)]
+                    self._disk.unlink(old.path)
+        context.users += 1
+        return context
+
+    def take_output(self, path: str) -> Mapping[str, Any]:
+        """Read what a task wrote to $MINIFLOW_OUTPUT, and remove it; raise ValueError if it can't be used."""
+        try:
+            content = read_file(path, MAX_OUTPUT + 1)
+            os.unlink(path)
+        except FileNotFoundError:
+            return {}
+        except OSError as exc:
+            raise ValueError(f"output: {exc.strerror}") from None
+        if len(content) > MAX_OUTPUT:
+            raise ValueError(f"output: more than {MAX_OUTPUT} bytes; write a file and hand on its path")
+        return parse_output(content)
+
+
 class Processes:
     """The real World: attempts are processes of this machine.  To be used as a context manager."""
 
-    def __init__(self, store: Store, run_id: str, tasks_dir: str, clock: Clock, token: str) -> None:
+    def __init__(self, store: Store, run_id: str, tasks_dir: str, clock: Clock, token: str,
+                 take_signals: bool = True) -> None:
         self.clock, self._store, self._files = clock, store, store.files(run_id)
-        store.prepare("logs", run_id)
-        self._io = store.prepare("tmp", run_id, "io")
+        self._exchange = Exchange(store, run_id)
         self._setting = Setting(dict(os.environ), sys.executable or "python3", os.getcwd(),
-                                os.path.abspath(tasks_dir), store.prepare("tmp", run_id, "work"), token,
+                                os.path.abspath(tasks_dir), self._exchange.work, token,
                                 "", "")
         self._watchdog = Watchdog(token)
         self._children: Dict[str, Child] = {}
         self._by_fd: Dict[int, Child] = {}
-        self._contexts: Dict[int, Context] = {}
-        self._made = 0
         self._reap_at = 0.0
-        self._waiter = Waiter()
+        self._in_need_since: Optional[float] = None          # since when nothing runs and nothing can be started
+        self.note: Callable[[str], None] = lambda text: None # is told what a user should know
+        self._waiter = Waiter(take_signals)
 
     def __enter__(self) -> Processes:
         return self
@@ -4457,34 +5231,28 @@ class Processes:
 
     def start(self, run: Run, action: Start) -> List[Event]:
         """Start an attempt; return that it was spawned, or how it failed to."""
-        output = os.path.join(self._io, f"{action.task}.{action.attempt}.out")
         log = child = context = None
         try:
-            context = self._context(run, action.task)
+            context, output = self._exchange.context(run, action.task), self._exchange.output(action)
             setting = self._setting._replace(context=context.path, output=output)
-            self._store.disk.unlink(output)    # of an attempt whose record a power cut took
-            log = self._open_log(action)
-            process = self._spawn(invoke(run, action.task, setting), action, log)
+            log = self._exchange.open_log(action)
+            self._watchdog.ready()
+            process = self._try_spawn(run, action, setting, log)
+            if isinstance(process, AttemptEnded):
+                return [process]
             child = Child(action.task, process, self._waiter.watch(process.pid), output, context,
                           attempt_cookie(setting.token, action.task, action.attempt))
-        except LookupError as exc:             # a template without a value: no attempt will find one
-            return [attempt_unstartable(run, action.task, self.now(), exc.args[0], None)]
-        except (OSError, ValueError) as exc:   # ValueError: a NUL in an argument
-            if getattr(exc, "errno", None) in PRESSURE_ERRORS:
-                if log is not None:
-                    self._store.disk.unlink(self._log_path(action))
-                return [AttemptDeferred(self.now(), action.task, action.attempt, f"can't start yet: {exc}")]
-            if getattr(exc, "errno", None) in DISK_ERRORS:
-                place = getattr(exc, "filename", None) or self._store.path
-                raise StateError(f"{place}: can't be written: {exc}; what was recorded before is safe: "
-                                 f"miniflow resume {run.id}") from None
-            code = 127 if isinstance(exc, FileNotFoundError) else 126
-            return [attempt_unstartable(run, action.task, self.now(), f"cannot start: {exc}", code)]
+        except OSError as exc:
+            self._bear(exc, run)
+            if log is not None:
+                self._store.disk.unlink(self._exchange.log_path(action))
+            return [AttemptDeferred(self.now(), action.task, action.attempt, f"can't start yet: {exc}")]
         finally:
             if log is not None:
                 os.close(log)
             if context and not child:
                 context.users -= 1
+        self._in_need_since = None
         self._children[action.task] = child
         if child.pidfd is not None:
             self._by_fd[child.pidfd] = child
@@ -4492,10 +5260,45 @@ class Processes:
         self._watchdog.add(pid)
         return [AttemptSpawned(self.now(), action.task, action.attempt, pid, start_ticks(pid))]
 
+    def _try_spawn(self, run: Run, action: Start, setting: Setting, log: int) -> Any:
+        """Return the Popen of an attempt, or its end if it is to blame itself that it can't start.
+
+        Raises OSError where the system has no means for it.
+        """
+        try:
+            return self._spawn(self._invocation(run, action.task, setting), action, log)
+        except LookupError as exc:             # a template without a value: no attempt will find one
+            return attempt_unstartable(run, action.task, self.now(), exc.args[0], None)
+        except (OSError, ValueError) as exc:   # ValueError: a NUL in an argument
+            if getattr(exc, "errno", None) in PRESSURE_ERRORS | FULL_ERRORS:
+                raise
+            code = 127 if isinstance(exc, FileNotFoundError) else 126
+            return attempt_unstartable(run, action.task, self.now(), f"cannot start: {exc}", code)
+
+    def _bear(self, exc: OSError, run: Run) -> None:
+        """Raise StateError if the system has had no means for any attempt too long, or has another trouble."""
+        now = self.now()
+        if exc.errno in PRESSURE_ERRORS | FULL_ERRORS:
+            if self._children or self._in_need_since is None:
+                self._in_need_since = now
+            if now - self._in_need_since < STALL_S:
+                return
+        raise StateError(f"{exc.filename or self._store.path}: no attempt can be started: {exc.strerror}; what was "
+                         f"recorded before is safe: miniflow resume {run.id}") from None
+
+    def _invocation(self, run: Run, task_id: str, setting: Setting) -> Invocation:
+        """Return what is executed for a task."""
+        return invoke(run, task_id, setting)
+
+    def _end(self, run: Run, child: Child, code: int) -> AttemptEnded:
+        """Return how an attempt ended whose processes have."""
+        return attempt_end(run, child.task, self.now(), code, child.stopping,
+                           lambda: self._exchange.take_output(child.output))
+
     def _spawn(self, invocation: Invocation, action: Start, log: int) -> Any:
         """Start the process of an attempt, with nothing open but its log and its input; return its Popen."""
         import subprocess
-        stdin = self._open_stdin(invocation.stdin, action)
+        stdin = self._exchange.open_stdin(invocation.stdin, action)
         try:
             return subprocess.Popen(
                 invocation.argv, stdin=stdin, stdout=log, stderr=log, env=invocation.env, cwd=invocation.cwd,
@@ -4503,52 +5306,6 @@ class Processes:
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
         finally:
             os.close(stdin)
-
-    def _log_path(self, action: Start) -> str:
-        """Return where the log of an attempt lies."""
-        return os.path.join(self._files.logs, f"{action.task}.{action.attempt}.log")
-
-    def _open_log(self, action: Start) -> int:
-        """Open a new log and lock it; whoever inherits it holds the lock, which is a proof of life."""
-        path = self._log_path(action)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-        try:
-            fd = self._store.disk.open(path, flags)
-        except FileExistsError:                # of an attempt whose record a power cut took
-            os.replace(path, path + ".lost")
-            fd = self._store.disk.open(path, flags)
-        try:
-            try_lock(fd)
-        except OSError:
-            pass                               # no locks here
-        return fd
-
-    def _open_stdin(self, text: Optional[str], action: Start) -> int:
-        """Open what the task reads: its text, in a file that has no name any more, or nothing."""
-        if text is None:
-            return os.open(os.devnull, os.O_RDONLY | _CLOEXEC)
-        path = os.path.join(self._io, f"{action.task}.{action.attempt}.in")
-        fd = self._store.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        os.unlink(path)
-        self._store.disk.write(fd, os.fsencode(text))
-        os.lseek(fd, 0, os.SEEK_SET)
-        return fd
-
-    def _context(self, run: Run, task_id: str) -> Context:
-        """Return the task's context file; tasks that see the same share one, old ones are removed."""
-        scope = run.tasks[task_id].scope
-        context = self._contexts.get(id(scope))
-        if context is None:
-            self._made += 1
-            context = Context(scope, os.path.join(self._io, f"context-{self._made}.json"))
-            self._store.disk.put(context.path, context_json(run, task_id).encode(), False)
-            self._contexts[id(scope)] = context
-            for old in list(self._contexts.values())[:-KEPT_CONTEXTS]:
-                if not old.users:
-                    del self._contexts[id(old.scope)]
-                    self._store.disk.unlink(old.path)
-        context.users += 1
-        return context
 
     def stop(self, run: Run, action: Stop) -> List[Event]:
         """Send the signal of `action` to the attempt's group."""
@@ -4562,7 +5319,10 @@ class Processes:
 
     def wait(self, run: Run, until: Optional[float]) -> List[Event]:
         """Wait until something happens, at the longest until `until`; return what did."""
-        ended = [self._by_fd[fd] for fd in self._waiter.wait(self._patience(until))]
+        ended = [self._by_fd[fd] for fd in self._waiter.wait(self.patience(until))]
+        if self._watchdog.is_gone() and self._children:
+            self.note("the watchdog has died; another is started")
+            self._watchdog.ready()
         if os.getpid() == 1 and self.now() >= self._reap_at:
             self._reap_strangers()
             self._reap_at = self.now() + _REAP_S
@@ -4576,7 +5336,7 @@ class Processes:
                                                or events and isinstance(events[-1], CancelRequested))))
         return events
 
-    def _patience(self, until: Optional[float]) -> float:
+    def patience(self, until: Optional[float]) -> float:
         """Return how many seconds to wait, at the longest until `until`."""
         seconds = _FOREVER_S if until is None else until - self.now()
         if os.getpid() == 1:
@@ -4614,8 +5374,7 @@ class Processes:
             self._unwatch(child)               # its leader has told all it can
             return []
         self._forget(child)
-        end = attempt_end(run, child.task, self.now(), child.code, child.stopping,
-                          lambda: self._take_output(child.output))
+        end = self._end(run, child, child.code)
         return [end._replace(error="unkillable: some of its processes are given up") if left else end]
 
     def _unwatch(self, child: Child) -> None:
@@ -4632,19 +5391,6 @@ class Processes:
         child.context.users -= 1
         self._unwatch(child)
 
-    def _take_output(self, path: str) -> Mapping[str, Any]:
-        """Read what a task wrote to $MINIFLOW_OUTPUT, and remove it; raise ValueError if it can't be used."""
-        try:
-            content = read_file(path, MAX_OUTPUT + 1)
-            os.unlink(path)
-        except FileNotFoundError:
-            return {}
-        except OSError as exc:
-            raise ValueError(f"output: {exc.strerror}") from None
-        if len(content) > MAX_OUTPUT:
-            raise ValueError(f"output: more than {MAX_OUTPUT} bytes; write a file and hand on its path")
-        return parse_output(content)
-
     def clean_up(self, run: Run) -> None:
         """Remove the run's TMP_DIR and exchange files if it ended well."""
         import shutil
@@ -4653,10 +5399,425 @@ class Processes:
 
 
 # ============================================================================
-# == 18. RUNNER: how is one run driven to its end?
+# == 19. FUNCTIONS: how are Python functions called, and what becomes of what they return?
+# ============================================================================
+# The World of a Python flow.  Async functions run on the loop of whoever started the run, plain ones in
+# threads of daemons, and those with process=True as processes like any other, whose answer is JSON.
+# Everything ends on the loop: there one queue of ended calls and one future to wake the run are enough.
+#
+# A task gets a context of its own, copied by marshal, the fastest copy of plain values there is; what JSON
+# can't hold stays here in memory and is handed on as the object that it is.  An async call that does not heed
+# its cancellation within grace_s, and a thread at once, as nothing can stop it, are given up by name.
+
+TRACEBACK_CHARS = 8000                         # what is kept of a traceback: its end
+
+
+def describe_error(exc: BaseException) -> str:
+    """Return what an exception says, after the name of its class."""
+    text = str(exc)
+    return f"{class_name(type(exc))}: {text[:1000]}" if text else class_name(type(exc))
+
+
+def format_error(exc: BaseException, skip: int = 0) -> str:
+    """Return the end of the traceback of an exception, without the first `skip` frames, which are ours."""
+    import traceback
+    frame = exc.__traceback__
+    for _ in range(skip):
+        frame = frame and frame.tb_next
+    return "".join(traceback.format_exception(type(exc), exc, frame))[-TRACEBACK_CHARS:]
+
+
+def error_classes(exc: BaseException) -> List[str]:
+    """Return the names of the classes of an exception, its own first."""
+    return [class_name(cls) for cls in type(exc).__mro__ if cls is not object]
+
+
+def load_module(name: str, path: str) -> Any:
+    """Import a file as the module `name`, in which `import miniflow` gives this very module."""
+    import importlib.util
+    sys.modules.setdefault("miniflow", sys.modules[__name__])
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+#: True in the process of a task: there nothing starts a workflow, also if the program that it imports tries to.
+in_call = False
+
+
+def _find_function(call: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the function that a call names, in the process that answers it."""
+    import importlib
+    if call["main"]:
+        from multiprocessing import spawn
+        spawn.prepare(call["main"])
+    found: Any
+    try:
+        found = sys.modules.get(call["module"]) or importlib.import_module(call["module"])
+    except ImportError:
+        found = load_module(call["module"], call["path"])
+    for name in call["function"].split("."):
+        found = getattr(found, name)
+    function: Callable[..., Any] = found.function if isinstance(found, FunctionTask) else found
+    return function
+
+
+def _answer(value: Any) -> Dict[str, Any]:
+    """Return the answer that says that a function returned `value`."""
+    try:
+        returned = split_returned(value)
+        for key, kind in returned.unsaved.items():
+            raise ValueError(f"it returned {key!r}, a {kind}, which can't be sent from one process to another; "
+                             "return what JSON can hold, or leave out process=True")
+    except ValueError as exc:
+        return {"reason": f"bad output: {exc}", "classes": error_classes(exc), "error": None}
+    return {"output": returned.output}
+
+
+def answer_call(call: Mapping[str, Any]) -> int:
+    """Call a function in a process of its own, write its answer, and return the exit code."""
+    global in_call
+    in_call = True
+    ctx = ContextDict(call["ctx"])
+    try:
+        value = _find_function(call)(ctx)
+    except BaseException as exc:
+        answer = {"reason": describe_error(exc), "classes": error_classes(exc), "error": format_error(exc, 1)}
+        sys.stderr.write(format_error(exc, 1))
+    else:
+        answer = _answer(value)
+    with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="ascii") as file:
+        json.dump({**answer, "read": sorted(ctx.read)}, file)
+    return 1 if "reason" in answer else 0
+
+
+class FunctionProcesses(Processes):
+    """Processes that call a Python function each."""
+
+    def __init__(self, store: Store, run_id: str, clock: Clock, token: str,
+                 functions: Mapping[str, Callable[..., Any]],
+                 context: Callable[[Run, str], Dict[str, Any]]) -> None:
+        super().__init__(store, run_id, "", clock, token, take_signals=False)
+        self._functions, self._context_of = functions, context
+
+    def _invocation(self, run: Run, task_id: str, setting: Setting) -> Invocation:
+        function, scope = self._functions[task_id], run.tasks[task_id].scope
+        for key in sorted(scope.unsaved):
+            source = run.tasks[run.plan.order[scope.writers[key]]]
+            raise LookupError(f"cannot start: {key!r} of its context is a {source.unsaved[key]}, which can't be sent "
+                              "to another process; hand on what JSON can hold, or leave out process=True")
+        main: Dict[str, Any] = {}
+        module = sys.modules.get(function.__module__)
+        path = os.path.abspath(getattr(module, "__file__", None) or "")
+        if function.__module__ == "__main__":
+            if not path or not os.path.isfile(path):
+                raise LookupError("cannot start: its function is not in a file, so another process can't import "
+                                  "it; put it into a module, or leave out process=True")
+            from multiprocessing import spawn
+            main = spawn.get_preparation_data(task_id)
+            main.pop("authkey", None)
+        call = {"sys_path": sys.path, "miniflow": "miniflow" if __name__ == "__main__" else __name__,
+                "file": os.path.abspath(__file__), "main": main, "module": function.__module__, "path": path,
+                "function": function.__qualname__, "ctx": self._context_of(run, task_id)}
+        return invoke(run, task_id, setting)._replace(stdin=json.dumps(call))
+
+    def _end(self, run: Run, child: Child, code: int) -> AttemptEnded:
+        try:
+            answer = json.loads(read_file(child.output))
+            self._store.disk.unlink(child.output)
+        except (OSError, ValueError):
+            answer = {}
+        now, read = self.now(), answer.get("read", ())
+        if "reason" in answer:
+            return function_failed(run, child.task, now, child.stopping, answer["reason"], answer["classes"],
+                                   answer["error"], read)
+        if "output" in answer and not code:
+            return function_ended(run, child.task, now, child.stopping, Returned(answer["output"], {}, {}), read)
+        if not code and not child.stopping:
+            return AttemptEnded(now, child.task, run.tasks[child.task].attempt, FAILED, "it ended without an answer")
+        return attempt_end(run, child.task, now, code, child.stopping, dict)
+
+    def fds(self) -> List[int]:
+        """Return the descriptors that become readable when a process ends."""
+        return list(self._by_fd)
+
+
+class Threads:
+    """Threads that call functions; one that has become idle is used again.  They are daemons: none can be ended."""
+
+    def __init__(self) -> None:
+        import queue
+        self._jobs: Any = queue.SimpleQueue()
+        self._idle = self._all = 0
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Call `job` in a thread; rested() has to follow when it has ended."""
+        import threading
+        if self._idle:
+            self._idle -= 1
+        else:
+            self._all += 1
+            threading.Thread(target=self._work, name=f"miniflow-{self._all}", daemon=True).start()
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        for job in iter(self._jobs.get, None):
+            job()
+
+    def rested(self) -> None:
+        """A job has ended, and its thread is idle."""
+        self._idle += 1
+
+    def close(self) -> None:
+        """Let the threads end, those that are busy when they are not any more."""
+        for _ in range(self._all):
+            self._jobs.put(None)
+
+
+class Call:
+    """A running call of a function."""
+
+    __slots__ = ("task", "ctx", "future", "value", "error")
+
+    def __init__(self, task: str, ctx: ContextDict) -> None:
+        self.task, self.ctx = task, ctx
+        self.future: Any = None                # of an async function
+        self.value: Any = None
+        self.error: Optional[BaseException] = None
+
+
+class Functions:
+    """The World of a Python flow, on the running event loop."""
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]], clock: Clock,
+                 processes: Callable[[Callable[[Run, str], Dict[str, Any]]], FunctionProcesses]) -> None:
+        import asyncio
+        self._loop = asyncio.get_running_loop()
+        self._functions, self.clock = functions, clock
+        self._make_processes, self._processes = processes, None     # type: Any, Optional[FunctionProcesses]
+        self._threads = Threads()
+        self._calls: Dict[str, Call] = {}
+        self._ended: List[Call] = []
+        self._wake: Any = None
+        self._watched: Set[int] = set()
+        self.kept: Dict[str, Dict[str, Any]] = {}                   # task to what only memory holds of its output
+        self.errors: Dict[str, BaseException] = {}                  # task to what its last attempt raised
+        self.cancelled = 0                                          # how often whoever waits for us was cancelled
+        self.signals: List[str] = []
+        self._old_handlers: Dict[int, Any] = {}
+
+    def now(self) -> float:
+        """Return the time."""
+        return self.clock.now()
+
+    def context(self, run: Run, task_id: str) -> Dict[str, Any]:
+        """Return a new dict of what a task may read, but for what only memory holds."""
+        import marshal
+        values: Dict[str, Any] = marshal.loads(marshal.dumps(run.ctx_of(task_id)))
+        return values
+
+    def start(self, run: Run, action: Start) -> List[Event]:
+        """Call the function of a task."""
+        name = action.task
+        self.errors.pop(name, None)
+        kind = run.plan.tasks[name].action.kind                     # type: ignore[union-attr]
+        if kind == "process":
+            if self._processes is None:
+                self._processes = self._make_processes(self.context)
+            return self._processes.start(run, action)
+        ctx, scope = ContextDict(self.context(run, name)), run.tasks[name].scope
+        for key in scope.unsaved:
+            ctx[key] = self.kept[run.plan.order[scope.writers[key]]][key]
+            ctx.given.add(key)
+        call = self._calls[name] = Call(name, ctx)
+        if kind == "async":
+            call.future = self._loop.create_task(self._call_async(call))
+            call.future.add_done_callback(lambda future: self._done(call))
+        else:
+            self._threads.submit(lambda: self._call_in_thread(call))
+        return []
+
+    async def _call_async(self, call: Call) -> None:
+        """Await an async function; nothing that it raises may reach the loop, which some of it would stop."""
+        try:
+            call.value = await self._functions[call.task](call.ctx)
+        except GeneratorExit:
+            raise
+        except BaseException as exc:
+            call.error = exc
+
+    def _call_in_thread(self, call: Call) -> None:
+        """Call a plain function, in a thread."""
+        try:
+            call.value = self._functions[call.task](call.ctx)
+        except BaseException as exc:
+            call.error = exc
+        try:
+            self._loop.call_soon_threadsafe(self._done_in_thread, call)
+        except RuntimeError:
+            pass                               # given up long ago: the loop is closed
+
+    def _done_in_thread(self, call: Call) -> None:
+        self._threads.rested()
+        self._done(call)
+
+    def _done(self, call: Call) -> None:
+        """A call has ended; whoever was given up is not heard any more."""
+        if self._calls.get(call.task) is call:
+            if call.future is not None and call.future.cancelled():
+                import asyncio
+                call.error = asyncio.CancelledError()
+            self._ended.append(call)
+            self._rouse()
+
+    def _rouse(self) -> None:
+        """Wake whoever waits in wait()."""
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def stop(self, run: Run, action: Stop) -> List[Event]:
+        """Cancel a call, or give it up if that is of no use."""
+        call = self._calls.get(action.task)
+        if call is None:
+            return self._processes.stop(run, action) if self._processes else []
+        if call in self._ended:
+            return []                          # its end is on its way
+        if call.future is not None and action.signal == "TERM":
+            call.future.cancel()
+            return []
+        del self._calls[action.task]
+        what = "it goes on although it was cancelled" if call.future else "nothing can stop its thread"
+        end = attempt_end(run, action.task, self.now(), 1, action.reason, dict)
+        return [end._replace(reason=f"{end.reason}; given up: {what}", final=True,
+                             inputs=inputs_read(run, action.task, call.ctx.read))]
+
+    async def wait(self, run: Run, until: Optional[float]) -> List[Event]:
+        """Wait until something happens, at the longest until `until`; return what did."""
+        import asyncio
+        try:
+            if not self._ended and not self.signals:
+                await self._pause(until)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            return [CancelRequested(self.now(), "cancelled", 130, self.cancelled > 1)]
+        ended, self._ended = self._ended, []
+        events: List[Event] = [self._judge(run, call) for call in ended]
+        while self.signals:
+            name, again = self.signals.pop(0), run.cancel or any(isinstance(e, CancelRequested) for e in events)
+            events.append(CancelRequested(self.now(), f"cancelled by {name}", SIGNAL_EXITS[name], bool(again)))
+        return events + (self._processes.wait(run, 0) if self._processes else [])
+
+    async def _pause(self, until: Optional[float]) -> None:
+        """Give the loop away until something happens, at the longest until `until`."""
+        import asyncio
+        if self._processes:
+            self._watch(self._processes)
+            until = self.now() + self._processes.patience(until)
+        seconds = None if until is None else until - self.now()
+        if seconds is not None and seconds <= 0:
+            await asyncio.sleep(0)
+            return
+        self._wake = self._loop.create_future()
+        timer = None if seconds is None else self._loop.call_later(seconds, self._rouse)
+        try:
+            await self._wake
+        finally:
+            self._wake = None
+            if timer:
+                timer.cancel()
+
+    def _watch(self, processes: FunctionProcesses) -> None:
+        """Let the loop wake us when a process ends."""
+        fds = set(processes.fds())
+        for fd in self._watched - fds:
+            self._loop.remove_reader(fd)
+        for fd in fds - self._watched:
+            self._loop.add_reader(fd, self._rouse)
+        self._watched = fds
+
+    def take_signals(self) -> None:
+        """Let the signals that end a run reach this one; only in the main thread, whose they are."""
+        import threading
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in SIGNAL_EXITS:
+            number = getattr(signal, name)
+            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                self._old_handlers[number] = signal.getsignal(number)
+                try:
+                    self._loop.add_signal_handler(number, self.on_signal, name)
+                except NotImplementedError:    # Windows
+                    signal.signal(number, lambda number, frame: self._loop.call_soon_threadsafe(
+                        self.on_signal, signal.Signals(number).name))
+
+    def on_signal(self, name: str) -> None:
+        """A signal has come that ends the run."""
+        self.signals.append(name)
+        self._rouse()
+
+    def _judge(self, run: Run, call: Call) -> AttemptEnded:
+        """Return the end of a call."""
+        del self._calls[call.task]
+        now, name, stopping, read = self.now(), call.task, run.tasks[call.task].stopping, call.ctx.read
+        if call.error is None:
+            try:
+                returned = split_returned(call.value)
+            except ValueError as exc:
+                call.error = exc
+                return function_failed(run, name, now, stopping, f"bad output: {exc}", error_classes(exc), None, read)
+            if returned.kept:
+                self.kept[name] = returned.kept
+            return function_ended(run, name, now, stopping, returned, read)
+        self.errors[name] = TimeoutError(stopping) if stopping else call.error
+        return function_failed(run, name, now, stopping, describe_error(call.error), error_classes(call.error),
+                               format_error(call.error, 1), read)
+
+    def clean_up(self, run: Run) -> None:
+        """Remove what the processes of a run that ended well do not need any more."""
+        if self._processes:
+            self._processes.clean_up(run)
+
+    def is_signalled(self) -> bool:
+        """Tell whether a signal has come that wait() has not told of yet."""
+        return bool(self.signals)
+
+    def result(self, run: Run) -> Dict[str, Any]:
+        """Return the final context of a run: params and all outputs, merged in topological order."""
+        ctx: Dict[str, Any] = json_copy(run.params)
+        for name in run.plan.order:
+            ctx.update(json_copy(run.tasks[name].output or {}))
+            ctx.update(self.kept.get(name, {}))
+        return ctx
+
+    def close(self, failed: bool) -> None:
+        """Let go of threads and processes; what still runs is ended where that is possible."""
+        for call in self._calls.values():
+            if call.future is not None:
+                call.future.cancel()
+        for fd in self._watched:
+            self._loop.remove_reader(fd)
+        for number, handler in self._old_handlers.items():
+            try:
+                self._loop.remove_signal_handler(number)
+            except NotImplementedError:
+                pass
+            signal.signal(number, handler)
+        self._threads.close()
+        if self._processes:
+            self._processes.__exit__(RuntimeError if failed else None)
+
+
+# ============================================================================
+# == 20. RUNNER: how is one run driven to its end?
 # ============================================================================
 # Here the pure half and the world meet.  work() is the loop around drive(): it waits for the world, keeps the
-# journal's promises while it waits, and lets a Watcher tell of it.  start_run() and resume_run() differ in
+# journal's promises while it waits, and lets a Watcher tell of it.  open_new() and open_again() differ in
 # the Run that they begin with and in nothing else.
 #
 # A run is locked before anything is decided by what is on disk, and it is let go whatever happens; what its
@@ -4673,8 +5834,8 @@ def usable_cpus() -> int:
 class Watcher:
     """Whoever looks on while a run goes on; this one says nothing."""
 
-    def begin(self, run: Run, slots: int) -> None:
-        """The run is about to start or to go on."""
+    def begin(self, run: Run, slots: Optional[int]) -> None:
+        """The run is about to start or to go on, with at most `slots` attempts at once (None: no limit)."""
 
     def observe(self, event: Event) -> None:
         """The event is on disk and has been applied."""
@@ -4690,8 +5851,9 @@ class Watcher:
         """The run has ended."""
 
 
-def work(run: Run, journal: Journal, world: Processes, slots: int, watcher: Watcher) -> None:
-    """Drive a run whose journal has begun to its end."""
+def _turns(run: Run, journal: Union[Journal, MemoryJournal], world: Any, slots: Optional[int],
+           watcher: Watcher) -> Generator[Optional[float], List[Event], None]:
+    """Drive a run whose journal has begun to its end; yields how long to wait and is sent the new events."""
     watcher.begin(run, slots)
     steps = drive(run, world, journal.append, slots, watcher.observe)
     events: Optional[List[Event]] = None
@@ -4702,10 +5864,20 @@ def work(run: Run, journal: Journal, world: Processes, slots: int, watcher: Watc
             break
         now = world.now()
         times = [at for at in (until, journal.idle(run, now), watcher.refresh(now)) if at is not None]
-        events = world.wait(run, min(times, default=None))
+        events = yield min(times, default=None)
     journal.finish(run)
     world.clean_up(run)
     watcher.end(run)
+
+
+class NoteTaker(Watcher):
+    """Passes notes on and says nothing else."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self.take = take
+
+    def note(self, text: str) -> None:
+        self.take(text)
 
 
 class Order(NamedTuple):
@@ -4718,17 +5890,80 @@ class Order(NamedTuple):
     force_host: bool = False
 
 
-def _carry_out(run: Run, journal: Journal, store: Store, order: Order, clock: Clock, watcher: Watcher,
-               last: Optional[Loaded]) -> Run:
-    """Drive `run` to its end in a world of processes, and let go of its journal whatever happens."""
+class Source(NamedTuple):
+    """A flow, the name that it is run by, the file that it comes from, and its functions if it has any."""
+
+    flow: Flow
+    stem: str
+    path: str
+    functions: Optional[Mapping[str, Callable[..., Any]]] = None
+
+
+class Opened(NamedTuple):
+    """A run that is ours, ready to begin or to go on from `last`; without a journal there is nothing to do."""
+
+    run: Run
+    journal: Union[Journal, MemoryJournal, None]
+    clock: Clock
+    last: Optional[Loaded] = None
+
+
+def carry_out(opened: Opened, store: Store, order: Order, watcher: Watcher) -> Run:
+    """Drive a run to its end in a world of processes, and let go of it whatever happens."""
+    run, journal = opened.run, opened.journal
+    if journal is None:
+        return run
     try:
-        with Processes(store, run.id, order.tasks_dir, clock, journal.engine["token"]) as world:
-            journal.note, journal.hurry = watcher.note, world.is_signalled
-            journal.begin(run, last)
-            work(run, journal, world, order.slots or run.plan.flow.max_parallel or usable_cpus(), watcher)
+        with Processes(store, run.id, order.tasks_dir, opened.clock, journal.engine["token"]) as world:
+            journal.note, journal.hurry, world.note = watcher.note, world.is_signalled, watcher.note
+            journal.begin(run, opened.last)
+            turns = _turns(run, journal, world, order.slots or run.plan.flow.max_parallel or usable_cpus(), watcher)
+            events: Optional[List[Event]] = None
+            while run.outcome is None:
+                try:
+                    until = turns.send(events)             # type: ignore[arg-type]
+                except StopIteration:
+                    break
+                events = world.wait(run, until)
     finally:
         journal.close()
     return run
+
+
+async def carry_out_on_loop(opened: Opened, store: Store, order: Order, watcher: Watcher,
+                            functions: Mapping[str, Callable[..., Any]], take_signals: bool) -> Functions:
+    """Drive a run of functions to its end on the running loop, and let go of it whatever happens."""
+    import asyncio
+    run, journal = opened.run, opened.journal
+    token = journal.engine["token"] if journal else ""
+    world = Functions(functions, opened.clock, lambda context: FunctionProcesses(
+        store, run.id, opened.clock, token, functions, context))
+    if journal is None:
+        return world
+    failed = True
+    try:
+        if take_signals:
+            world.take_signals()
+        journal.note, journal.hurry = watcher.note, world.is_signalled
+        journal.begin(run, opened.last)
+        slots = order.slots or run.plan.flow.max_parallel
+        if slots is None:
+            run.queues.limits[PLAIN_FUNCTIONS] = usable_cpus()
+        turns = _turns(run, journal, world, slots, watcher)
+        events: Optional[List[Event]] = None
+        while run.outcome is None:
+            try:
+                until = turns.send(events)                 # type: ignore[arg-type]
+            except StopIteration:
+                break
+            events = await world.wait(run, until)
+        failed = False
+    finally:
+        world.close(failed)
+        journal.close()
+    if world.cancelled:
+        raise asyncio.CancelledError()
+    return world
 
 
 def last_outputs(store: Store, flow: str, names: Iterable[str]) -> Dict[str, Dict[str, Any]]:
@@ -4746,25 +5981,26 @@ def last_outputs(store: Store, flow: str, names: Iterable[str]) -> Dict[str, Dic
     return outputs
 
 
-def start_run(store: Store, flow: Flow, stem: str, source: str, params: Mapping[str, Any], order: Order,
-              selection: Selection = Selection(), run_id: Optional[str] = None,
-              watcher: Watcher = Watcher()) -> Run:
-    """Run a checked flow from its beginning to its end, and return the Run."""
-    values = complete_params(flow, params)
+def open_new(store: Store, source: Source, params: Optional[Mapping[str, Any]], order: Order,
+             selection: Selection = Selection(), run_id: Optional[str] = None) -> Opened:
+    """Make a run of a checked flow; raise RunExists if there is one of that id."""
+    flow, values = source.flow, complete_params(source.flow, params or {})
     store.prepare("runs", durable=True)
-    left_out = last_outputs(store, stem, select(flow, selection))
+    left_out = last_outputs(store, source.stem, select(flow, selection))
     clock = Clock()
     now = clock.now()
-    run_id = run_id or store.new_id(stem, now)
+    run_id = run_id or store.new_id(source.stem, now)
+    if run_id == "last":
+        raise UsageError("run id last stands for the newest run; give another")
     twin = next((other for other in store.ids() if other.lower() == run_id.lower() and other != run_id), None)
     if twin:
         raise UsageError(f"run id {run_id} differs from that of run {twin} by case only; give another")
-    journal = Journal(store, run_id, order.durability)
+    journal = open_journal(store, run_id, order.durability, order.force_host)
     if store.exists(run_id):                   # somebody else was quicker, and is through
         journal.close(remove=True)
         raise RunExists(f"run {run_id} exists; resume it, or give another run id")
-    run = Run(make_plan(flow, left_out), run_id, values, now, stem, os.path.abspath(source))
-    return _carry_out(run, journal, store, order, clock, watcher, None)
+    path = os.path.abspath(source.path) if source.path else ""
+    return Opened(Run(make_plan(flow, left_out), run_id, values, now, source.stem, path), journal, clock)
 
 
 ON_ORPHAN = ("kill", "wait", "fail")
@@ -4772,13 +6008,15 @@ ON_ORPHAN = ("kill", "wait", "fail")
 
 def orphans_of(loaded: Loaded, store: Store) -> List[Orphan]:
     """Return the attempts that may run still, though the engine of their run is gone."""
-    here, there = this_engine(0), loaded.engine
-    if there.get("boot") != here["boot"]:
+    there, seen = loaded.engine, is_visible(loaded.engine)
+    if there.get("boot") != this_engine(0)["boot"]:
         return []                              # the machine was started anew since
     found = []
     for name, task_run in loaded.run.tasks.items():
         if task_run.status != SUCCESS and task_run.attempts:
             attempt = task_run.attempts[-1]
+            if not seen:                       # its number means another process here
+                attempt.pid = None
             cookie = attempt_cookie(there.get("token", "?"), name, task_run.attempt)
             orphan = Orphan(name, attempt, cookie, os.path.join(store.path, attempt.log or ""),
                             loaded.run.plan.tasks[name].grace_s)
@@ -4818,63 +6056,85 @@ def _clear_orphans(loaded: Loaded, store: Store, order: Order, note: Callable[[s
         orphans = [orphan for orphan in orphans if orphan.trace()]
 
 
-def resume_run(store: Store, run_id: str, flow: Optional[Flow], order: Order, note: Callable[[str], None],
-               watcher: Watcher = Watcher(), stem: Optional[str] = None) -> Run:
-    """Go on with a run that did not succeed, by `flow` as it is now (None: as it was); return the Run.
+def _check_same(last: Run, source: Optional[Source], params: Optional[Mapping[str, Any]]) -> None:
+    """Raise UsageError if a run that exists is to go on as one of another flow, or with other params."""
+    if source and source.stem != last.flow:
+        raise UsageError(f"run {last.id} is one of flow {last.flow}, not of {source.stem}; give another run id")
+    given = last.params if params is None else complete_params(source.flow if source else last.plan.flow, params)
+    for name in [*given, *last.params]:
+        if name not in given or name not in last.params or given[name] != last.params[name]:
+            was = shown(last.params[name]) if name in last.params else "not given"
+            raise UsageError(f"run {last.id} exists and keeps its own params, of which {name} is {was}; "
+                             "give none, or another run id")
 
-    A run that succeeded is returned as it stands, and one of another flow than `stem` is refused.  `note` is
-    told what a user should know.
+
+def open_again(store: Store, run_id: str, source: Optional[Source], params: Optional[Mapping[str, Any]],
+               order: Order, note: Callable[[str], None]) -> Opened:
+    """Take hold of a run that exists, to go on with it by its flow as it is now (None: as it was).
+
+    One that succeeded stays as it is, and other params or another flow are refused.  `note` is told what a user
+    should know.
     """
     if not store.exists(run_id):
         store.load(run_id)                     # says what is wrong
-    journal = Journal(store, run_id, order.durability, order.force_host)
+    journal = open_journal(store, run_id, order.durability, order.force_host)
     journal.note = note
     try:
         last = store.load(run_id)
-        if stem not in (None, last.run.flow):
-            raise UsageError(f"run {run_id} is one of flow {last.run.flow}, not of {stem}; "
-                             "give another run id")
+        _check_same(last.run, source, params)
         _clear_orphans(last, store, order, note)
         if last.damage:
-            note(f"{len(last.damage)} bytes at the end of {journal.files.journal} are torn; they are kept "
+            note(f"{len(last.damage)} bytes at the end of {store.files(run_id).journal} are torn; they are kept "
                  "beside it and what they recorded happens again")
         if last.run.outcome == SUCCESS:
             note(f"run {run_id} has succeeded already; nothing is done")
-            if os.path.lexists(journal.files.journal):
+            if os.path.lexists(store.files(run_id).journal):
                 # Its engine died before it could tidy up.
                 journal.begin(last.run, last)
                 journal.finish(last.run)
             else:
                 journal.close(remove=True)
-            return last.run
-        if flow:
-            for name, change in changed_tasks(last.run.plan.flow, flow).items():
-                note(f"task {name} was {change} since run {run_id} began"
-                     + ("" if change == "removed" else "; it runs again, and so does its downstream"))
-        run = reopen(last.run, flow or last.run.plan.flow)
+            return Opened(last.run, None, Clock())
+        flow = source.flow if source else last.run.plan.flow
+        for name, change in changed_tasks(last.run.plan.flow, flow).items():
+            note(f"task {name} was {change} since run {run_id} began"
+                 + ("" if change == "removed" else "; it runs again, and so does its downstream"))
+        run = reopen(last.run, flow)
+        if source and source.path:
+            run.source = os.path.abspath(source.path)
+        return Opened(run, journal, Clock(), last)
     except BaseException:
         journal.close(remove=True)
         raise
-    return _carry_out(run, journal, store, order, Clock(), watcher, last)
 
 
-def start_or_resume(store: Store, flow: Flow, stem: str, source: str, params: Mapping[str, Any], order: Order,
-                    selection: Selection, run_id: Optional[str], note: Callable[[str], None],
-                    watcher: Watcher = Watcher()) -> Run:
-    """Run a flow, or go on with the run that has the given id; that one keeps its params and selection."""
+def open_run(store: Store, source: Source, params: Optional[Mapping[str, Any]], order: Order,
+             selection: Selection, run_id: Optional[str], note: Callable[[str], None]) -> Opened:
+    """Make a run, or take hold of the one that has the given id, which keeps its params and selection."""
     if run_id is None or not store.exists(run_id):
         try:
-            return start_run(store, flow, stem, source, params, order, selection, run_id, watcher)
+            return open_new(store, source, params, order, selection, run_id)
         except RunExists:
             assert run_id
-    if params or any(selection):
-        kept = "params" if params else "selection of tasks"
-        raise UsageError(f"run {run_id} exists and keeps its own {kept}; give none, or another run id")
-    return resume_run(store, run_id, flow, order, note, watcher, stem)
+    if any(selection):
+        raise UsageError(f"run {run_id} exists and keeps its own selection of tasks; give none, or another "
+                         "run id")
+    return open_again(store, run_id, source, params, order, note)
+
+
+def run_to_end(opened: Opened, store: Store, source: Optional[Source], order: Order,
+               watcher: Watcher = Watcher()) -> Run:
+    """Carry out a run in the way that its tasks demand; functions get an event loop of their own."""
+    functions = source.functions if source else None
+    if functions is None:
+        return carry_out(opened, store, order, watcher)
+    import asyncio
+    asyncio.run(carry_out_on_loop(opened, store, order, watcher, functions, take_signals=True))
+    return opened.run
 
 
 # ============================================================================
-# == 19. REPORTING: how is it told to a person?
+# == 21. REPORTING: how is it told to a person?
 # ============================================================================
 # Talk goes to stderr, results to stdout.  Text that came from a flow or a task is shown with its control
 # characters escaped, so that it can't drive the terminal.
@@ -4926,6 +6186,14 @@ def format_table(rows: Sequence[Sequence[Any]]) -> str:
                      for row in cells)
 
 
+def short_path(path: str) -> str:
+    """Return a path as seen from the working directory, if that is shorter."""
+    try:
+        return min(os.path.relpath(path), path, key=len)
+    except (OSError, ValueError):              # the directory is gone; on Windows, another drive
+        return path
+
+
 def log_tail(path: str, lines: int = TAIL_LINES) -> Tuple[List[str], int]:
     """Return the last lines of a log, decoded and safe to show, and how many bytes come before them."""
     try:
@@ -4962,10 +6230,10 @@ class Lines(Watcher):
     def __init__(self, store: Store, colour: bool = False) -> None:
         self.store, self.colour = store, colour
 
-    def begin(self, run: Run, slots: int) -> None:
+    def begin(self, run: Run, slots: Optional[int]) -> None:
         self.run = run
         left = f", {run.unsettled} of them to do" if run.unsettled < len(run.tasks) else ""
-        self.tell(f"run {run.id}: {len(run.tasks)} tasks{left}, {slots} at once")
+        self.tell(f"run {run.id}: {len(run.tasks)} tasks{left}" + (f", {slots} at once" if slots else ""))
 
     def tell(self, text: str) -> None:
         """Show a line for good."""
@@ -5024,7 +6292,7 @@ class Lines(Watcher):
             lines, before = log_tail(os.path.join(self.store.path, log))
             for line in lines:
                 self.tell(f"    | {line}")
-            shown_path = os.path.relpath(os.path.join(self.store.path, log))
+            shown_path = short_path(os.path.join(self.store.path, log))
             self.tell(f"    log: {shown_path}" + (f" ({before} bytes more)" if before else ""))
 
     def end(self, run: Run) -> None:
@@ -5036,7 +6304,7 @@ class Lines(Watcher):
 class Quiet(Lines):
     """Tells of failures only."""
 
-    def begin(self, run: Run, slots: int) -> None:
+    def begin(self, run: Run, slots: Optional[int]) -> None:
         self.run = run
 
     def observe(self, event: Event) -> None:
@@ -5097,7 +6365,7 @@ class Grouped(Lines):
 class Prefixed(Lines):
     """Tells of a run a line a change, and shows the lines of tasks as they come, each after its task's id."""
 
-    def begin(self, run: Run, slots: int) -> None:
+    def begin(self, run: Run, slots: Optional[int]) -> None:
         super().begin(run, slots)
         self.places: Dict[str, List[Any]] = {}
 
@@ -5129,7 +6397,7 @@ class Prefixed(Lines):
 class Live(Lines):
     """Tells of a run on a terminal: what has happened above, and below it a line a running task and a bar."""
 
-    def begin(self, run: Run, slots: int) -> None:
+    def begin(self, run: Run, slots: Optional[int]) -> None:
         self.drawn = 0                         # lines of the live part on the screen
         self.next_draw = 0.0
         super().begin(run, slots)
@@ -5197,7 +6465,7 @@ class Live(Lines):
 class JsonLines(Watcher):
     """Writes each event to stdout as one line of JSON that holds run, task and status."""
 
-    def begin(self, run: Run, slots: int) -> None:
+    def begin(self, run: Run, slots: Optional[int]) -> None:
         self.run = run
 
     def observe(self, event: Event) -> None:
@@ -5257,7 +6525,7 @@ def format_run(loaded: Loaded, store: Store) -> str:
     if path:
         lines.append("critical path: " + " -> ".join(path))
     if any(task_run.attempts for task_run in run.tasks.values()):
-        lines.append("logs: " + os.path.relpath(store.files(run.id).logs))
+        lines.append("logs: " + short_path(store.files(run.id).logs))
     return "\n".join(lines)
 
 
@@ -5275,10 +6543,256 @@ def format_plan(plan: Plan, slots: int) -> str:
 
 
 # ============================================================================
-# == 20. LIBRARY: what does a Python program use?
+# == 22. LIBRARY: what does a Python program use?
 # ============================================================================
 # A flow is known by the stem of its file, so looking one up reads one file and lists no directory.  Scripts
 # are checked when a flow is loaded: a run whose last script is missing should not find out after three hours.
+
+Aged = Tuple[str, str, float]                   # what it belongs to, its name, and when it was made
+
+
+def removable(newest_first: Iterable[Aged], keep: Optional[int], before: Optional[float]) -> List[Aged]:
+    """Return those that are beyond the newest `keep` of their kind and were made before `before`."""
+    seen: Dict[str, int] = {}
+    found = []
+    for kind, name, at in newest_first:
+        seen[kind] = seen.get(kind, 0) + 1
+        if (keep is None or seen[kind] > keep) and (before is None or at < before):
+            found.append((kind, name, at))
+    return found
+
+
+def aged_runs(store: Store) -> List[Aged]:
+    """Return the runs that may be removed, newest first."""
+    return [(str(head["flow"]), head["id"], parse_time(head["started"]) or 0) for head in store.history()
+            if head["status"] not in (RUNNING, "damaged")]
+
+
+def _aged_scripts(store: Store) -> List[Aged]:
+    """Return the generated scripts, newest first."""
+    try:
+        with os.scandir(os.path.join(store.path, "scripts")) as entries:
+            found = [(entry.name, entry.stat(follow_symlinks=False).st_mtime) for entry in entries
+                     if entry.name.endswith(".sh")]
+    except FileNotFoundError:
+        return []
+    except OSError as exc:
+        raise StateError(f"{exc.filename}: can't be read: {exc.strerror}") from None
+    return sorted(((re.sub(r"-\d{8}T\d{6}Z(-\d+)?\.sh$", "", name), name, at) for name, at in found),
+                  key=lambda aged: (-aged[2], aged[1]))
+
+
+class StateStore:
+    """Where runs of Python flows are kept.  A run is a dict with the keys of RUN.json."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def list_runs(self, status: Optional[str] = None) -> List[Dict[str, Any]]:
+        """Return all runs, newest first; with `status` those that have it."""
+        if status is not None and status not in RUN_STATES:
+            raise UsageError(f"status: expected one of {', '.join(RUN_STATES)}, got {shown(status)}")
+        heads = [head for head in self.store.history() if head["status"] != "damaged"]
+        runs = [self.get_run(head["id"]) for head in heads if status in (None, head["status"])]
+        return [run for run in runs if run]
+
+    def get_run(self, run_id: str) -> Optional[Dict[str, Any]]:
+        """Return a run, or None if there is none of that id; raise StateError if its state can't be read."""
+        try:
+            loaded = self.store.load(run_id)
+        except (NotFound, UsageError):
+            return None
+        return {**run_to_json(loaded.run, loaded.engine), "status": loaded.status}
+
+    def get_task(self, run_id: str, name: str) -> Optional[Dict[str, Any]]:
+        """Return one task of a run, or None if there is no such task or run."""
+        task: Optional[Dict[str, Any]] = (self.get_run(run_id) or {"tasks": {}})["tasks"].get(name)
+        return task
+
+    def delete_run(self, run_id: str) -> bool:
+        """Remove a run with its logs; return whether there was one, raise RunLocked if it goes on."""
+        try:
+            there = self.store.exists(run_id)
+        except UsageError:
+            return False
+        if there:
+            self.store.remove(run_id)
+        return there
+
+    def cleanup_old_runs(self, days: float = 30) -> int:
+        """Remove the runs that began more than `days` days ago, but none that goes on; return how many."""
+        old = removable(aged_runs(self.store), None, time.time() - days * 86400)
+        return sum(self.delete_run(run_id) for _, run_id, _ in old)
+
+
+class JSONStateStore(StateStore):
+    """Keeps runs below a directory, as the command line does below its output directory."""
+
+    def __init__(self, path: str = "./data") -> None:
+        super().__init__(Store(os.fspath(path)))
+
+
+class MemoryStateStore(StateStore):
+    """Keeps runs in memory, as long as it lives itself."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryStore())
+
+
+#: Why no workflow may be started now, if so: its file is just being imported to be looked at.
+_why_not: Optional[str] = None
+
+
+class Workflow:
+    """Tasks made by @task that hang together, to be run by `await workflow.run()`.
+
+    It takes the edges among its own tasks.  `max_concurrent_tasks` None means no limit for async tasks, and as
+    many plain ones at once as there are usable CPUs.  Raises FlowError with all that is wrong.
+    """
+
+    def __init__(self, tasks: Sequence[FunctionTask], name: str = "", max_concurrent_tasks: Optional[int] = None, *,
+                 description: str = "", version: str = "", tags: Sequence[str] = (),
+                 pools: Optional[Mapping[str, int]] = None, fail_fast: bool = False) -> None:
+        self.tasks, self.name, self.max_concurrent_tasks = list(tasks), name, max_concurrent_tasks
+        self._fields: Dict[str, Any] = {"description": description, "version": version, "tags": tuple(tags),
+                                        "pools": dict(pools or {}), "fail_fast": fail_fast}
+        self._edges, self._flow = -1, Flow("", ())
+        assert self.flow                        # is it sound?
+
+    def __repr__(self) -> str:
+        return f"<Workflow {self.name or 'workflow'}: {len(self.tasks)} tasks>"
+
+    @property
+    def flow(self) -> Flow:
+        """The checked Flow; edges may be added to the tasks until it runs."""
+        edges = sum(len(task.upstream) for task in self.tasks)
+        if edges != self._edges:
+            self._flow = make_flow(self.name or "workflow", self.tasks, max_parallel=self.max_concurrent_tasks,
+                                   **self._fields)
+            self._edges = edges
+        return self._flow
+
+    @property
+    def functions(self) -> Dict[str, Callable[..., Any]]:
+        """The function of each task by its name."""
+        return {task.name: task.function for task in self.tasks}
+
+    def visualize(self) -> str:
+        """Return the graph as text: a block for each level, and for each task what it waits for."""
+        return safe(to_text_graph(make_plan(self.flow)))
+
+    async def run(self, run_id: Optional[str] = None, store: Optional[StateStore] = None,
+                  initial_ctx: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+        """Run the workflow on the running event loop and return the final context.
+
+        A `run_id` that exists is gone on with; one that succeeded gives what it gave.  Without a `store` it is
+        JSONStateStore("./data").  Raises FlowFailed if the run did not succeed, with the exception of its first
+        failed task as cause, and UsageError, RunLocked or StateError if the run can't be made.
+        """
+        run, world = await self._run(run_id, store, initial_ctx, take_signals=False)
+        return self._result(run, world)
+
+    def run_sync(self, run_id: Optional[str] = None, store: Optional[StateStore] = None,
+                 initial_ctx: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+        """Run the workflow on an event loop of its own and return the final context; see run().
+
+        In the main thread, SIGINT, SIGTERM and SIGHUP cancel the run, which then ends by KeyboardInterrupt or
+        SystemExit.
+        """
+        import asyncio
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            raise UsageError("run_sync can't wait where an event loop runs already; use: await workflow.run(…)")
+        run, world = asyncio.run(self._run(run_id, store, initial_ctx, take_signals=True))
+        if run.cancel and run.cancel.exit_code == SIGNAL_EXITS["SIGINT"]:
+            raise KeyboardInterrupt
+        if run.cancel:
+            raise SystemExit(run.cancel.exit_code)
+        return self._result(run, world)
+
+    async def _run(self, run_id: Optional[str], store: Optional[StateStore],
+                   initial_ctx: Optional[Mapping[str, Any]], take_signals: bool) -> Tuple[Run, Functions]:
+        """Make a run and drive it to its end on the running loop."""
+        if _why_not:
+            raise UsageError(_why_not)
+        import logging
+        flow, logger = self.flow, logging.getLogger("miniflow")
+        kept = (store or JSONStateStore()).store
+        source = Source(flow, flow.name, "", self.functions)
+        opened = open_run(kept, source, self._params(initial_ctx), Order(""), Selection(), run_id, logger.warning)
+        return opened.run, await carry_out_on_loop(opened, kept, Order(""), NoteTaker(logger.warning),
+                                                   self.functions, take_signals)
+
+    def _params(self, initial_ctx: Optional[Mapping[str, Any]]) -> Optional[Dict[str, Any]]:
+        """Return a copy of the initial context; raise UsageError if the record of the run can't hold it."""
+        if initial_ctx is None:
+            return None
+        if not isinstance(initial_ctx, Mapping):
+            raise UsageError(f"initial_ctx: expected a dict, got {shown(initial_ctx)}")
+        params = {}
+        for key, value in initial_ctx.items():
+            try:
+                if type(key) is not str:
+                    raise TypeError("keys have to be strings")
+                params[key] = json_copy(value)
+            except (TypeError, ValueError) as exc:
+                raise UsageError(f"initial_ctx[{key!r}]: {exc}; make such a value in a task") from None
+        return params
+
+    def _result(self, run: Run, world: Functions) -> Dict[str, Any]:
+        """Return the final context of a run, or raise FlowFailed."""
+        if run.ok:
+            return world.result(run)
+        cause = None
+        if run.first_failure is not None:
+            failed = run.tasks[run.first_failure]
+            cause = world.errors.get(run.first_failure) or RuntimeError(failed.error or failed.reason)
+        raise FlowFailed(format_verdict(run), run) from cause
+
+
+def _line_in(path: str, exc: BaseException) -> int:
+    """Return the line of a file where an exception came from, as far as its traceback knows."""
+    if isinstance(exc, SyntaxError) and exc.filename == path:
+        return exc.lineno or 1
+    frame, line = exc.__traceback__, 1
+    while frame:
+        if frame.tb_frame.f_code.co_filename == path:
+            line = frame.tb_lineno
+        frame = frame.tb_next
+    return line
+
+
+def import_workflow(path: str, stem: str, where: str) -> Workflow:
+    """Import a flow in Python and return its `workflow`, or what create_workflow() gives; raise FlowError."""
+    import contextlib
+    global _why_not
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    name = "miniflow_flow_" + re.sub("[^A-Za-z0-9_]", "_", stem)
+    _why_not = (f"{where} is being imported to find its workflow; put what runs it under "
+                'if __name__ == "__main__":')
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            module = load_module(name, path)
+            found = getattr(module, "workflow", None)
+            if found is None and callable(getattr(module, "create_workflow", None)):
+                found = module.create_workflow()
+    except FlowError as exc:
+        raise FlowError(f"{where}: {line}" for line in exc.problems) from None
+    except (Exception, SystemExit) as exc:
+        raise FlowError([f"{where}:{_line_in(path, exc)}: {describe_error(exc)}"]) from None
+    finally:
+        _why_not = None
+    if not isinstance(found, Workflow):
+        what = "neither a workflow nor a function create_workflow()" if found is None else \
+            f"as workflow a {class_name(type(found))}, which is no Workflow of this MiniFlow ({__file__})"
+        raise FlowError([f"{where}: it has {what}; give it: workflow = Workflow([…])"])
+    return found
+
 
 def flow_files(flows_dir: str) -> Dict[str, str]:
     """Return the flow files of a directory: stem to path, sorted; raise NotFound if it can't be read."""
@@ -5287,20 +6801,27 @@ def flow_files(flows_dir: str) -> Dict[str, str]:
     except OSError as exc:
         raise NotFound(f"{flows_dir}: the flows directory can't be read: {exc.strerror}; "
                        "give another by -f, or make an example: miniflow init") from None
-    return {name[:-5]: os.path.join(flows_dir, name) for name in names
-            if name.endswith(".json") and not name.startswith(".") and len(name) > 5}
+    found: Dict[str, str] = {}
+    for name in names:
+        stem, dot, kind = name.rpartition(".")
+        if stem and not stem.startswith(".") and (kind == "json" or kind == "py" and not stem.startswith("_")):
+            found.setdefault(stem, os.path.join(flows_dir, name))
+    return found
 
 
 def find_flow(flows_dir: str, name: str) -> Tuple[str, str]:
     """Return the name and the path of a flow, given by its name or by a path; raise FlowNotFound."""
     name = os.fspath(name)
-    if "/" in name or os.sep in name or name.endswith(".json"):
+    if "/" in name or os.sep in name or name.endswith((".json", ".py")):
         if os.path.exists(name):
-            return os.path.basename(name)[:-5] if name.endswith(".json") else os.path.basename(name), name
+            return re.sub(r"\.(json|py)$", "", os.path.basename(name)), name
         raise FlowNotFound(f"{safe(name)}: no such flow file")
-    path = os.path.join(flows_dir, name + ".json")
-    if name and os.path.lexists(path):
-        return name, path
+    paths = [path for kind in (".json", ".py") for path in [os.path.join(flows_dir, name + kind)]
+             if name and os.path.lexists(path)]
+    if len(paths) > 1:
+        raise UsageError(f"{safe(paths[0])} and {safe(paths[1])} have the same name; rename one, or give its path")
+    if paths:
+        return name, paths[0]
     try:
         names = flow_files(flows_dir)
     except NotFound as exc:
@@ -5339,14 +6860,18 @@ def script_checker(tasks_dir: str) -> Callable[[str], Optional[str]]:
     return remembered
 
 
-def load_flow(path: str, tasks_dir: str) -> Flow:
-    """Read and check a flow file; raise FlowError with all that is wrong with it."""
-    where = os.path.relpath(path) if len(os.path.relpath(path)) < len(path) else path
+def load_flow(path: str, stem: str, tasks_dir: str) -> Source:
+    """Read and check a flow file, in JSON or in Python; raise FlowError with all that is wrong with it."""
+    where = short_path(path)
     try:
         content = read_file(path, MAX_BYTES + 1)
     except OSError as exc:
         raise FlowError([f"{where}: can't be read: {exc.strerror}"]) from None
-    return parse_flow(content, where, script_checker(tasks_dir))
+    if path.endswith(".py"):
+        workflow = import_workflow(path, stem, where)
+        flow = workflow.flow if workflow.name else workflow.flow._replace(name=stem)
+        return Source(flow, stem, path, workflow.functions)
+    return Source(parse_flow(content, where, script_checker(tasks_dir)), stem, path)
 
 
 def write_script(store: Store, stem: str, plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
@@ -5386,9 +6911,14 @@ class MiniFlow:
         """Return the names of all flows, sorted, broken ones among them."""
         return list(flow_files(self.flows_dir))
 
+    def source(self, name: str) -> Source:
+        """Return a flow, checked, with where it comes from; raise FlowNotFound or FlowError."""
+        stem, path = find_flow(self.flows_dir, name)
+        return load_flow(path, stem, self.tasks_dir)
+
     def load(self, name: str) -> Flow:
         """Return a flow, checked; raise FlowNotFound or FlowError."""
-        return load_flow(find_flow(self.flows_dir, name)[1], self.tasks_dir)
+        return self.source(name).flow
 
     def run(self, name: str, params: Optional[Mapping[str, Any]] = None, *, run_id: Optional[str] = None,
             max_parallel: Optional[int] = None) -> Run:
@@ -5397,12 +6927,12 @@ class MiniFlow:
         A `run_id` that exists is gone on with, by its own params.  Raises FlowNotFound, FlowError,
         UsageError, RunLocked or StateError if the run can't be made.
         """
-        stem, path = find_flow(self.flows_dir, name)
-        flow = load_flow(path, self.tasks_dir)
+        source = self.source(name)
         if max_parallel is not None and not (_TYPES["integer"](max_parallel) and max_parallel > 0):
             raise UsageError(f"max_parallel: expected an integer of at least 1, got {shown(max_parallel)}")
         order = Order(self.tasks_dir, max_parallel)
-        return start_or_resume(self.store, flow, stem, path, params or {}, order, Selection(), run_id, say)
+        opened = open_run(self.store, source, params or None, order, Selection(), run_id, say)
+        return run_to_end(opened, self.store, source, order)
 
     def execute_flow(self, name: str, params: Optional[Mapping[str, Any]] = None,
                      dry_run: bool = False) -> str:
@@ -5410,19 +6940,19 @@ class MiniFlow:
 
         Raises FlowNotFound, FlowError, or FlowFailed (with the Run as `.run`) if the run did not succeed.
         """
-        stem, path = find_flow(self.flows_dir, name)
-        flow = load_flow(path, self.tasks_dir)
-        script = write_script(self.store, stem, make_plan(flow), complete_params(flow, params or {}),
-                              self.tasks_dir)
+        source = self.source(name)
+        script = write_script(self.store, source.stem, make_plan(source.flow),
+                              complete_params(source.flow, params or {}), self.tasks_dir)
         if not dry_run:
-            run = start_run(self.store, flow, stem, path, params or {}, Order(self.tasks_dir))
+            order = Order(self.tasks_dir)
+            run = run_to_end(open_new(self.store, source, params, order), self.store, source, order)
             if not run.ok:
                 raise FlowFailed(format_verdict(run), run)
         return script
 
 
 # ============================================================================
-# == 21. COMMAND LINE: what can be typed?
+# == 23. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
 # its arguments to a parser; only the parser of the command that was typed is ever made.  Global options are
@@ -5559,7 +7089,7 @@ def run_list(options: Any) -> int:
     for name, path in flow_files(mini.flows_dir).items():
         row: Dict[str, Any] = {"name": name, "path": path, "last_run": newest.get(name), "error": None}
         try:
-            flow = load_flow(path, mini.tasks_dir)
+            flow = load_flow(path, name, mini.tasks_dir).flow
             row.update(flow_name=flow.name, tasks=len(flow.tasks), description=flow.description,
                        version=flow.version, tags=flow.tags)
         except FlowError as exc:
@@ -5588,7 +7118,7 @@ def run_validate(options: Any) -> int:
     problems: List[str] = []
     for name, path in paths:
         try:
-            flow = load_flow(path, mini.tasks_dir)
+            flow = load_flow(path, name, mini.tasks_dir).flow
         except FlowError as exc:
             problems += exc.problems
             continue
@@ -5737,18 +7267,15 @@ def _dry_run(mini: MiniFlow, stem: str, flow: Flow, params: Dict[str, Any], opti
 def run_run(options: Any) -> int:
     """Run a flow to its end; the run's id is the result."""
     mini = _miniflow(options)
-    stem, path = find_flow(mini.flows_dir, options.flow)
-    flow = load_flow(path, mini.tasks_dir)
+    source = mini.source(options.flow)
     if options.fail_fast:
-        flow = flow._replace(fail_fast=True)
-    params = read_params(options, flow)
-    order = _order(options)
+        source = source._replace(flow=source.flow._replace(fail_fast=True))
+    params = read_params(options, source.flow)
     if options.dry_run:
-        return _dry_run(mini, stem, flow, params, options)
-    watcher = _watcher(options, mini.store)
-    run = start_or_resume(mini.store, flow, stem, path, params, order, _selection(options), options.run_id,
-                          say, watcher)
-    return _finish(run, options)
+        return _dry_run(mini, source.stem, source.flow, params, options)
+    order = _order(options)
+    opened = open_run(mini.store, source, params or None, order, _selection(options), options.run_id, say)
+    return _finish(run_to_end(opened, mini.store, source, order, _watcher(options, mini.store)), options)
 
 
 def _add_run_id(parser: Any) -> None:
@@ -5767,14 +7294,20 @@ def run_resume(options: Any) -> int:
     mini = _miniflow(options)
     run_id = mini.store.resolve(options.run)
     recorded = mini.store.load(run_id).run
-    flow: Optional[Flow] = None
-    if os.path.lexists(recorded.source):
-        flow = load_flow(recorded.source, mini.tasks_dir)._replace(fail_fast=recorded.plan.flow.fail_fast)
+    source: Optional[Source] = None
+    if recorded.outcome == SUCCESS:
+        pass                                   # whatever its flow is by now
+    elif os.path.exists(recorded.source):
+        source = load_flow(recorded.source, recorded.flow, mini.tasks_dir)
+        source = source._replace(flow=source.flow._replace(fail_fast=recorded.plan.flow.fail_fast))
+    elif any(isinstance(task.action, Function) for task in recorded.plan.tasks.values()):
+        where = f"{safe(recorded.source)}, which is gone" if recorded.source else "a Python program"
+        raise UsageError(f"run {run_id}: its functions are in {where}; start that again, with this run id")
     else:
         say(f"{safe(recorded.source)} is gone; going on by the definition that the run recorded")
-    run = resume_run(mini.store, run_id, flow, _order(options), say,
-                     _watcher(options, mini.store))
-    return _finish(run, options)
+    order = _order(options)
+    opened = open_again(mini.store, run_id, source, None, order, say)
+    return _finish(run_to_end(opened, mini.store, source, order, _watcher(options, mini.store)), options)
 
 
 def _signal_engine(store: Store, run_id: str, name: str) -> bool:
@@ -5782,8 +7315,11 @@ def _signal_engine(store: Store, run_id: str, name: str) -> bool:
     owner = store.owner(run_id)
     if owner is None:
         return False
-    if owner.get("host") != this_engine(0)["host"]:
-        raise UsageError(f"run {run_id} is being run on host {owner.get('host', '?')}; cancel it there")
+    if not is_visible(owner):
+        raise UsageError(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
+                         f"{owner.get('host', '?')}, which can't be seen from here; cancel it there")
+    if not is_process(owner.get("pid"), owner.get("ticks")):
+        return store.owner(run_id) is not None
     try:
         os.kill(int(owner["pid"]), getattr(signal, name))
     except (ProcessLookupError, KeyError):
@@ -5891,7 +7427,8 @@ def _follow(store: Store, run_id: str, options: Any) -> int:
             for number, attempt in enumerate(task_run.attempts, 1):
                 if options.task in (None, name) and options.attempt in (None, number) and attempt.log:
                     place = places.setdefault(attempt.log, [0, b""])
-                    for line in follow_lines(os.path.join(store.path, attempt.log), place, not live):
+                    over = not live or attempt.status != RUNNING
+                    for line in follow_lines(os.path.join(store.path, attempt.log), place, over):
                         print_result(line if options.task else f"{name} | {line}")
         if not live:
             return 0
@@ -5979,38 +7516,6 @@ def _add_clean(parser: Any) -> None:
                         help="say what would be removed, and remove nothing")
 
 
-Aged = Tuple[str, str, float]                   # what it belongs to, its name, and when it was made
-
-
-def _removable(newest_first: Iterable[Aged], keep: Optional[int], before: Optional[float]) -> List[Aged]:
-    """Return those that are beyond the newest `keep` of their kind and were made before `before`."""
-    seen: Dict[str, int] = {}
-    found = []
-    for kind, name, at in newest_first:
-        seen[kind] = seen.get(kind, 0) + 1
-        if (keep is None or seen[kind] > keep) and (before is None or at < before):
-            found.append((kind, name, at))
-    return found
-
-
-def _aged_runs(store: Store) -> List[Aged]:
-    """Return the runs that may be removed, newest first."""
-    return [(str(head["flow"]), head["id"], parse_time(head["started"]) or 0) for head in store.history()
-            if head["status"] not in (RUNNING, "damaged")]
-
-
-def _aged_scripts(store: Store) -> List[Aged]:
-    """Return the generated scripts, newest first."""
-    try:
-        with os.scandir(os.path.join(store.path, "scripts")) as entries:
-            found = [(entry.name, entry.stat(follow_symlinks=False).st_mtime) for entry in entries
-                     if entry.name.endswith(".sh")]
-    except FileNotFoundError:
-        return []
-    return sorted(((re.sub(r"-\d{8}T\d{6}Z(-\d+)?\.sh$", "", name), name, at) for name, at in found),
-                  key=lambda aged: (-aged[2], aged[1]))
-
-
 @command("clean", "remove old runs with their logs and scripts",
          "miniflow clean --keep 10 --older-than 30", _add_clean)
 def run_clean(options: Any) -> int:
@@ -6018,19 +7523,24 @@ def run_clean(options: Any) -> int:
     if options.keep is None and options.older_than is None:
         raise UsageError("clean: say what to remove, by --keep N, --older-than DAYS or both")
     store = _miniflow(options).store
+    store.check()
     before = time.time() - options.older_than * 86400 if options.older_than is not None else None
-    for kind, name, _ in _removable(_aged_runs(store), options.keep, before):
-        if not options.dry_run:
-            try:
-                store.remove(name)
-            except RunLocked:
-                continue
+    code = 0
+    old: List[Tuple[Aged, Callable[[str], None]]] = []
+    old += [(aged, store.remove) for aged in removable(aged_runs(store), options.keep, before)]
+    old += [(aged, store.remove_script) for aged in removable(_aged_scripts(store), options.keep, before)]
+    for (kind, name, _), remove in old:
+        try:
+            if not options.dry_run:
+                remove(name)
+        except RunLocked:
+            continue
+        except StateError as exc:
+            say(str(exc))
+            code = exc.exit_code
+            continue
         print_result(f"{kind} {name}")
-    for kind, name, _ in _removable(_aged_scripts(store), options.keep, before):
-        if not options.dry_run:
-            store.disk.unlink(os.path.join(store.path, "scripts", name))
-        print_result(f"{kind} {name}")
-    return 0
+    return code
 
 
 @command("schema", "print the JSON Schema of the flow file, for editors",
@@ -6151,7 +7661,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as exc:
+        if isinstance(exc, OSError) and exc.errno in PRESSURE_ERRORS | DISK_ERRORS:
+            say(f"the system has no means left for MiniFlow itself: {exc}")
+            return StateError.exit_code
         import traceback
         say(traceback.format_exc())
         say(f"this is a bug in MiniFlow {__version__}; "
