@@ -88,7 +88,7 @@ import zlib
 from datetime import datetime, timedelta, timezone
 from itertools import islice
 from typing import (
-    IO, Any, Callable, Collection, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
+    IO, Any, Callable, Collection, Coroutine, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
     NamedTuple, Optional, Sequence, Set, Tuple, Type, Union, overload,
 )
 
@@ -1594,13 +1594,18 @@ def _retry_names(retry_on: Any) -> Optional[Tuple[str, ...]]:
     return tuple(names)
 
 
+def _plain(function: Any) -> Any:
+    """Return the function within a functools.partial, or one within the other."""
+    while hasattr(function, "func"):
+        function = function.func
+    return function
+
+
 def _function_kind(function: Callable[..., Any], process: bool) -> str:
     """Return where `function` is to run; raise ValueError if it can't."""
     import inspect
-    call = function
-    while hasattr(call, "func"):                # functools.partial
-        call = call.func
-    is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))
+    call = _plain(function)
+    is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
     try:
         inspect.signature(function).bind({})
     except TypeError as exc:
@@ -1687,7 +1692,8 @@ def _make_function_task(function: Callable[..., Any], name: Optional[str], retry
     if lines:
         where = f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', function)!s}"
         raise FlowError(f"task {where}: {line}" for line in lines)
-    full_name = f"{function.__module__}:{getattr(function, '__qualname__', fields['id'])}"
+    plain = _plain(function)
+    full_name = f"{plain.__module__}:{getattr(plain, '__qualname__', type(plain).__qualname__)}"
     task = make_task({**fields, "function": full_name, "kind": kind})
     return FunctionTask(function, task._replace(retry=task.retry._replace(retry_on=names)))
 
@@ -1989,16 +1995,23 @@ class Lineage:
         return sorted(found)
 
 
+def is_flat(values: Mapping[str, Any]) -> bool:
+    """Tell whether none of the values of a JSON object is a list or an object itself."""
+    return not any(isinstance(value, (list, dict)) for value in values.values())
+
+
 class Scope(NamedTuple):
     """What a task may read: for each key the rank of its last writer, and its value.
 
-    `unsaved` has the keys whose value JSON can't hold: it is in the memory of the engine alone.
+    `unsaved` has the keys whose value JSON can't hold: it is in the memory of the engine alone.  Where no value
+    is a list or a dict (`flat`), a copy of `values` shares nothing with it that could be changed.
     """
 
     lineage: Lineage
     writers: Mapping[str, int]
     values: Mapping[str, Any]
     unsaved: FrozenSet[str] = frozenset()
+    flat: bool = True
 
     def extended(self, rank: int, output: Mapping[str, Any], unsaved: Iterable[str]) -> Scope:
         """Return the scope of those downstream of the task with `rank` that may read this one."""
@@ -2006,7 +2019,7 @@ class Scope(NamedTuple):
         for key in lost:
             values.pop(key, None)
         return Scope(Lineage((self.lineage,), rank), {**self.writers, **dict.fromkeys([*output, *lost], rank)},
-                     values, (self.unsaved - output.keys()) | lost)
+                     values, (self.unsaved - output.keys()) | lost, self.flat and is_flat(output))
 
 
 NO_SCOPE = Scope(Lineage(), {}, {})
@@ -2027,7 +2040,8 @@ def join_scopes(scopes: Sequence[Scope]) -> Scope:
                 else:
                     values[key] = scope.values[key]
                     unsaved.discard(key)
-    return Scope(Lineage(tuple(scope.lineage for scope in scopes)), writers, values, frozenset(unsaved))
+    return Scope(Lineage(tuple(scope.lineage for scope in scopes)), writers, values, frozenset(unsaved),
+                 all(scope.flat for scope in scopes))
 
 
 class Attempt:
@@ -3114,13 +3128,13 @@ def split_returned(value: Any) -> Returned:
 class ContextDict(Dict[str, Any]):
     """The context of a Python task: a dict of its own that notes which of its keys are read."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], keys: Iterable[str]) -> None:
         super().__init__(values)
-        self.given = set(values)
+        self._keys = keys                      # those that count as read where all are
         self.read: Set[str] = set()
 
     def _note_all(self) -> None:
-        self.read = self.given
+        self.read.update(self._keys)
 
     def __getitem__(self, key: str) -> Any:
         self.read.add(key)
@@ -5418,13 +5432,12 @@ def describe_error(exc: BaseException) -> str:
     return f"{class_name(type(exc))}: {text[:1000]}" if text else class_name(type(exc))
 
 
-def format_error(exc: BaseException, skip: int = 0) -> str:
-    """Return the end of the traceback of an exception, without the first `skip` frames, which are ours."""
+def format_error(exc: BaseException) -> str:
+    """Return the end of the traceback of an exception, without the frames of this file."""
     import traceback
-    frame = exc.__traceback__
-    for _ in range(skip):
-        frame = frame and frame.tb_next
-    return "".join(traceback.format_exception(type(exc), exc, frame))[-TRACEBACK_CHARS:]
+    told = traceback.TracebackException(type(exc), exc, exc.__traceback__)
+    told.stack[:] = [frame for frame in told.stack if frame.filename != __file__]
+    return "".join(told.format())[-TRACEBACK_CHARS:]
 
 
 def error_classes(exc: BaseException) -> List[str]:
@@ -5447,8 +5460,8 @@ def load_module(name: str, path: str) -> Any:
     return module
 
 
-#: True in the process of a task: there nothing starts a workflow, also if the program that it imports tries to.
-in_call = False
+#: Why no workflow may be started now, if so: a program that holds one is being imported, not run.
+why_not: Optional[str] = None
 
 
 def _find_function(call: Mapping[str, Any]) -> Callable[..., Any]:
@@ -5482,14 +5495,17 @@ def _answer(value: Any) -> Dict[str, Any]:
 
 def answer_call(call: Mapping[str, Any]) -> int:
     """Call a function in a process of its own, write its answer, and return the exit code."""
-    global in_call
-    in_call = True
-    ctx = ContextDict(call["ctx"])
+    global why_not
+    ctx = ContextDict(call["ctx"], call["ctx"])
+    why_not = ("this program is being imported by the process of a task, to find its function; put what starts a "
+               'workflow under if __name__ == "__main__":')
     try:
-        value = _find_function(call)(ctx)
+        function = _find_function(call)
+        why_not = None                         # a task may run workflows of its own
+        value = function(ctx)
     except BaseException as exc:
-        answer = {"reason": describe_error(exc), "classes": error_classes(exc), "error": format_error(exc, 1)}
-        sys.stderr.write(format_error(exc, 1))
+        answer = {"reason": describe_error(exc), "classes": error_classes(exc), "error": format_error(exc)}
+        sys.stderr.write(format_error(exc))
     else:
         answer = _answer(value)
     with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="ascii") as file:
@@ -5618,9 +5634,12 @@ class Functions:
 
     def context(self, run: Run, task_id: str) -> Dict[str, Any]:
         """Return a new dict of what a task may read, but for what only memory holds."""
+        values = run.ctx_of(task_id)
+        if run.tasks[task_id].scope.flat and is_flat(run.params):
+            return values
         import marshal
-        values: Dict[str, Any] = marshal.loads(marshal.dumps(run.ctx_of(task_id)))
-        return values
+        copied: Dict[str, Any] = marshal.loads(marshal.dumps(values))
+        return copied
 
     def start(self, run: Run, action: Start) -> List[Event]:
         """Call the function of a task."""
@@ -5631,10 +5650,10 @@ class Functions:
             if self._processes is None:
                 self._processes = self._make_processes(self.context)
             return self._processes.start(run, action)
-        ctx, scope = ContextDict(self.context(run, name)), run.tasks[name].scope
+        scope = run.tasks[name].scope
+        ctx = ContextDict(self.context(run, name), scope.writers)
         for key in scope.unsaved:
             ctx[key] = self.kept[run.plan.order[scope.writers[key]]][key]
-            ctx.given.add(key)
         call = self._calls[name] = Call(name, ctx)
         if kind == "async":
             call.future = self._loop.create_task(self._call_async(call))
@@ -5769,14 +5788,14 @@ class Functions:
             try:
                 returned = split_returned(call.value)
             except ValueError as exc:
-                call.error = exc
+                self.errors[name] = exc
                 return function_failed(run, name, now, stopping, f"bad output: {exc}", error_classes(exc), None, read)
             if returned.kept:
                 self.kept[name] = returned.kept
             return function_ended(run, name, now, stopping, returned, read)
         self.errors[name] = TimeoutError(stopping) if stopping else call.error
         return function_failed(run, name, now, stopping, describe_error(call.error), error_classes(call.error),
-                               format_error(call.error, 1), read)
+                               format_error(call.error), read)
 
     def clean_up(self, run: Run) -> None:
         """Remove what the processes of a run that ended well do not need any more."""
@@ -5928,6 +5947,26 @@ def carry_out(opened: Opened, store: Store, order: Order, watcher: Watcher) -> R
     finally:
         journal.close()
     return run
+
+
+def run_on_own_loop(main: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine on an event loop of its own; what it has given up does not keep us from returning."""
+    import asyncio
+    loop = asyncio.new_event_loop()
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(main)
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+            setattr(task, "_log_destroy_pending", False)     # what is left after that is left knowingly
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=0.2))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 async def carry_out_on_loop(opened: Opened, store: Store, order: Order, watcher: Watcher,
@@ -6128,8 +6167,7 @@ def run_to_end(opened: Opened, store: Store, source: Optional[Source], order: Or
     functions = source.functions if source else None
     if functions is None:
         return carry_out(opened, store, order, watcher)
-    import asyncio
-    asyncio.run(carry_out_on_loop(opened, store, order, watcher, functions, take_signals=True))
+    run_on_own_loop(carry_out_on_loop(opened, store, order, watcher, functions, take_signals=True))
     return opened.run
 
 
@@ -6639,10 +6677,6 @@ class MemoryStateStore(StateStore):
         super().__init__(MemoryStore())
 
 
-#: Why no workflow may be started now, if so: its file is just being imported to be looked at.
-_why_not: Optional[str] = None
-
-
 class Workflow:
     """Tasks made by @task that hang together, to be run by `await workflow.run()`.
 
@@ -6706,7 +6740,7 @@ class Workflow:
             pass
         else:
             raise UsageError("run_sync can't wait where an event loop runs already; use: await workflow.run(…)")
-        run, world = asyncio.run(self._run(run_id, store, initial_ctx, take_signals=True))
+        run, world = run_on_own_loop(self._run(run_id, store, initial_ctx, take_signals=True))
         if run.cancel and run.cancel.exit_code == SIGNAL_EXITS["SIGINT"]:
             raise KeyboardInterrupt
         if run.cancel:
@@ -6716,8 +6750,8 @@ class Workflow:
     async def _run(self, run_id: Optional[str], store: Optional[StateStore],
                    initial_ctx: Optional[Mapping[str, Any]], take_signals: bool) -> Tuple[Run, Functions]:
         """Make a run and drive it to its end on the running loop."""
-        if _why_not:
-            raise UsageError(_why_not)
+        if why_not:
+            raise UsageError(why_not)
         import logging
         flow, logger = self.flow, logging.getLogger("miniflow")
         kept = (store or JSONStateStore()).store
@@ -6745,6 +6779,12 @@ class Workflow:
     def _result(self, run: Run, world: Functions) -> Dict[str, Any]:
         """Return the final context of a run, or raise FlowFailed."""
         if run.ok:
+            lost = [f"{key} ({kind})" for name in run.plan.order for key, kind in run.tasks[name].unsaved.items()
+                    if key not in world.kept.get(name, {})]
+            if lost:
+                import logging
+                logging.getLogger("miniflow").warning("run %s: what only memory held is not there any more: %s",
+                                                      run.id, ", ".join(lost))
             return world.result(run)
         cause = None
         if run.first_failure is not None:
@@ -6768,12 +6808,12 @@ def _line_in(path: str, exc: BaseException) -> int:
 def import_workflow(path: str, stem: str, where: str) -> Workflow:
     """Import a flow in Python and return its `workflow`, or what create_workflow() gives; raise FlowError."""
     import contextlib
-    global _why_not
+    global why_not
     folder = os.path.dirname(os.path.abspath(path))
     if folder not in sys.path:
         sys.path.insert(0, folder)
     name = "miniflow_flow_" + re.sub("[^A-Za-z0-9_]", "_", stem)
-    _why_not = (f"{where} is being imported to find its workflow; put what runs it under "
+    why_not = (f"{where} is being imported to find its workflow; put what runs it under "
                 'if __name__ == "__main__":')
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -6786,7 +6826,7 @@ def import_workflow(path: str, stem: str, where: str) -> Workflow:
     except (Exception, SystemExit) as exc:
         raise FlowError([f"{where}:{_line_in(path, exc)}: {describe_error(exc)}"]) from None
     finally:
-        _why_not = None
+        why_not = None
     if not isinstance(found, Workflow):
         what = "neither a workflow nor a function create_workflow()" if found is None else \
             f"as workflow a {class_name(type(found))}, which is no Workflow of this MiniFlow ({__file__})"

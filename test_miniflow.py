@@ -4,6 +4,7 @@ One class a section, in the same order; nothing to install.  What needs a tool t
 (shellcheck, …) is skipped with a reason; with MINIFLOW_TEST_ALL=1 such a skip is a failure.
 """
 import ast
+import asyncio
 import collections
 import contextlib
 import errno
@@ -21,6 +22,7 @@ import symtable
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import tokenize
 import unittest
@@ -794,6 +796,146 @@ class T06JsonFrontEnd(unittest.TestCase):
             readme = file.read()
         for field in mf.FLOW_FIELDS + mf.TASK_FIELDS + mf.PARAM_FIELDS:
             self.assertIn(f"`{field.name}`", readme)
+
+
+class T07PythonFrontEnd(unittest.TestCase):
+
+    def wrong(self, function, **options):
+        """Return what is said of a task that makes no sense, without the function's name."""
+        with self.assertRaises((mf.FlowError, TypeError)) as caught:
+            mf.task(**options)(function)
+        return re.sub(r"(?m)^task \S+: ", "", str(caught.exception))
+
+    def test_a_task_is_made_with_and_without_parentheses_and_is_still_the_function(self):
+        def add(ctx):
+            """Adds up.
+
+            At length.
+            """
+            return {"sum": ctx["a"] + 1}
+
+        for made in (mf.task(add), mf.task()(add), mf.task(name="add")(add)):
+            self.assertEqual((made.name, made.__doc__, made({"a": 1})), ("add", add.__doc__, {"sum": 2}))
+            self.assertEqual(made.task, mf.Task("add", mf.Function(f"{__name__}:{add.__qualname__}", "thread"),
+                                                description="Adds up."))
+
+    def test_every_option_of_a_task_reaches_the_model(self):
+        options = {"name": "n", "max_retries": 2, "backoff_s": 1, "max_backoff_s": 5, "jitter": 0.5, "timeout_s": 3,
+                   "grace_s": 1, "tags": ("x", "y"), "description": "d", "trigger_rule": "all_done",
+                   "allow_failure": True, "pool": "p", "priority": 4, "retry_on": [OSError, "timeout"]}
+        made = mf.task(**options)(len).task
+        self.assertEqual(made, mf.Task(
+            "n", mf.Function("builtins:len", "thread"), retry=mf.Retry(2, 1, 5, 0.5, ("OSError", "timeout")),
+            timeout_s=3, grace_s=1, tags=("x", "y"), description="d", trigger_rule="all_done", allow_failure=True,
+            pool="p", priority=4))
+        self.assertEqual(mf.task(retry_on=subprocess.CalledProcessError, name="n")(len).task.retry.retry_on,
+                         ("subprocess.CalledProcessError",))
+
+    def test_where_a_function_runs_is_told_by_what_it_is(self):
+        import functools
+
+        async def coroutine(ctx):
+            pass
+
+        class Callable:
+            async def __call__(self, ctx):
+                pass
+
+        kinds = [mf.task(name="n", **options)(function).task.action.kind for function, options in (
+            (coroutine, {}), (Callable(), {}), (functools.partial(coroutine), {}), (len, {}),
+            (os.path.basename, {"process": True}))]
+        self.assertEqual(kinds, ["async", "async", "async", "thread", "process"])
+
+    def test_options_that_make_no_sense_are_named_with_their_way_out(self):
+        async def coroutine(ctx):
+            pass
+
+        for function, options, expected in (
+                (len, {"max_retries": "3"}, "max_retries: expected an integer from 0 to 1000000, got \"3\""),
+                (len, {"timeout_s": 0}, "timeout_s: expected a number from 0.001 to 315360000, got 0"),
+                (len, {"trigger_rule": "all"}, "trigger_rule: expected one of "),
+                (len, {"name": "a b"}, "id: expected a name of letters, digits, _, . and -"),
+                (lambda ctx: None, {}, "id: expected a name of letters, digits, _, . and -"),
+                (len, {"retry_on": [3]}, "retry_on: expected classes of exceptions or \"timeout\", got 3"),
+                (lambda: None, {"name": "n"}, "it is called with one argument, its context, but takes others: "),
+                (coroutine, {"process": True}, "process=True: an async function runs on the event loop; make it"),
+                (lambda ctx: None, {"name": "n", "process": True}, "process=True: another process finds a function by "
+                 "its name in its module"),
+                (len, {"max_retrys": 1}, "@task has no option max_retrys, did you mean max_retries?"),
+                (3, {}, "@task: expected a function, got 3")):
+            with self.subTest(options=options):
+                self.assertIn(expected, self.wrong(function, **options))
+
+    def tasks(self, *names, **options):
+        return [mf.task(name=name, **options)(len) for name in names]
+
+    def test_edges_are_drawn_by_arrows_in_both_directions_and_with_lists(self):
+        a, b, c, d = self.tasks(*"abcd")
+        self.assertIs(a >> b, b)
+        result = b >> [c, d]
+        self.assertEqual(result, [c, d])
+        e, f, g = self.tasks(*"efg")
+        self.assertIs([c, d] >> e, e)
+        self.assertEqual(f << [e, a], [e, a])
+        g << f
+        a >> b                                 # twice is once
+        flow = mf.make_flow("w", [a, b, c, d, e, f, g])
+        self.assertEqual({t.id: t.depends_on for t in flow.tasks}, {
+            "a": (), "b": ("a",), "c": ("b",), "d": ("b",), "e": ("c", "d"), "f": ("e", "a"), "g": ("f",)})
+        for wrong in (lambda: a >> len, lambda: a << 3, lambda: [a, 3] >> b):
+            with self.assertRaises(TypeError) as caught:
+                wrong()
+            self.assertIn("expected a task or a list of tasks, got", str(caught.exception))
+
+    def test_everything_wrong_with_a_workflow_is_said_at_once(self):
+        a, b, c = self.tasks(*"abc")
+        again, = self.tasks("a", pool="db")
+        a >> b >> c >> b
+        with self.assertRaises(mf.FlowError) as caught:
+            mf.Workflow([b, c, again, again], name="w", max_concurrent_tasks=0)
+        for line in ("workflow w: task b waits for a, which is not among the workflow's tasks; add it to them",
+                     "workflow w: max_parallel: expected an integer from 1 to 100000, got 0"):
+            self.assertIn(line, caught.exception.problems)
+        with self.assertRaises(mf.FlowError) as caught:
+            mf.Workflow([a, b, c, again], name="w")
+        self.assertEqual(caught.exception.problems, (
+            "workflow w: tasks[3].id: a is the id of tasks[0] already; rename one",
+            "workflow w: tasks[1].depends_on: a cycle: b -> c -> b; remove one of these dependencies",
+            'workflow w: tasks[3].pool: the flow has no pool "db"; it has none'))
+        with self.assertRaises(mf.FlowError) as caught:
+            mf.Workflow([], name="no good")
+        self.assertIn("workflow no good: tasks: there are none; give at least one", caught.exception.problems)
+
+    def test_edges_that_come_after_the_workflow_count_as_well(self):
+        a, b = self.tasks(*"ab")
+        workflow = mf.Workflow([a, b])
+        a >> b
+        self.assertEqual(workflow.flow.tasks[1].depends_on, ("a",))
+
+    def test_a_json_flow_and_its_python_twin_have_equal_plans(self):
+        for seed in range(50):
+            flow, _ = random_flow(random.Random(seed))
+            made = {t.id: mf.task(name=t.id, priority=t.priority, trigger_rule=t.trigger_rule, pool=t.pool,
+                                  allow_failure=t.allow_failure, timeout_s=t.timeout_s, grace_s=t.grace_s,
+                                  max_retries=t.retry.max_retries, backoff_s=t.retry.backoff_s,
+                                  jitter=t.retry.jitter, description="")(len) for t in flow.tasks}
+            for t in flow.tasks:
+                [made[up] for up in t.depends_on] >> made[t.id]
+            twin = mf.make_flow("f", list(made.values()), pools=dict(flow.pools), fail_fast=flow.fail_fast)
+            one, other = mf.make_plan(flow), mf.make_plan(twin)
+            for field in ("order", "rank", "downstream", "key", "left_out"):
+                self.assertEqual(getattr(one, field), getattr(other, field))
+            for t in flow.tasks:
+                retry = t.retry._replace(retry_on=None)
+                self.assertEqual(other.tasks[t.id], t._replace(action=other.tasks[t.id].action, retry=retry))
+
+    def test_a_recorded_flow_of_functions_is_read_back_without_them(self):
+        a, b = self.tasks("a", "b", tags=("x",), retry_on=OSError)
+        a >> b
+        flow = mf.make_flow("w", [a, b], description="d", pools={"p": 2})
+        self.assertEqual(mf.recorded_flow(json.loads(json.dumps(mf.flow_to_json(flow)))), flow)
+        with self.assertRaises(mf.FlowError):  # a flow file can't name a function
+            mf.parse_flow(json.dumps(mf.flow_to_json(flow)), "f.json")
 
 
 class T08Plan(unittest.TestCase):
@@ -2751,7 +2893,7 @@ class T18Processes(unittest.TestCase):
                     time.sleep(2.5)            # nothing starts or ends meanwhile
                     process.kill()
                     process.communicate()
-                    wait_for(lambda: not alive(pid), "the end of the task", 3)
+                    wait_for(lambda pid=pid: not alive(pid), "the end of the task", 3)
                 else:
                     self.assertEqual(process.communicate(timeout=60)[1], b"")
                     self.assertEqual(process.returncode, 0)
@@ -3053,6 +3195,662 @@ class T18Processes(unittest.TestCase):
             self.assertTrue(project.run(run_id="r").ok)
             self.assertEqual((project.log("r", "a"), project.read("miniflow_output/logs/r/a.1.log.lost")),
                              (b"new\n", "old"))
+
+
+def run_workflow(*tasks, store=None, run_id=None, ctx=None, **options):
+    """Run tasks as a workflow in memory; return the final context."""
+    return mf.Workflow(list(tasks), **options).run_sync(run_id, store or mf.MemoryStateStore(), ctx)
+
+
+def failure(*tasks, **options):
+    """Run tasks as a workflow that fails; return the FlowFailed."""
+    try:
+        raise AssertionError(f"it succeeded: {run_workflow(*tasks, **options)}")
+    except mf.FlowFailed as exc:
+        return exc
+
+
+class T19Functions(unittest.TestCase):
+
+    def program(self, text, *args, **options):
+        """Run a Python program beside miniflow.py, in a directory of its own; return its CompletedProcess."""
+        project = one(task("unused"))
+        project.__enter__()
+        self.addCleanup(project.__exit__)
+        self.project = project
+        project.write("program.py", textwrap.dedent(text))
+        env = {**os.environ, "PYTHONPATH": HERE, **options.pop("env", {})}
+        process = subprocess.Popen([sys.executable, "program.py", *args], cwd=project.path, env=env, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_the_example_of_the_readme(self):
+        process = self.program("""
+            import asyncio
+            from miniflow import Workflow, task, JSONStateStore
+
+            @task(max_retries=2, backoff_s=0.5)
+            async def fetch_data(ctx):
+                return {"items": [1, 2, 3, 4, 5]}
+
+            @task()
+            def transform_data(ctx):
+                return {"total": sum(ctx["items"])}
+
+            async def main():
+                fetch_data >> transform_data
+                workflow = Workflow([fetch_data, transform_data], name="demo")
+                result = await workflow.run("my_run_001", JSONStateStore("./data"), {"user": "demo"})
+                print(result)
+
+            asyncio.run(main())
+            """)
+        out, err = process.communicate()
+        self.assertEqual((out, err), ("{'user': 'demo', 'items': [1, 2, 3, 4, 5], 'total': 15}\n", ""))
+        with open(self.project.at("data/runs/my_run_001.json")) as file:
+            state = json.load(file)
+        self.assertEqual((state["status"], state["tasks"]["transform_data"]["inputs"]),
+                         ("success", {"items": "fetch_data"}))
+        self.assertEqual(os.listdir(self.project.at("data/runs")), ["my_run_001.json"])
+
+    def test_a_task_sees_its_ancestors_whatever_the_timing_and_the_parallelism(self):
+        """Random graphs, kinds, sleeps and limits against an oracle that merges in topological order."""
+        for seed in range(25):
+            chance, seen = random.Random(seed), {}
+            names = [f"t{n}" for n in range(chance.randint(2, 12))]
+            upstream = {name: [up for up in names[:n] if chance.random() < 0.35] for n, name in enumerate(names)}
+            outputs = {name: {chance.choice("xyz"): f"of {name}", name: [1]} for name in names}
+            waits = {name: chance.choice([0, 0, 0.002, 0.01]) for name in names}
+            kinds = {name: chance.random() < 0.6 for name in names}
+
+            def make_one(name, seen=seen, outputs=outputs, waits=waits, kinds=kinds):
+                def body(ctx):
+                    seen[name] = json.loads(json.dumps(ctx))
+                    for value in ctx.values():
+                        if isinstance(value, list):
+                            value.append("spoilt")
+                    ctx["z"] = "spoilt"
+                    return outputs[name]
+
+                async def coroutine(ctx):
+                    await asyncio.sleep(waits[name])
+                    return body(ctx)
+
+                def plain(ctx):
+                    time.sleep(waits[name])
+                    return body(ctx)
+                return mf.task(name=name)(coroutine if kinds[name] else plain)
+
+            made = {name: make_one(name) for name in names}
+            for name in names:
+                [made[up] for up in upstream[name]] >> made[name]
+            shuffled = chance.sample(names, len(names))
+            order = mf.make_plan(mf.make_flow("w", [made[name] for name in shuffled])).order
+            above = {}
+            for name in names:
+                above[name] = set(upstream[name]).union(*(above[up] for up in upstream[name]))
+            finals = []
+            for limit in (None, 1, 2, 5):
+                finals.append(run_workflow(*(made[name] for name in shuffled), ctx={"x": "initial"},
+                                           max_concurrent_tasks=limit))
+                for name in names:
+                    expected = {"x": "initial"}
+                    for up in order:
+                        expected.update(outputs[up] if up in above[name] else {})
+                    self.assertEqual(seen.pop(name), expected, (seed, limit, name))
+            expected = {"x": "initial"}
+            for name in order:
+                expected.update(outputs[name])
+            self.assertEqual(finals, [expected] * 4)
+
+    def test_plain_functions_run_at_once_as_many_as_there_are_cpus_and_block_no_loop(self):
+        gate, ticks, most = threading.Barrier(mf.usable_cpus()), [], [0, 0]
+
+        @mf.task
+        async def ticking(ctx):
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+                ticks.append(True)
+
+        def plain(ctx):
+            most[0] += 1
+            most[1] = max(most)
+            gate.wait(10)                      # nobody passes before as many as that are here
+            wait_for(lambda: len(ticks) == 20, "the loop, which nobody blocks", 10)
+            most[0] -= 1
+
+        plains = [mf.task(name=f"p{n}")(plain) for n in range(2 * mf.usable_cpus())]
+        run_workflow(ticking, *plains)
+        self.assertEqual(most[1], mf.usable_cpus())
+        self.assertLess(max(b - a for a, b in zip(ticks, ticks[1:])), 0.09)
+
+    def test_nothing_waits_for_a_level_to_be_complete(self):
+        order = []
+
+        async def slow(ctx):
+            while "below" not in order:
+                await asyncio.sleep(0.001)
+
+        async def fast(ctx):
+            pass
+
+        async def below(ctx):
+            order.append("below")
+
+        slow, fast, below = map(mf.task, (slow, fast, below))
+        fast >> below
+        run_workflow(slow, fast, below)
+        self.assertEqual(order, ["below"])
+
+    def test_retries_are_steered_by_classes_and_from_within(self):
+        tries = collections.Counter()
+
+        def failing(name, exc, **options):
+            def function(ctx):
+                tries[name] += 1
+                raise exc
+            return mf.task(name=name, max_retries=2, **options)(function)
+
+        class Mine(OSError):
+            pass
+
+        exc = failure(failing("a", ValueError("x")), failing("b", ValueError("x"), retry_on=OSError),
+                      failing("c", Mine("x"), retry_on=[OSError]), failing("d", mf.NoRetry("enough")),
+                      failing("e", mf.RetryError("again"), retry_on=[OSError]),
+                      failing("f", mf.NoRetry(), retry_on=OSError))
+        self.assertEqual(tries, {"a": 3, "b": 1, "c": 3, "d": 1, "e": 3, "f": 1})
+        tasks = exc.run.tasks
+        self.assertEqual([tasks[name].reason for name in "ad"], ["ValueError: x", "miniflow.NoRetry: enough"])
+        self.assertEqual(exc.__cause__.args, ("x",))
+        self.assertIsInstance(exc.__cause__, ValueError)
+        self.assertIn("raise exc\nValueError: x\n", tasks["a"].error)
+        self.assertNotIn(f'"{ENGINE}"', tasks["a"].error)
+        self.assertEqual([a.status for a in tasks["a"].attempts], ["failed"] * 3)
+
+    def test_a_failure_leaves_no_sibling_running_unseen(self):
+        async def main():
+            done = []
+
+            @mf.task
+            async def bad(ctx):
+                raise KeyError("x")
+
+            @mf.task
+            async def good(ctx):
+                await asyncio.sleep(0.05)
+                done.append(True)
+
+            with self.assertRaises(mf.FlowFailed) as caught:
+                await mf.Workflow([bad, good]).run(store=mf.MemoryStateStore())
+            self.assertEqual((done, ends(caught.exception.run)), ([True], {"bad": "failed", "good": "success"}))
+            self.assertEqual(asyncio.all_tasks(), {asyncio.current_task()})
+        asyncio.run(main())
+
+    def test_a_timeout_cancels_what_is_async_and_gives_up_a_thread(self):
+        heard, gate = [], threading.Event()
+
+        @mf.task(timeout_s=0.05)
+        async def heeding(ctx):
+            try:
+                await asyncio.sleep(60)
+            finally:
+                heard.append("heeding")
+
+        @mf.task(timeout_s=0.05, grace_s=0.1)
+        async def deaf(ctx):
+            while not gate.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.01)
+
+        @mf.task(timeout_s=0.05, max_retries=3)
+        def thread(ctx):
+            gate.wait(60)
+
+        tasks = failure(heeding, deaf, thread).run.tasks
+        gate.set()
+        self.assertEqual(heard, ["heeding"])
+        self.assertEqual({name: (t.reason, len(t.attempts)) for name, t in tasks.items()}, {
+            "heeding": ("timeout after 0.05 s", 1),
+            "deaf": ("timeout after 0.05 s; given up: it goes on although it was cancelled", 1),
+            "thread": ("timeout after 0.05 s; given up: nothing can stop its thread", 1)})
+        exc = failure(heeding)
+        self.assertIsInstance(exc.__cause__, TimeoutError)
+
+    def test_cancelling_whoever_awaits_cancels_the_run_and_leaves_nothing(self):
+        store, heard, gate = mf.MemoryStateStore(), [], threading.Event()
+        self.addCleanup(gate.set)
+
+        async def sleeping(ctx):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                heard.append("cancelled")
+                await asyncio.sleep(0.01)      # time to tidy up
+                heard.append("tidy")
+                raise
+
+        async def main():
+            tasks = [mf.task(sleeping), mf.task(name="thread")(lambda ctx: gate.wait(60)), mf.task(name="next")(len)]
+            tasks[0] >> tasks[2]
+            running = asyncio.ensure_future(mf.Workflow(tasks).run("r", store))
+            await asyncio.sleep(0.05)
+            running.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await running
+            self.assertEqual(asyncio.all_tasks(), {asyncio.current_task()})
+        asyncio.run(main())
+        self.assertEqual(heard, ["cancelled", "tidy"])
+        run = store.get_run("r")
+        self.assertEqual((run["status"], {name: t["status"] for name, t in run["tasks"].items()}), (
+            "cancelled", dict.fromkeys(["sleeping", "thread", "next"], "cancelled")))
+        self.assertEqual(run["tasks"]["thread"]["reason"], "cancelled; given up: nothing can stop its thread")
+
+    def test_a_second_cancel_gives_up_at_once(self):
+        async def deaf(ctx):
+            while True:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.01)
+                if stop:
+                    return
+
+        stop, store = [], mf.MemoryStateStore()
+
+        async def main():
+            running = asyncio.ensure_future(mf.Workflow([mf.task(grace_s=60)(deaf)]).run("r", store))
+            for _ in range(2):
+                await asyncio.sleep(0.05)
+                running.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await asyncio.wait_for(running, 10)
+            stop.append(True)
+        asyncio.run(main())
+        self.assertIn("given up", store.get_run("r")["tasks"]["deaf"]["reason"])
+
+    def test_signals_end_run_sync_as_they_end_a_command(self):
+        text = """
+            import asyncio, sys
+            from miniflow import *
+
+            @task
+            async def sleeping(ctx):
+                print("ready", flush=True)
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    print("tidy", flush=True)
+
+            Workflow([sleeping]).run_sync("r")
+            """
+        for number, code in ((signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+            process = self.program(text)
+            self.assertEqual(process.stdout.readline(), "ready\n")
+            process.send_signal(number)
+            out, err = process.communicate(timeout=30)
+            self.assertEqual((out, process.returncode), ("tidy\n", code), err)
+            with open(self.project.at("data/runs/r.json")) as file:
+                state = json.load(file)
+            self.assertEqual((state["status"], state["tasks"]["sleeping"]["reason"]),
+                             ("cancelled", f"cancelled by {number.name}"))
+
+    def test_what_a_task_raises_never_stops_the_loop(self):
+        for exc, text in ((SystemExit(3), "SystemExit: 3"), (KeyboardInterrupt(), "KeyboardInterrupt"),
+                          (asyncio.CancelledError(), "CancelledError"), (BaseException("b"), "BaseException: b")):
+            async def coroutine(ctx, exc=exc):
+                raise exc
+
+            def plain(ctx, exc=exc):
+                raise exc
+
+            tasks = failure(mf.task(coroutine), mf.task(plain)).run.tasks
+            self.assertTrue(tasks["coroutine"].reason.endswith(text), tasks["coroutine"].reason)
+            self.assertTrue(tasks["plain"].reason.endswith(text))
+
+    def test_what_cant_be_handed_on_is_named_with_task_and_key(self):
+        async def coroutine(ctx):
+            pass
+
+        for value, expected in (
+                ([1], "bad output: it returned a list; return a dict or None"),
+                ({1: 2}, "bad output: it returned the key 1, a int; keys have to be strings"),
+                ({"rate": float("nan")}, "bad output: it returned 'rate': nan is no JSON number; return None or"),
+                ({"deep": [{"x": float("inf")}]}, "bad output: it returned 'deep': inf is no JSON number")):
+            exc = failure(mf.task(name="t")(lambda ctx, value=value: value))
+            self.assertTrue(exc.run.tasks["t"].reason.startswith(expected), exc.run.tasks["t"].reason)
+            self.assertIsInstance(exc.__cause__, ValueError)
+        pending = coroutine({})
+        exc = failure(mf.task(name="t")(lambda ctx: pending))
+        pending.close()
+        self.assertEqual(exc.run.tasks["t"].reason,
+                         "bad output: it returned a coroutine; declare the function async")
+
+    def test_what_json_cant_hold_passes_in_memory_and_is_made_again_if_a_resume_needs_it(self):
+        made, fail, seen = [], [True], []
+
+        def make(ctx):
+            made.append(object())
+            return {"handle": made[-1], "pair": (1, 2), "number": 7}
+
+        def use(ctx):
+            seen.append((ctx["handle"], ctx["pair"], ctx["number"]))
+            if fail:
+                raise RuntimeError("not yet")
+
+        with tempfile.TemporaryDirectory() as path, self.assertLogs("miniflow", "WARNING") as logs:
+            store = mf.JSONStateStore(path)
+            make, other, use, last = mf.task(make), mf.task(name="other")(lambda ctx: {"o": 1}), mf.task(use), mf.task(
+                name="last")(lambda ctx: {"own": {1, 2}})
+            make >> use >> last
+            other >> use
+            self.assertEqual(failure(make, other, use, last, store=store, run_id="r").run.tasks["use"].inputs,
+                             {"handle": "make", "pair": "make", "number": "make"})
+            record = store.get_task("r", "make")
+            self.assertEqual((record["output"], record["unsaved"]),
+                             ({"number": 7}, {"handle": "object", "pair": "tuple"}))
+            fail.clear()
+            result = run_workflow(make, other, use, last, store=store, run_id="r")
+            self.assertEqual(result, {"handle": made[1], "pair": (1, 2), "number": 7, "o": 1, "own": {1, 2}})
+            self.assertEqual(seen, [(made[0], (1, 2), 7), (made[1], (1, 2), 7)])
+            run = store.get_run("r")
+            self.assertEqual({name: t["attempt"] for name, t in run["tasks"].items()},
+                             {"make": 2, "other": 1, "use": 2, "last": 1})
+            self.assertEqual(run["ctx"], {"number": 7, "o": 1})
+            again = run_workflow(make, other, use, last, store=store, run_id="r")
+            self.assertEqual(again, {"number": 7, "o": 1})
+        self.assertEqual(len(made), 2)
+        self.assertEqual(sum("has succeeded already" in line for line in logs.output), 1)
+        self.assertIn("what only memory held is not there any more: handle (object), pair (tuple), own (set)",
+                      logs.output[-1])
+
+    def test_a_run_goes_on_where_it_failed_and_refuses_another_context(self):
+        ran, fail = [], [True]
+
+        def bad(ctx):
+            ran.append("bad")
+            if fail:
+                raise OSError("no")
+            return {"b": ctx["a"] + ctx["start"]}
+
+        store = mf.MemoryStateStore()
+        first, second = mf.task(name="first")(lambda ctx: ran.append("first") or {"a": 1}), mf.task(bad)
+        first >> second
+        failure(first, second, store=store, run_id="r", ctx={"start": 10})
+        with self.assertRaises(mf.UsageError) as caught:
+            run_workflow(first, second, store=store, run_id="r", ctx={"start": 11})
+        self.assertIn("run r exists and keeps its own params, of which start is 10", str(caught.exception))
+        fail.clear()
+        self.assertEqual(run_workflow(first, second, store=store, run_id="r"), {"start": 10, "a": 1, "b": 11})
+        with self.assertLogs("miniflow"):
+            same = run_workflow(first, second, store=store, run_id="r", ctx={"start": 10})
+        self.assertEqual((same, ran), ({"start": 10, "a": 1, "b": 11}, ["first", "bad", "bad"]))
+
+    def test_a_killed_program_is_started_again_and_repeats_no_success(self):
+        text = """
+            import sys, time
+            from miniflow import *
+
+            def step(n):
+                def function(ctx):
+                    with open("told", "a") as file: print(n, file=file)
+                    time.sleep(0.1)
+                    return {f"k{n}": n}
+                return task(name=f"s{n}")(function)
+
+            if __name__ == "__main__":
+                steps = [step(n) for n in range(12)]
+                for a, b in zip(steps, steps[3:]): a >> b
+                print(sorted(Workflow(steps).run_sync("r").items()))
+            """
+        process = self.program(text)
+        project = self.project
+        wait_for(lambda: os.path.exists(project.at("told")) and len(project.lines("told")) > 4, "some tasks")
+        process.kill()
+        process.communicate()
+        with open(project.at("data/runs/r.jsonl")) as file:
+            done = re.findall(r'"attempt_ended".*?"task":"(s\d+)".*"status":"success"', file.read())
+        env = {**os.environ, "PYTHONPATH": HERE}
+        out = subprocess.run([sys.executable, "program.py"], cwd=project.path, env=env, stdout=subprocess.PIPE).stdout
+        self.assertEqual(out.decode(), f"{sorted((f'k{n}', n) for n in range(12))}\n")
+        told = collections.Counter(project.lines("told"))
+        self.assertGreater(len(done), 0)
+        for name in done:
+            self.assertEqual(told[name[1:]], 1, told)
+        self.assertLessEqual(max(told.values()), 2)
+
+    def test_many_workflows_at_once_within_each_other_and_with_shared_tasks(self):
+        shared = mf.task(name="shared")(lambda ctx: {"shared": ctx["n"]})
+        store = mf.MemoryStateStore()
+
+        async def inner(ctx):
+            tasks = [mf.task(name=f"part_{i}")(lambda ctx, i=i: {f"p{i}": ctx["n"] * i}) for i in range(3)]
+            result = await mf.Workflow([shared, *tasks]).run(store=store, initial_ctx={"n": ctx["n"]})
+            return {"sum": sum(result[f"p{i}"] for i in range(3))}
+
+        async def main():
+            workflow = mf.Workflow([shared, mf.task(inner)])
+            return await asyncio.gather(*(workflow.run(store=store, initial_ctx={"n": n}) for n in range(20)))
+
+        self.assertEqual(asyncio.run(main()), [{"n": n, "shared": n, "sum": 3 * n} for n in range(20)])
+        self.assertEqual(len(store.list_runs("success")), 40)
+
+    def test_of_two_at_once_with_the_same_id_one_is_told_who_the_other_is(self):
+        async def main(store):
+            @mf.task
+            async def sleeping(ctx):
+                await asyncio.sleep(0.1)
+            workflow = mf.Workflow([sleeping])
+            return await asyncio.gather(workflow.run("r", store), workflow.run("r", store), return_exceptions=True)
+
+        with tempfile.TemporaryDirectory() as path:
+            for store in (mf.MemoryStateStore(), mf.JSONStateStore(path)):
+                results = asyncio.run(main(store))
+                self.assertEqual([type(result) for result in results], [dict, mf.RunLocked])
+                self.assertIn("run r is being run by", str(results[1]))
+
+    def test_run_sync_where_a_loop_runs_says_what_to_do(self):
+        async def main():
+            with self.assertRaises(mf.UsageError) as caught:
+                run_workflow(mf.task(name="a")(len))
+            self.assertIn("use: await workflow.run", str(caught.exception))
+        asyncio.run(main())
+
+    def test_run_sync_works_in_a_thread(self):
+        results = []
+        thread = threading.Thread(target=lambda: results.append(run_workflow(mf.task(name="a")(lambda ctx: {"a": 1}))))
+        thread.start()
+        thread.join(30)
+        self.assertEqual(results, [{"a": 1}])
+
+    def test_an_initial_context_that_cant_be_recorded_is_refused(self):
+        for ctx, expected in (({"c": object()}, "initial_ctx['c']: JSON can't hold a object as it is; make such a"),
+                              ({1: 2}, "initial_ctx[1]: keys have to be strings"), ([], "initial_ctx: expected a dict"),
+                              ({"n": float("nan")}, "initial_ctx['n']: nan is no JSON number")):
+            with self.assertRaises(mf.UsageError) as caught:
+                run_workflow(mf.task(name="a")(len), ctx=ctx)
+            self.assertIn(expected, str(caught.exception))
+
+    def test_a_large_value_is_in_the_record_where_it_was_made_and_in_the_context(self):
+        with tempfile.TemporaryDirectory() as path:
+            source = mf.task(name="source")(lambda ctx: {"big": "x" * 100000})
+            readers = [mf.task(name=f"r{n}")(lambda ctx: {"n": len(ctx["big"])}) for n in range(300)]
+            source >> readers
+            run_workflow(source, *readers, store=mf.JSONStateStore(path), run_id="r")
+            self.assertLess(os.path.getsize(os.path.join(path, "runs", "r.json")), 200000 + 300 * 800)
+
+    def test_the_cost_of_a_task_does_not_grow_with_the_workflow(self):
+        def calls_per_task(size, shape):
+            tasks = [mf.task(name=f"t{n}")(answer) for n in range(size)]
+            if shape == "chain":
+                for a, b in zip(tasks, tasks[1:]):
+                    a >> b
+            elif shape == "layers":
+                for n in range(20, size, 20):
+                    tasks[n - 20:n] >> tasks[n]
+                    for other in tasks[n + 1:n + 20]:
+                        tasks[n - 20:n] >> other
+            workflow, calls = mf.Workflow(tasks), itertools.count()
+            sys.setprofile(lambda frame, kind, arg: kind == "call" and next(calls))
+            try:
+                workflow.run_sync(store=mf.MemoryStateStore())
+            finally:
+                sys.setprofile(None)
+            return next(calls) / size
+
+        async def answer(ctx):
+            return {"n": 1}
+
+        for shape in ("fan", "chain", "layers"):
+            few, many = calls_per_task(200, shape), calls_per_task(2000, shape)
+            self.assertLess(many, few * 1.15, shape)
+
+    PROCESS = """
+        import os, sys, time
+        from miniflow import *
+
+        @task(process=True)
+        def where(ctx):
+            print("in", os.getpid(), ctx["n"], sys.stdin.read())
+            return {"pid": os.getpid(), "twice": ctx["n"] * 2}
+
+        @task(process=True, max_retries=1)
+        def bad(ctx):
+            print("to the log")
+            raise LookupError("no such thing")
+
+        @task(process=True, timeout_s=0.5, grace_s=0.2)
+        def slow(ctx):
+            print(os.getpid(), file=open("pid", "w"))
+            import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(60)
+
+        @task(process=True)
+        def gone(ctx): os._exit(0)
+
+        @task(process=True)
+        def killed(ctx): os.kill(os.getpid(), 9)
+
+        @task(process=True)
+        def leaving(ctx): sys.exit("bye")
+
+        @task(process=True)
+        def unsendable(ctx): return {"ok": 1, "set": {1}}
+
+        @task
+        def maker(ctx): return {"lock": open}
+
+        @task(process=True)
+        def taker(ctx): pass
+
+        @task
+        def after(ctx): return {"main": os.getpid()}
+
+        if __name__ == "__main__":
+            where >> after
+            maker >> taker
+            tasks = [where, after]
+            if len(sys.argv) > 1:
+                tasks += [bad, slow, gone, killed, leaving, unsendable, maker, taker]
+            print(sorted(Workflow(tasks).run_sync("r", initial_ctx={"n": 4})))
+        """
+
+    def test_a_function_with_process_true_runs_in_a_process_of_its_own(self):
+        process = self.program(self.PROCESS)
+        out, err = process.communicate()
+        self.assertEqual((out, err), ("['main', 'n', 'pid', 'twice']\n", ""))
+        state = mf.JSONStateStore(self.project.at("data")).get_run("r")
+        pid = state["ctx"]["pid"]
+        self.assertEqual((state["ctx"]["main"], state["ctx"]["twice"]), (process.pid, 8))
+        self.assertNotEqual(pid, process.pid)
+        with open(self.project.at("data", state["tasks"]["where"]["log"])) as file:
+            self.assertEqual(file.read(), f"in {pid} 4 \n")
+        self.assertEqual(state["tasks"]["where"]["inputs"], {})
+        self.assertFalse(os.path.exists(self.project.at("data/tmp/r")))
+
+    def test_what_goes_wrong_in_a_process_of_a_function_is_told(self):
+        process = self.program(self.PROCESS, "all")
+        _, err = process.communicate()
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("miniflow.FlowFailed: run r: failed", err)
+        store = mf.JSONStateStore(self.project.at("data"))
+        tasks = store.get_run("r")["tasks"]
+        self.assertEqual({name: (t["reason"], t["attempt"]) for name, t in tasks.items() if t["status"] == "failed"}, {
+            "bad": ("LookupError: no such thing", 2), "slow": ("timeout after 0.5 s", 1),
+            "gone": ("it ended without an answer", 1), "killed": ("killed by signal 9", 1),
+            "leaving": ("SystemExit: bye", 1),
+            "unsendable": ("bad output: it returned 'set', a set, which can't be sent from one process to another; "
+                           "return what JSON can hold, or leave out process=True", 1),
+            "taker": ("cannot start: 'lock' of its context is a builtin_function_or_method, which can't be sent to "
+                      "another process; hand on what JSON can hold, or leave out process=True", 1)})
+        self.assertFalse(alive(int(self.project.read("pid"))))
+        self.assertRegex(tasks["bad"]["error"], r'File ".*program.py", line \d+, in bad')
+        with open(self.project.at("data", tasks["bad"]["log"])) as file:
+            text = file.read()
+        self.assertIn("to the log\n", text)
+        self.assertIn("LookupError: no such thing", text)
+
+    def test_a_program_without_a_guard_does_not_start_itself_again(self):
+        text = self.PROCESS.replace('if __name__ == "__main__":', "if True:")
+        process = self.program(text)
+        _, err = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 1)
+        tasks = mf.JSONStateStore(self.project.at("data")).get_run("r")["tasks"]
+        self.assertIn('put what starts a workflow under if __name__ == "__main__":', tasks["where"]["reason"])
+
+    def test_a_function_from_a_session_without_a_file_cant_be_sent(self):
+        code = textwrap.dedent("""
+            from miniflow import *
+            def f(ctx): pass
+            Workflow([task(process=True)(f)]).run_sync(store=MemoryStateStore())
+            """)
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": HERE}, text=True,
+                              stderr=subprocess.PIPE)
+        self.assertIn("its function is not in a file, so another process can't import it", done.stderr)
+
+    def test_a_vendored_copy_works_with_processes_too(self):
+        with one(task("unused")) as project:
+            project.write("pkg/__init__.py", "")
+            project.write("pkg/_vendor/__init__.py", "")
+            shutil.copy(ENGINE, project.at("pkg", "_vendor", "miniflow.py"))
+            project.write("pkg/job.py", textwrap.dedent("""
+                import os
+                from pkg._vendor.miniflow import task, Workflow
+                @task(process=True)
+                def part(ctx): return {"other": os.getpid() != ctx["pid"]}
+                """))
+            project.write("program.py", textwrap.dedent("""
+                import os
+                from pkg.job import part
+                from pkg._vendor.miniflow import Workflow, MemoryStateStore
+                print(Workflow([part]).run_sync(store=MemoryStateStore(), initial_ctx={"pid": os.getpid()})["other"])
+                """))
+            env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            done = subprocess.run([sys.executable, "program.py"], cwd=project.path, env=env, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual((done.stdout, done.stderr), ("True\n", ""))
+
+    def test_plain_values_are_copied_and_all_else_is_told_apart(self):
+        for value in (None, True, 1, 1.5, "x", "\ud800", [1, [2]], {"a": {"b": []}}, 10**500):
+            self.assertEqual(mf.json_copy(value), value)
+            self.assertEqual(json.loads(json.dumps(value)), value)
+        nested = []
+        nested.append(nested)
+        for value in ((1,), {1: 2}, {1}, b"x", object(), collections.OrderedDict(), 10**5000, nested, [{"a": (1,)}],
+                      type("Str", (str,), {})("x"), signal.SIGINT):
+            with self.assertRaises(TypeError):
+                mf.json_copy(value)
+
+    def test_every_way_to_read_a_context_is_noted(self):
+        ways = {"a": lambda c: c["a"], "b": lambda c: c.get("b"), "c": lambda c: c.pop("c"),
+                "d": lambda c: c.setdefault("d"), "abcd": lambda c: {**c}}
+        for keys, way in ways.items():
+            ctx = mf.ContextDict(dict.fromkeys("abcd", 1), "abcd")
+            way(ctx)
+            self.assertEqual(ctx.read, set(keys))
+        for way in (dict, list, lambda c: c.items(), lambda c: c.values(), json.dumps, lambda c: c.copy(),
+                    lambda c: c.popitem(), lambda c: (lambda **options: options)(**c)):
+            ctx = mf.ContextDict(dict.fromkeys("abcd", 1), "abcd")
+            way(ctx)
+            self.assertEqual(ctx.read, set("abcd"), way)
 
 
 class T20Runner(unittest.TestCase):
