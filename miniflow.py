@@ -1574,9 +1574,14 @@ def recorded_flow(value: Mapping[str, Any]) -> Flow:
 # nobody knows which front end it came from.  The functions themselves are no part of the Flow, which has
 # their names only, so that it can be written down and compared.
 
+#: Begins the name of the module that a flow in Python becomes, which so hides no other module.
+FLOW_MODULE = "miniflow_flow_"
+
+
 def class_name(cls: type) -> str:
     """Return the name by which retry_on knows a class of exceptions: module.Name, for builtins Name."""
-    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    module = "miniflow" if cls.__module__ == __name__ else cls.__module__
+    return cls.__qualname__ if module == "builtins" else f"{module}.{cls.__qualname__}"
 
 
 def _retry_names(retry_on: Any) -> Optional[Tuple[str, ...]]:
@@ -1693,7 +1698,8 @@ def _make_function_task(function: Callable[..., Any], name: Optional[str], retry
         where = f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', function)!s}"
         raise FlowError(f"task {where}: {line}" for line in lines)
     plain = _plain(function)
-    full_name = f"{plain.__module__}:{getattr(plain, '__qualname__', type(plain).__qualname__)}"
+    module = re.sub(f"^{FLOW_MODULE}", "", plain.__module__)
+    full_name = f"{module}:{getattr(plain, '__qualname__', type(plain).__qualname__)}"
     task = make_task({**fields, "function": full_name, "kind": kind})
     return FunctionTask(function, task._replace(retry=task.retry._replace(retry_on=names)))
 
@@ -6812,17 +6818,16 @@ def import_workflow(path: str, stem: str, where: str) -> Workflow:
     folder = os.path.dirname(os.path.abspath(path))
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    name = "miniflow_flow_" + re.sub("[^A-Za-z0-9_]", "_", stem)
-    why_not = (f"{where} is being imported to find its workflow; put what runs it under "
-                'if __name__ == "__main__":')
+    name = FLOW_MODULE + re.sub("[^A-Za-z0-9_]", "_", stem)
+    why_not = 'it is being imported to find its workflow; put what runs it under if __name__ == "__main__":'
     try:
         with contextlib.redirect_stdout(sys.stderr):
             module = load_module(name, path)
             found = getattr(module, "workflow", None)
             if found is None and callable(getattr(module, "create_workflow", None)):
                 found = module.create_workflow()
-    except FlowError as exc:
-        raise FlowError(f"{where}: {line}" for line in exc.problems) from None
+    except MiniFlowError as exc:
+        raise FlowError(f"{where}: {line}" for line in str(exc).split("\n")) from None
     except (Exception, SystemExit) as exc:
         raise FlowError([f"{where}:{_line_in(path, exc)}: {describe_error(exc)}"]) from None
     finally:
@@ -7494,10 +7499,14 @@ def run_logs(options: Any) -> int:
         raise NotFound(f"task {options.task} of run {run.id} has no attempt {options.attempt or 1}; "
                        f"it is {run.tasks[options.task].status} and "
                        f"had {len(run.tasks[options.task].attempts)}")
+    if options.task is not None and found[0][2] is None:
+        raise NotFound(f"task {options.task} of run {run.id} ran within its program, so it has no log of its own; "
+                       "a function has one with process=True")
     for name, number, log in found:
-        if len(names) > 1:
+        if log and len(names) > 1:
             print_result(f"==> {name}, attempt {number} <==")
-        _print_log(os.path.join(store.path, log or ""))
+        if log:
+            _print_log(os.path.join(store.path, log))
     return 0
 
 

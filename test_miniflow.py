@@ -4155,6 +4155,50 @@ class T21Reporting(unittest.TestCase):
 
 class T22Library(unittest.TestCase):
 
+    def test_a_store_lists_finds_and_removes_runs(self):
+        def step(ctx):
+            if ctx.get("fail"):
+                raise ValueError("asked to")
+            return {"n": 1}
+
+        with tempfile.TemporaryDirectory() as path:
+            for store in (mf.JSONStateStore(path), mf.MemoryStateStore()):
+                workflow = mf.Workflow([mf.task(step)], name="demo")
+                self.assertEqual((store.list_runs(), store.get_run("a"), store.get_task("a", "step")), ([], None, None))
+                workflow.run_sync("a", store)
+                time.sleep(0.01)
+                with self.assertRaises(mf.FlowFailed):
+                    workflow.run_sync("b", store, {"fail": True})
+                self.assertEqual([run["id"] for run in store.list_runs()], ["b", "a"])
+                self.assertEqual([run["id"] for run in store.list_runs("failed")], ["b"])
+                self.assertLessEqual({"id", "flow", "status", "started", "finished", "duration_s", "params", "ctx",
+                                      "tasks", "miniflow", "definition"}, set(store.get_run("a")))
+                self.assertEqual(store.get_task("a", "step")["output"], {"n": 1})
+                self.assertEqual((store.get_task("a", "no"), store.get_run("../x")), (None, None))
+                with self.assertRaises(mf.UsageError):
+                    store.list_runs("good")
+                self.assertEqual((store.cleanup_old_runs(days=1), len(store.list_runs())), (0, 2))
+                self.assertEqual((store.delete_run("a"), store.delete_run("a"), store.delete_run("../x")),
+                                 (True, False, False))
+                self.assertEqual((store.cleanup_old_runs(days=0), store.list_runs()), (1, []))
+
+    def test_without_a_store_runs_are_kept_below_data(self):
+        with one(task("unused")) as project:
+            before = os.getcwd()
+            os.chdir(project.path)
+            try:
+                mf.Workflow([mf.task(name="a")(lambda ctx: {"a": 1})]).run_sync("r")
+            finally:
+                os.chdir(before)
+            self.assertEqual(os.listdir(project.at("data/runs")), ["r.json"])
+            self.assertEqual(json.loads(project.main("show", "r", "-o", "data", "--json")[1])["ctx"], {"a": 1})
+            self.assertEqual(project.main("resume", "r", "-o", "data")[0], 0)
+
+    def test_a_workflow_shows_its_graph(self):
+        a, b = (mf.task(name=name)(len) for name in "ab")
+        a >> b
+        self.assertIn("b  function builtins:len  <- a", mf.Workflow([a, b], name="demo").visualize())
+
     def test_a_program_lists_and_runs_flows_as_the_readme_shows(self):
         with Project({"b": flow_json(task("x", command="exit 1")),
                       "a": flow_json(task("x", command="echo hi")), "bad": "{"}) as project:
@@ -4555,6 +4599,137 @@ class T23CommandLine(unittest.TestCase):
                 self.assertIn("this is a bug in MiniFlow", err)
         finally:
             del mf.COMMANDS["crash"]
+
+
+    PYTHON = """
+        import os
+        import asyncio
+        from miniflow import Workflow, task
+
+        @task(max_retries=0)
+        async def a(ctx):
+            await asyncio.sleep(0.01)
+            return {"n": int(ctx.get("n", 1)) + 1}
+
+        @task(process=True)
+        def b(ctx):
+            print("in b", ctx["n"])
+            return {"m": ctx["n"] * 10}
+
+        @task
+        def c(ctx):
+            if not os.path.exists("ready"):
+                raise RuntimeError("not ready")
+
+        a >> b >> c
+        workflow = Workflow([a, b, c], description="in Python")
+        """
+
+    def python_flow(self, text=None):
+        """Return a Project with a JSON flow f and a flow in Python, py."""
+        project = one(task("a"))
+        project.__enter__()
+        self.addCleanup(project.__exit__)
+        project.write("flows/py.py", textwrap.dedent(text or self.PYTHON))
+        return project
+
+    def test_a_flow_in_python_is_run_and_gone_on_with_like_any_other(self):
+        project = self.python_flow()
+        done = project.cli("run", "py", "--run-id", "r", "--param", "n=4")
+        self.assertEqual((done.returncode, done.stdout), (1, "r\n"), done.stderr)
+        self.assertRegex(done.stderr, "failed +c: RuntimeError: not ready")
+        state = project.state("r")
+        self.assertEqual((state["params"], state["ctx"], state["tasks"]["c"]["inputs"]),
+                         ({"n": "4"}, {"n": 5, "m": 50}, {}))
+        self.assertEqual(state["definition"]["tasks"][1],
+                         {"id": "b", "function": "py:b", "depends_on": ["a"], "kind": "process"})
+        for command, expected in (
+                (("list",), "py    3      failed 2026"), (("validate", "py"), "py.py: ok, 3 tasks"),
+                (("graph", "py"), "function py:b  <- a"), (("runs", "py"), "r    py    failed"),
+                (("show", "r"), "c     failed   1"), (("logs", "r"), "==> b, attempt 1 <==\nin b 5\n"),
+                (("logs", "r", "b"), "in b 5\n")):
+            done = project.cli(*command)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn(expected, done.stdout)
+        self.assertIn("task a of run r ran within its program", project.cli("logs", "r", "a").stderr)
+        project.write("ready", "")
+        done = project.cli("resume", "r")
+        self.assertEqual((done.returncode, done.stdout), (0, "r\n"), done.stderr)
+        self.assertEqual([len(t["attempts"]) for t in project.state("r")["tasks"].values()], [1, 1, 2])
+        run = project.run("py", params={"n": 1})
+        self.assertEqual((run.status, run.ctx), ("success", {"n": 2, "m": 20}))
+
+    def test_a_signal_cancels_a_flow_in_python(self):
+        project = self.python_flow(self.PYTHON.replace("asyncio.sleep(0.01)", "asyncio.sleep(60)"))
+        process = project.start("run", "py", "--run-id", "r")
+        journal = project.at("miniflow_output/runs/r.jsonl")
+        wait_for(lambda: os.path.exists(journal) and "attempt_started" in project.read(journal), "task a")
+        self.assertEqual(project.main("cancel", "r")[:2], (0, "r cancelled\n"))
+        process.communicate()
+        self.assertEqual((process.returncode, project.state("r")["tasks"]["a"]["reason"]),
+                         (143, "cancelled by SIGTERM"))
+
+    def test_a_workflow_is_found_by_its_name_or_made_by_a_function(self):
+        made = textwrap.dedent(self.PYTHON).replace("workflow = Workflow(", "def create_workflow(): return Workflow(")
+        self.assertEqual(self.python_flow(made).cli("validate", "py").returncode, 0)
+        for text, expected in (
+                ("x = 1", "flows/py.py: it has neither a workflow nor a function create_workflow(); give it: workflow"),
+                ("workflow = 3", "flows/py.py: it has as workflow a int, which is no Workflow of this MiniFlow"),
+                ("\n1 / 0", "flows/py.py:2: ZeroDivisionError: division by zero"),
+                ("def f(:", "flows/py.py:1: SyntaxError: "),
+                ("import sys\nsys.exit(3)", "flows/py.py:2: SystemExit: 3"),
+                ("import nothing_like_this", "flows/py.py:1: ModuleNotFoundError: No module named 'nothing_like_this'"),
+                (textwrap.dedent(self.PYTHON) + "workflow.run_sync()",
+                 "flows/py.py: it is being imported to find its workflow; put what runs it under if __name__ == "),
+                (textwrap.dedent(self.PYTHON).replace("[a, b, c]", "[b, c]"),
+                 "flows/py.py: workflow workflow: task b waits for a, which is not among the workflow's tasks")):
+            with self.subTest(text=text[:20]):
+                project = self.python_flow(text)
+                done = project.cli("validate", "py")
+                self.assertEqual((done.returncode, done.stdout), (2, ""))
+                self.assertIn(expected, done.stderr)
+                self.assertIn("broken: flows/py.py", project.cli("list").stdout)
+
+    def test_a_flow_in_python_may_print_when_it_is_imported_and_hides_no_module(self):
+        project = self.python_flow("print('hello')" + textwrap.dedent(self.PYTHON))
+        os.rename(project.at("flows/py.py"), project.at("flows/json.py"))
+        done = project.cli("list", "--json")
+        self.assertEqual([row["name"] for row in json.loads(done.stdout)], ["f", "json"])
+        project.write("ready", "")
+        self.assertEqual(project.cli("run", "json").returncode, 0)
+
+    def test_two_flows_of_one_name_are_told_apart_by_their_paths(self):
+        project = self.python_flow()
+        os.rename(project.at("flows/py.py"), project.at("flows/f.py"))
+        done = project.cli("run", "f")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("flows/f.json and ./flows/f.py have the same name; rename one, or give its path", done.stderr)
+        self.assertEqual(project.cli("run", "flows/f.json").returncode, 0)
+        project.write("ready", "")
+        self.assertEqual(project.cli("run", "flows/f.py").returncode, 0)
+
+    def test_what_only_a_program_has_is_gone_on_with_by_that_program(self):
+        project = self.python_flow()
+        project.cli("run", "py", "--run-id", "r")
+        os.unlink(project.at("flows/py.py"))
+        done = project.cli("resume", "r")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("py.py, which is gone; start that again, with this run id", done.stderr)
+        self.assertEqual(project.cli("show", "r").returncode, 0)
+
+    def test_a_function_cant_be_exported_to_bash(self):
+        project = self.python_flow()
+        done = project.cli("export", "py", "--to", "bash")
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        self.assertIn("task a: py:a is a Python function; bash runs scripts and commands", done.stderr)
+
+    def test_the_sample_in_python_runs(self):
+        with one(task("a")) as project:
+            shutil.copy(os.path.join(HERE, "flows", "sample_python.py"), project.at("flows"))
+            done = project.cli("run", "sample_python", "--param", "days=3", "--run-id", "r")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(project.state("r")["ctx"]["mean"], {"harbour": 7.5, "hill": 4.5})
+            self.assertIn("mean temperatures: {'harbour': 7.5, 'hill': 4.5}", done.stdout)
 
 
 class T99HouseRules(unittest.TestCase):
