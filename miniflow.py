@@ -4433,8 +4433,7 @@ class Journal:
                       "see that no other host works on this run")
         try:
             if last and last.damage:
-                stamp = self.engine["since"].replace(":", "")
-                self.disk.put(f"{path}.bad-{stamp}", last.damage, True)
+                self.disk.put(f"{path}.bad-{zlib.crc32(last.damage):08x}", last.damage, True)
             self._seq = last.seq if last else 0
             self._open_journal(run)
             self._put_view(run, True)
@@ -4607,6 +4606,11 @@ class MemoryStore(Store):
         return str(self._folder.name)
 
     @property
+    def has_folder(self) -> bool:
+        """True once the temporary directory has been made."""
+        return self._folder is not None
+
+    @property
     def runs(self) -> str:                      # type: ignore[override]
         """Stands for a directory in messages."""
         return "memory"
@@ -4744,9 +4748,11 @@ send(signal.SIGCONT)
 while time.monotonic() < end and not (linux and not found()):
     time.sleep(0.02)
 end = time.monotonic() + 10
-while time.monotonic() < end and not (linux and not found()):
+quiet = 0                                # one that was just being started may show itself only now
+while time.monotonic() < end and quiet < 40:
     send(signal.SIGKILL)
-    time.sleep(0.02)
+    quiet = quiet + 1 if linux and not found() else 0
+    time.sleep(0.05)
 """
 
 
@@ -5155,14 +5161,15 @@ class Exchange:
             pass                               # no locks here
         return fd
 
-    def open_stdin(self, text: Optional[str], action: Start) -> int:
-        """Open what the task reads: its text, in a file that has no name any more, or nothing."""
-        if text is None:
+    def open_stdin(self, content: Optional[bytes], action: Start) -> int:
+        """Open what a task reads: a file that has no name any more, or nothing."""
+        if content is None:
             return os.open(os.devnull, os.O_RDONLY | _CLOEXEC)
         path = os.path.join(self._io, f"{action.task}.{action.attempt}.in")
+        self._disk.unlink(path)                # of an attempt whose record a power cut took
         fd = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        os.unlink(path)
-        self._disk.write(fd, os.fsencode(text))
+        self._disk.unlink(path)
+        self._disk.write(fd, content)
         os.lseek(fd, 0, os.SEEK_SET)
         return fd
 
@@ -5286,14 +5293,22 @@ class Processes:
         Raises OSError where the system has no means for it.
         """
         try:
-            return self._spawn(self._invocation(run, action.task, setting), action, log)
+            invocation = self._invocation(run, action.task, setting)
+            stdin = None if invocation.stdin is None else os.fsencode(invocation.stdin)
         except LookupError as exc:             # a template without a value: no attempt will find one
             return attempt_unstartable(run, action.task, self.now(), exc.args[0], None)
+        except ValueError as exc:              # half a surrogate pair
+            return attempt_unstartable(run, action.task, self.now(), f"cannot start: {exc}", 126)
+        source = self._exchange.open_stdin(stdin, action)
+        try:
+            return self._spawn(invocation, source, log)
         except (OSError, ValueError) as exc:   # ValueError: a NUL in an argument
             if getattr(exc, "errno", None) in PRESSURE_ERRORS | FULL_ERRORS:
                 raise
             code = 127 if isinstance(exc, FileNotFoundError) else 126
             return attempt_unstartable(run, action.task, self.now(), f"cannot start: {exc}", code)
+        finally:
+            os.close(source)
 
     def _bear(self, exc: OSError, run: Run) -> None:
         """Raise StateError if the system has had no means for any attempt too long, or has another trouble."""
@@ -5315,17 +5330,13 @@ class Processes:
         return attempt_end(run, child.task, self.now(), code, child.stopping,
                            lambda: self._exchange.take_output(child.output))
 
-    def _spawn(self, invocation: Invocation, action: Start, log: int) -> Any:
+    def _spawn(self, invocation: Invocation, stdin: int, log: int) -> Any:
         """Start the process of an attempt, with nothing open but its log and its input; return its Popen."""
         import subprocess
-        stdin = self._exchange.open_stdin(invocation.stdin, action)
-        try:
-            return subprocess.Popen(
-                invocation.argv, stdin=stdin, stdout=log, stderr=log, env=invocation.env, cwd=invocation.cwd,
-                close_fds=True, start_new_session=os.name != "nt",
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
-        finally:
-            os.close(stdin)
+        return subprocess.Popen(
+            invocation.argv, stdin=stdin, stdout=log, stderr=log, env=invocation.env, cwd=invocation.cwd,
+            close_fds=True, start_new_session=os.name != "nt",
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
 
     def stop(self, run: Run, action: Stop) -> List[Event]:
         """Send the signal of `action` to the attempt's group."""
@@ -5410,13 +5421,6 @@ class Processes:
         self._watchdog.remove(child.process.pid)
         child.context.users -= 1
         self._unwatch(child)
-
-    def clean_up(self, run: Run) -> None:
-        """Remove the run's TMP_DIR and exchange files if it ended well."""
-        import shutil
-        if run.ok:
-            shutil.rmtree(self._files.tmp, ignore_errors=True)
-
 
 # ============================================================================
 # == 19. FUNCTIONS: how are Python functions called, and what becomes of what they return?
@@ -5803,11 +5807,6 @@ class Functions:
         return function_failed(run, name, now, stopping, describe_error(call.error), error_classes(call.error),
                                format_error(call.error), read)
 
-    def clean_up(self, run: Run) -> None:
-        """Remove what the processes of a run that ended well do not need any more."""
-        if self._processes:
-            self._processes.clean_up(run)
-
     def is_signalled(self) -> bool:
         """Tell whether a signal has come that wait() has not told of yet."""
         return bool(self.signals)
@@ -5876,6 +5875,13 @@ class Watcher:
         """The run has ended."""
 
 
+def remove_files_of_success(store: Store, run_id: str) -> None:
+    """Remove the TMP_DIR and the exchange files of a run that has ended well."""
+    import shutil
+    if not isinstance(store, MemoryStore) or store.has_folder:
+        shutil.rmtree(store.files(run_id).tmp, ignore_errors=True)
+
+
 def _turns(run: Run, journal: Union[Journal, MemoryJournal], world: Any, slots: Optional[int],
            watcher: Watcher) -> Generator[Optional[float], List[Event], None]:
     """Drive a run whose journal has begun to its end; yields how long to wait and is sent the new events."""
@@ -5890,8 +5896,9 @@ def _turns(run: Run, journal: Union[Journal, MemoryJournal], world: Any, slots: 
         now = world.now()
         times = [at for at in (until, journal.idle(run, now), watcher.refresh(now)) if at is not None]
         events = yield min(times, default=None)
+    if run.ok:
+        remove_files_of_success(journal.store, run.id)
     journal.finish(run)
-    world.clean_up(run)
     watcher.end(run)
 
 
@@ -5966,7 +5973,7 @@ def run_on_own_loop(main: Coroutine[Any, Any, Any]) -> Any:
         left = asyncio.all_tasks(loop)
         for task in left:
             task.cancel()
-            setattr(task, "_log_destroy_pending", False)     # what is left after that is left knowingly
+            task._log_destroy_pending = False  # type: ignore[attr-defined]    # it is left knowingly
         if left:
             loop.run_until_complete(asyncio.wait(left, timeout=0.2))
         loop.run_until_complete(loop.shutdown_asyncgens())
@@ -6133,6 +6140,7 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
                  "beside it and what they recorded happens again")
         if last.run.outcome == SUCCESS:
             note(f"run {run_id} has succeeded already; nothing is done")
+            remove_files_of_success(store, run_id)           # its engine may have died before it could
             if os.path.lexists(store.files(run_id).journal):
                 # Its engine died before it could tidy up.
                 journal.begin(last.run, last)
@@ -6815,7 +6823,8 @@ def import_workflow(path: str, stem: str, where: str) -> Workflow:
     """Import a flow in Python and return its `workflow`, or what create_workflow() gives; raise FlowError."""
     import contextlib
     global why_not
-    folder = os.path.dirname(os.path.abspath(path))
+    path = os.path.abspath(path)
+    folder = os.path.dirname(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     name = FLOW_MODULE + re.sub("[^A-Za-z0-9_]", "_", stem)
