@@ -4749,7 +4749,7 @@ while time.monotonic() < end and not (linux and not found()):
     time.sleep(0.02)
 end = time.monotonic() + 10
 quiet = 0                                # one that was just being started may show itself only now
-while time.monotonic() < end and quiet < 40:
+while time.monotonic() < end and quiet < 8:
     send(signal.SIGKILL)
     quiet = quiet + 1 if linux and not found() else 0
     time.sleep(0.05)
