@@ -1,0 +1,1 @@
+../miniflow.py
