@@ -7,19 +7,21 @@ tasks/, and run it:
     python3 miniflow.py init            a working example to start from
     python3 miniflow.py run sample_flow
 
-The same from Python: `from miniflow import MiniFlow`.  The README has the whole reference.
+The same from Python: `from miniflow import MiniFlow`; flows of Python functions: `from miniflow import task,
+Workflow`.  The README has the whole reference.
 
 
 How it is built
 ---------------
 
-    flows/etl.json --parse_flow--> Flow --make_plan--> Plan --> Run ---------+--> journal (disk)
-                                     |                  |      ^  |          '--> console
-                                check_flow          exporters, |  | due(run, now, slots)
-                                                      graph    |  v
-                                                     apply(event) + drive --> Start, Stop, Settle, Finish
-                                                               ^      |
-                                                               '--- World   (processes; the clock)
+    flows/etl.json --parse_flow--.
+    flows/etl.py, @task, >> ------+--> Flow --make_plan--> Plan --> Run ---------+--> journal (disk)
+                       make_flow      |                     |      ^  |          '--> console
+                                 check_flow          exporters, |  | due(run, now, slots)
+                                                         graph  |  v
+                                                        apply(event) + drive --> Start, Stop, Settle, Finish
+                                                                  ^      |
+                                                                  '--- World   (processes; functions; the clock)
 
 Five types, five tenses.  A Flow is what the author wrote.  A Plan is what will happen.  An Event is a fact:
 it is appended to the journal first, then it is true.  A Run is the sum of its events and changes through
