@@ -3943,6 +3943,7 @@ def read_file(path: str, limit: int = -1, follow: bool = True) -> bytes:
 
 NO_LOCKS = frozenset([errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, getattr(errno, "EOPNOTSUPP", errno.ENOTSUP)])
 _LOOKS_S = 0.2                                 # somebody who only looks holds a lock for an instant
+_TELLS_S = 1.5                                 # whoever has just taken one tells who it is within an instant
 
 
 def process_stat(pid: Union[int, str]) -> List[bytes]:
@@ -4171,8 +4172,10 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
                     disk.write(fd, content)
                     lock, fd = Lock(disk, path, content, fd), -1
                     return lock
-            elif time.monotonic() > end:
-                raise _locked(path, _parse_owner(os.read(fd, 4096)))
+            else:
+                owner = _parse_owner(os.read(fd, 4096))      # it may not have written who it is yet
+                if time.monotonic() > end + (0 if owner and may_live(owner) else _TELLS_S):
+                    raise _locked(path, owner)
         except OSError as exc:
             if exc.errno not in NO_LOCKS:
                 raise
@@ -5881,7 +5884,10 @@ def remove_files_of_success(store: Store, run_id: str) -> None:
     """Remove the TMP_DIR and the exchange files of a run that has ended well."""
     import shutil
     if not isinstance(store, MemoryStore) or store.has_folder:
-        shutil.rmtree(store.files(run_id).tmp, ignore_errors=True)
+        try:
+            shutil.rmtree(store.files(run_id).tmp, ignore_errors=True)
+        except OSError:
+            pass                               # a disk that can't even be looked at: the run has ended all the same
 
 
 def _turns(run: Run, journal: Union[Journal, MemoryJournal], world: Any, slots: Optional[int],

@@ -1891,6 +1891,23 @@ class T15Locks(unittest.TestCase):
                 self.assertEqual(len(project.lines("ran")), 2)
                 self.assertEqual(os.listdir(project.at("miniflow_output/runs")), ["r.json"])
 
+    def test_a_loser_waits_until_the_winner_has_said_who_it_is(self):
+        with one(task("a")) as project:
+            store = mf.Store(project.at("out"))
+            store.prepare("runs")
+            path = store.files("r").lock
+            for content in (b"", json.dumps({**mf.this_engine(0), "pid": 2**22 + 1, "ticks": 1}).encode()):
+                lock = store.lock("r", mf.this_engine(0))
+                with open(path, "wb") as file:
+                    file.write(content)
+                teller = threading.Timer(0.5, project.write, ("out/runs/r.lock", json.dumps(mf.this_engine(0))))
+                teller.start()
+                with self.assertRaises(mf.RunLocked) as caught:
+                    store.lock("r", mf.this_engine(0))
+                self.assertIn(f"is being run by process {os.getpid()} ", str(caught.exception))
+                teller.join()
+                lock.release(remove=True)
+
     def test_a_forked_child_does_not_hold_the_lock(self):
         code = """
             store = miniflow.Store("out")
