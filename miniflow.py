@@ -1622,13 +1622,16 @@ def _function_kind(function: Callable[..., Any], process: bool) -> str:
     if is_async and process:
         raise ValueError("process=True: an async function runs on the event loop; make it a plain one")
     name = getattr(function, "__qualname__", "<partial>")
+    if process and inspect.ismethod(function) and not isinstance(function.__self__, type):
+        raise ValueError("process=True: a method would need its object, which can't be sent to another process; use a "
+                         "function")
     if process and ("<" in name or not getattr(function, "__module__", None)):
         raise ValueError(f"process=True: another process finds a function by its name in its module, and "
                          f"{name} can't be found that way; define it at the top level of a module")
     return "async" if is_async else "process" if process else "thread"
 
 
-def _each(tasks: Any) -> List[Any]:
+def each_task(tasks: Any) -> List[Any]:
     """Return a task, or each of several; raise TypeError for anything else."""
     found = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
     for item in found:
@@ -1660,13 +1663,13 @@ class FunctionTask:
 
     def __rshift__(self, downstream: Any) -> Any:
         """a >> b, a >> [b, c]: they wait for a; returns what stands on the right."""
-        for task in _each(downstream):
+        for task in each_task(downstream):
             task.upstream[self] = None
         return downstream
 
     def __lshift__(self, upstream: Any) -> Any:
         """b << a, b << [a, c]: b waits for them; returns what stands on the right."""
-        for task in _each(upstream):
+        for task in each_task(upstream):
             self.upstream[task] = None
         return upstream
 
@@ -4258,18 +4261,23 @@ def _read_journal(path: str) -> Tuple[Optional[Run], int, Mapping[str, Any], byt
     return run, seq, engine, content[at:]
 
 
+def check_run_id(run_id: Any) -> None:
+    """Raise UsageError for what can't be the id of a run."""
+    if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id) or _DEVICES.fullmatch(run_id):
+        raise UsageError(f"{shown(run_id)} is no run id; use letters, digits, _ and -, not starting with -, at most "
+                         "128, and no name of a device")
+
+
 class Store:
     """The output directory: the runs, their logs, and generated scripts."""
 
     def __init__(self, path: str, disk: Optional[Disk] = None) -> None:
         self.path, self.disk = os.path.abspath(path), disk or Disk()
-        self.runs = os.path.join(self.path, "runs")
+        self.runs, self.place = os.path.join(self.path, "runs"), os.path.realpath(path)
 
     def files(self, run_id: str) -> RunFiles:
         """Return where the files of a run lie; raise UsageError if `run_id` can't be the name of a run."""
-        if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id) or _DEVICES.fullmatch(run_id):
-            raise UsageError(f"{shown(run_id)} is no run id; use letters, digits, _ and -, "
-                             "not starting with -, at most 128, and no name of a device")
+        check_run_id(run_id)
         base = os.path.join(self.runs, run_id)
         return RunFiles(base + ".json", base + ".jsonl", base + ".lock",
                         os.path.join(self.path, "logs", run_id), os.path.join(self.path, "tmp", run_id))
@@ -4599,16 +4607,23 @@ class MemoryStore(Store):
     """Runs that are kept in memory alone; for the logs of processes there is a temporary directory."""
 
     def __init__(self) -> None:
+        import threading
         self.disk, self._states, self.live = Disk(), {}, set()     # type: Disk, Dict[str, Dict[str, Any]], Set[str]
         self._folder: Any = None
+        self._lock, self.place = threading.Lock(), f"memory {id(self)}"
 
     @property
     def path(self) -> str:                      # type: ignore[override]
         """The temporary directory, made when it is needed, and removed with the store."""
-        if self._folder is None:
-            import tempfile
-            self._folder = tempfile.TemporaryDirectory(prefix="miniflow-")
+        with self._lock:
+            if self._folder is None:
+                import tempfile
+                self._folder = tempfile.TemporaryDirectory(prefix="miniflow-")
         return str(self._folder.name)
+
+    def prepare(self, *parts: str, durable: bool = False) -> str:
+        """Make the directory `parts` in the temporary one; for the runs themselves there is none."""
+        return "" if parts == ("runs",) else super().prepare(*parts, durable=durable)
 
     @property
     def has_folder(self) -> bool:
@@ -4658,7 +4673,7 @@ class MemoryJournal:
     """What a Journal does, for a run that is kept in memory."""
 
     def __init__(self, store: MemoryStore, run_id: str) -> None:
-        store.files(run_id)                    # is it a name?
+        check_run_id(run_id)
         if run_id in store.live:
             raise RunLocked(f"run {run_id} is being run by this very program; wait for it, or cancel it")
         store.live.add(run_id)
@@ -5536,6 +5551,7 @@ class FunctionProcesses(Processes):
                  context: Callable[[Run, str], Dict[str, Any]]) -> None:
         super().__init__(store, run_id, "", clock, token, take_signals=False)
         self._functions, self._context_of = functions, context
+        self.on_close: Callable[[int], None] = lambda fd: None
 
     def _invocation(self, run: Run, task_id: str, setting: Setting) -> Invocation:
         function, scope = self._functions[task_id], run.tasks[task_id].scope
@@ -5556,7 +5572,9 @@ class FunctionProcesses(Processes):
         call = {"sys_path": sys.path, "miniflow": "miniflow" if __name__ == "__main__" else __name__,
                 "file": os.path.abspath(__file__), "main": main, "module": function.__module__, "path": path,
                 "function": function.__qualname__, "ctx": self._context_of(run, task_id)}
-        return invoke(run, task_id, setting)._replace(stdin=json.dumps(call))
+        invocation = invoke(run, task_id, setting)
+        env = {name: value for name, value in invocation.env.items() if not name.startswith("MINIFLOW_PARAM_")}
+        return invocation._replace(env=env, stdin=json.dumps(call))      # its context has the params, of any size
 
     def _end(self, run: Run, child: Child, code: int) -> AttemptEnded:
         try:
@@ -5577,6 +5595,11 @@ class FunctionProcesses(Processes):
     def fds(self) -> List[int]:
         """Return the descriptors that become readable when a process ends."""
         return list(self._by_fd)
+
+    def _unwatch(self, child: Child) -> None:
+        if child.pidfd is not None:
+            self.on_close(child.pidfd)         # before another file gets its number
+        super()._unwatch(child)
 
 
 class Threads:
@@ -5626,11 +5649,14 @@ class Call:
 class Functions:
     """The World of a Python flow, on the running event loop."""
 
-    def __init__(self, functions: Mapping[str, Callable[..., Any]], clock: Clock,
+    #: Calls of this program that were given up and still run, by the place of their run, its id and their task.
+    strays: Dict[Tuple[str, str, str], Call] = {}
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]], clock: Clock, place: str,
                  processes: Callable[[Callable[[Run, str], Dict[str, Any]]], FunctionProcesses]) -> None:
         import asyncio
         self._loop = asyncio.get_running_loop()
-        self._functions, self.clock = functions, clock
+        self._functions, self.clock, self._place = functions, clock, place
         self._make_processes, self._processes = processes, None     # type: Any, Optional[FunctionProcesses]
         self._threads = Threads()
         self._calls: Dict[str, Call] = {}
@@ -5646,6 +5672,16 @@ class Functions:
     def now(self) -> float:
         """Return the time."""
         return self.clock.now()
+
+    def check_strays(self, run: Run) -> None:
+        """Raise RunLocked if a task that is to run was given up before and is running still."""
+        for key, stray in list(self.strays.items()):
+            if stray.future is not None and stray.future.get_loop().is_closed():
+                del self.strays[key]           # an async call ends with its loop
+        for name, task_run in run.tasks.items() if self.strays else ():
+            if task_run.status not in SETTLED and (self._place, run.id, name) in self.strays:
+                raise RunLocked(f"run {run.id}: task {name} was given up and still runs in this program, where nothing "
+                                "can stop it; wait for its end")
 
     def context(self, run: Run, task_id: str) -> Dict[str, Any]:
         """Return a new dict of what a task may read, but for what only memory holds."""
@@ -5664,6 +5700,7 @@ class Functions:
         if kind == "process":
             if self._processes is None:
                 self._processes = self._make_processes(self.context)
+                self._processes.on_close = self._forget_fd
             return self._processes.start(run, action)
         scope = run.tasks[name].scope
         ctx = ContextDict(self.context(run, name), scope.writers)
@@ -5694,8 +5731,8 @@ class Functions:
             call.error = exc
         try:
             self._loop.call_soon_threadsafe(self._done_in_thread, call)
-        except RuntimeError:
-            pass                               # given up long ago: the loop is closed
+        except RuntimeError:                   # given up long ago: the loop is closed
+            self._done(call)
 
     def _done_in_thread(self, call: Call) -> None:
         self._threads.rested()
@@ -5703,6 +5740,8 @@ class Functions:
 
     def _done(self, call: Call) -> None:
         """A call has ended; whoever was given up is not heard any more."""
+        for key in [key for key, stray in self.strays.items() if stray is call]:
+            del self.strays[key]
         if self._calls.get(call.task) is call:
             if call.future is not None and call.future.cancelled():
                 import asyncio
@@ -5726,6 +5765,7 @@ class Functions:
             call.future.cancel()
             return []
         del self._calls[action.task]
+        self.strays[self._place, run.id, action.task] = call
         what = "it goes on although it was cancelled" if call.future else "nothing can stop its thread"
         end = attempt_end(run, action.task, self.now(), 1, action.reason, dict)
         return [end._replace(reason=f"{end.reason}; given up: {what}", final=True,
@@ -5768,12 +5808,15 @@ class Functions:
 
     def _watch(self, processes: FunctionProcesses) -> None:
         """Let the loop wake us when a process ends."""
-        fds = set(processes.fds())
-        for fd in self._watched - fds:
-            self._loop.remove_reader(fd)
-        for fd in fds - self._watched:
+        for fd in set(processes.fds()) - self._watched:
             self._loop.add_reader(fd, self._rouse)
-        self._watched = fds
+            self._watched.add(fd)
+
+    def _forget_fd(self, fd: int) -> None:
+        """Stop watching a descriptor that is about to be closed."""
+        if fd in self._watched:
+            self._watched.remove(fd)
+            self._loop.remove_reader(fd)
 
     def take_signals(self) -> None:
         """Let the signals that end a run reach this one; only in the main thread, whose they are."""
@@ -5996,12 +6039,13 @@ async def carry_out_on_loop(opened: Opened, store: Store, order: Order, watcher:
     import asyncio
     run, journal = opened.run, opened.journal
     token = journal.engine["token"] if journal else ""
-    world = Functions(functions, opened.clock, lambda context: FunctionProcesses(
+    world = Functions(functions, opened.clock, store.place, lambda context: FunctionProcesses(
         store, run.id, opened.clock, token, functions, context))
     if journal is None:
         return world
     failed = True
     try:
+        world.check_strays(run)
         if take_signals:
             world.take_signals()
         journal.note, journal.hurry = watcher.note, world.is_signalled
@@ -6172,6 +6216,8 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
 def open_run(store: Store, source: Source, params: Optional[Mapping[str, Any]], order: Order,
              selection: Selection, run_id: Optional[str], note: Callable[[str], None]) -> Opened:
     """Make a run, or take hold of the one that has the given id, which keeps its params and selection."""
+    if run_id is not None:
+        check_run_id(run_id)
     if run_id is None or not store.exists(run_id):
         try:
             return open_new(store, source, params, order, selection, run_id)
@@ -6341,8 +6387,8 @@ class Lines(Watcher):
             self.line(RETRYING, event.task, f"{reason} ({took}); attempt {event.attempt + 1} in {wait}")
         else:
             self.line(event.status, event.task, f"{reason} ({took})")
-        if event.error:
-            self.tell(f"    {safe(event.error)}")
+        for line in (event.error or "").splitlines()[-TAIL_LINES:]:
+            self.tell(f"    | {safe(line)}")
         if event.status == FAILED:
             self.tail(task_run.attempts[-1].log)
 
@@ -6584,7 +6630,7 @@ def format_run(loaded: Loaded, store: Store) -> str:
     path = critical_path(run)
     if path:
         lines.append("critical path: " + " -> ".join(path))
-    if any(task_run.attempts for task_run in run.tasks.values()):
+    if any(attempt.log for task_run in run.tasks.values() for attempt in task_run.attempts):
         lines.append("logs: " + short_path(store.files(run.id).logs))
     return "\n".join(lines)
 
@@ -6699,6 +6745,16 @@ class MemoryStateStore(StateStore):
         super().__init__(MemoryStore())
 
 
+def check_no_loop(who: str) -> None:
+    """Raise UsageError where an event loop runs already, in which nobody can wait for another one."""
+    import asyncio
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise UsageError(f"{who} can't wait where an event loop runs already; use: await workflow.run(…)")
+
+
 class Workflow:
     """Tasks made by @task that hang together, to be run by `await workflow.run()`.
 
@@ -6709,11 +6765,11 @@ class Workflow:
     def __init__(self, tasks: Sequence[FunctionTask], name: str = "", max_concurrent_tasks: Optional[int] = None, *,
                  description: str = "", version: str = "", tags: Sequence[str] = (),
                  pools: Optional[Mapping[str, int]] = None, fail_fast: bool = False) -> None:
-        self.tasks, self.name, self.max_concurrent_tasks = list(tasks), name, max_concurrent_tasks
+        self.tasks, self.name, self.max_concurrent_tasks = each_task(list(tasks)), name, max_concurrent_tasks
         self._fields: Dict[str, Any] = {"description": description, "version": version, "tags": tuple(tags),
                                         "pools": dict(pools or {}), "fail_fast": fail_fast}
         self._edges, self._flow = -1, Flow("", ())
-        assert self.flow                        # is it sound?
+        self._flow = self.flow                 # is it sound?
 
     def __repr__(self) -> str:
         return f"<Workflow {self.name or 'workflow'}: {len(self.tasks)} tasks>"
@@ -6755,13 +6811,7 @@ class Workflow:
         In the main thread, SIGINT, SIGTERM and SIGHUP cancel the run, which then ends by KeyboardInterrupt or
         SystemExit.
         """
-        import asyncio
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            pass
-        else:
-            raise UsageError("run_sync can't wait where an event loop runs already; use: await workflow.run(…)")
+        check_no_loop("run_sync")
         run, world = run_on_own_loop(self._run(run_id, store, initial_ctx, take_signals=True))
         if run.cancel and run.cancel.exit_code == SIGNAL_EXITS["SIGINT"]:
             raise KeyboardInterrupt
@@ -6775,6 +6825,8 @@ class Workflow:
         if why_not:
             raise UsageError(why_not)
         import logging
+        if not isinstance(store, (StateStore, type(None))):
+            raise UsageError(f"store: expected a JSONStateStore or a MemoryStateStore, got {store!r}")
         flow, logger = self.flow, logging.getLogger("miniflow")
         kept = (store or JSONStateStore()).store
         source = Source(flow, flow.name, "", self.functions)
@@ -6811,7 +6863,8 @@ class Workflow:
         cause = None
         if run.first_failure is not None:
             failed = run.tasks[run.first_failure]
-            cause = world.errors.get(run.first_failure) or RuntimeError(failed.error or failed.reason)
+            kind = TimeoutError if (failed.reason or "").startswith("timeout after") else RuntimeError
+            cause = world.errors.get(run.first_failure) or kind(failed.error or failed.reason)
         raise FlowFailed(format_verdict(run), run) from cause
 
 
@@ -6992,6 +7045,8 @@ class MiniFlow:
         source = self.source(name)
         if max_parallel is not None and not (_TYPES["integer"](max_parallel) and max_parallel > 0):
             raise UsageError(f"max_parallel: expected an integer of at least 1, got {shown(max_parallel)}")
+        if source.functions is not None:
+            check_no_loop("MiniFlow.run")
         order = Order(self.tasks_dir, max_parallel)
         opened = open_run(self.store, source, params or None, order, Selection(), run_id, say)
         return run_to_end(opened, self.store, source, order)

@@ -861,6 +861,7 @@ class T07PythonFrontEnd(unittest.TestCase):
                 (coroutine, {"process": True}, "process=True: an async function runs on the event loop; make it"),
                 (lambda ctx: None, {"name": "n", "process": True}, "process=True: another process finds a function by "
                  "its name in its module"),
+                (collections.Counter().update, {"process": True}, "process=True: a method would need its object"),
                 (len, {"max_retrys": 1}, "@task has no option max_retrys, did you mean max_retries?"),
                 (3, {}, "@task: expected a function, got 3")):
             with self.subTest(options=options):
@@ -3782,6 +3783,82 @@ class T19Functions(unittest.TestCase):
             self.assertEqual(file.read(), f"in {pid} 4 \n")
         self.assertEqual(state["tasks"]["where"]["inputs"], {})
         self.assertFalse(os.path.exists(self.project.at("data/tmp/r")))
+
+    def test_each_end_of_a_process_wakes_the_run(self):
+        """Also where the descriptor of the next process has the number of the last one, and nothing else happens."""
+        process = self.program("""
+            import time
+            from miniflow import *
+
+            @task(process=True)
+            def a(ctx): return {"a": 1}
+            @task(process=True)
+            def b(ctx): return {"b": ctx["a"] + 1}
+            @task(process=True, max_retries=2)
+            def c(ctx): raise ValueError("c")
+
+            if __name__ == "__main__":
+                a >> b >> c
+                try:
+                    Workflow([a, b, c]).run_sync(store=MemoryStateStore(), initial_ctx={"large": "x" * 300000})
+                except FlowFailed as exc:
+                    print(len(exc.run.tasks["c"].attempts), exc.__cause__)
+            """)
+        out, err = process.communicate(timeout=60)
+        self.assertEqual(err, "")
+        self.assertTrue(out.startswith("3 Traceback"), out)
+
+    def test_what_was_given_up_and_still_runs_is_not_run_beside(self):
+        gate, ran, store = threading.Event(), [], mf.MemoryStateStore()
+
+        @mf.task(timeout_s=0.05)
+        def slow(ctx):
+            ran.append(True)
+            if len(ran) == 1:
+                gate.wait(60)
+
+        exc = failure(slow, store=store, run_id="r")
+        self.assertIsInstance(exc.__cause__, TimeoutError)
+        with self.assertRaises(mf.RunLocked) as caught:
+            run_workflow(slow, store=store, run_id="r")
+        self.assertIn("task slow was given up and still runs in this program", str(caught.exception))
+        run_workflow(slow, store=store, run_id="another")
+        gate.set()
+        place = store.store.place, "r", "slow"
+        wait_for(lambda: place not in mf.Functions.strays, "the end of the thread")
+        run_workflow(slow, store=store, run_id="r")
+        self.assertEqual(len(ran), 3)
+
+    def test_arguments_of_the_wrong_kind_are_named(self):
+        async def main():
+            with one(task("a")) as project:
+                project.write("flows/py.py", "from miniflow import *\nworkflow = Workflow([task(name='a')(len)])")
+                with self.assertRaises(mf.UsageError) as caught:
+                    project.run("py", run_id="r")
+                self.assertIn("MiniFlow.run can't wait where an event loop runs already", str(caught.exception))
+                self.assertFalse(os.path.exists(project.at("miniflow_output")))
+
+        sys.modules.setdefault("miniflow", mf)
+        asyncio.run(main())
+        workflow = mf.Workflow([mf.task(name="a")(len)])
+        for arguments, expected in (({"run_id": 5}, "5 is no run id"), ({"run_id": "a/b"}, '"a/b" is no run id'),
+                                    ({"store": "data"}, "store: expected a JSONStateStore or a MemoryStateStore, got")):
+            with self.assertRaises(mf.UsageError) as caught:
+                workflow.run_sync(**{"store": mf.MemoryStateStore(), **arguments})
+            self.assertIn(expected, str(caught.exception))
+        with self.assertRaises(TypeError):
+            mf.Workflow([len])
+
+    def test_a_store_in_memory_is_used_by_many_threads_at_once(self):
+        store, results = mf.MemoryStateStore(), []
+        threads = [threading.Thread(target=lambda n=n: results.append(
+            run_workflow(mf.task(name="a")(lambda ctx: {"n": ctx["k"]}), store=store, ctx={"k": n}))) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        self.assertEqual(sorted(result["n"] for result in results), list(range(8)))
+        self.assertFalse(store.store.has_folder)
 
     def test_what_goes_wrong_in_a_process_of_a_function_is_told(self):
         process = self.program(self.PROCESS, "all")
