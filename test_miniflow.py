@@ -3464,6 +3464,31 @@ class T19Functions(unittest.TestCase):
             "cancelled", dict.fromkeys(["sleeping", "thread", "next"], "cancelled")))
         self.assertEqual(run["tasks"]["thread"]["reason"], "cancelled; given up: nothing can stop its thread")
 
+    def test_a_cancel_at_any_turn_of_the_loop_leaves_nothing_and_the_run_goes_on_from_there(self):
+        async def step(ctx):
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return {"x": 1}
+
+        async def cancelled_after(turns):
+            store, tasks = mf.MemoryStateStore(), [mf.task(name=f"t{n}")(step) for n in range(3)]
+            tasks[0] >> [tasks[1], tasks[2]]
+            running = asyncio.ensure_future(mf.Workflow(tasks).run("r", store))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            running.cancel()
+            ended = (await asyncio.gather(running, return_exceptions=True))[0]
+            self.assertEqual(asyncio.all_tasks(), {asyncio.current_task()})
+            run = store.get_run("r")
+            if run is None or isinstance(ended, dict):
+                return "not begun" if run is None else "ended"
+            self.assertEqual((type(ended), run["status"]), (asyncio.CancelledError, "cancelled"))
+            self.assertEqual(await mf.Workflow(tasks).run("r", store), {"x": 1})
+            return "cancelled"
+
+        outcomes = [asyncio.run(cancelled_after(turns)) for turns in range(30)]
+        self.assertEqual(list(dict.fromkeys(outcomes)), ["not begun", "cancelled", "ended"])
+
     def test_a_second_cancel_gives_up_at_once(self):
         async def deaf(ctx):
             while True:
