@@ -1703,7 +1703,7 @@ def _make_function_task(function: Callable[..., Any], name: Optional[str], retry
         where = f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', function)!s}"
         raise FlowError(f"task {where}: {line}" for line in lines)
     plain = _plain(function)
-    module = re.sub(f"^{FLOW_MODULE}", "", plain.__module__)
+    module = re.sub(f"^{FLOW_MODULE}", "", getattr(plain, "__module__", None) or "?")
     full_name = f"{module}:{getattr(plain, '__qualname__', type(plain).__qualname__)}"
     task = make_task({**fields, "function": full_name, "kind": kind})
     return FunctionTask(function, task._replace(retry=task.retry._replace(retry_on=names)))
@@ -3154,6 +3154,10 @@ class ContextDict(Dict[str, Any]):
     def get(self, key: str, default: Any = None) -> Any:
         self.read.add(key)
         return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(str(key))
+        return super().__contains__(key)
 
     def pop(self, key: str, *default: Any) -> Any:
         self.read.add(key)
@@ -4608,7 +4612,7 @@ class MemoryStore(Store):
 
     def __init__(self) -> None:
         import threading
-        self.disk, self._states, self.live = Disk(), {}, set()     # type: Disk, Dict[str, Dict[str, Any]], Set[str]
+        self.disk, self._states, self.live = Disk(), {}, set()     # type: Disk, Dict[str, str], Set[str]
         self._folder: Any = None
         self._lock, self.place = threading.Lock(), f"memory {id(self)}"
 
@@ -4647,16 +4651,17 @@ class MemoryStore(Store):
         """Return a run as it stands; raise NotFound."""
         if run_id not in self._states:
             raise NotFound(f"no run {run_id} in memory")
-        state = self._states[run_id]
+        state = json.loads(self._states[run_id])
         return Loaded(run_from_json(state), 0, run_id in self.live, state["engine"], b"")
 
     def save(self, run: Run, engine: Mapping[str, Any]) -> None:
         """Keep a run as it stands."""
-        self._states[run.id] = json.loads(json.dumps(run_to_json(run, engine)))
+        self._states[run.id] = json.dumps(run_to_json(run, engine))
 
     def summary(self, run_id: str) -> Dict[str, Any]:
         """Return the head of a run's state."""
-        return {name: self._states[run_id][name] for name in _HEAD}
+        state = json.loads(self._states[run_id])
+        return {name: state[name] for name in _HEAD}
 
     def owner(self, run_id: str) -> Optional[Dict[str, Any]]:
         """Return who works on a run, or None if nobody does."""
@@ -5457,22 +5462,36 @@ TRACEBACK_CHARS = 8000                         # what is kept of a traceback: it
 
 
 def describe_error(exc: BaseException) -> str:
-    """Return what an exception says, after the name of its class."""
-    text = str(exc)
-    return f"{class_name(type(exc))}: {text[:1000]}" if text else class_name(type(exc))
+    """Return what an exception says, after the name of its class; an odd one may be unable to say anything."""
+    try:
+        text = str(exc)
+        return f"{class_name(type(exc))}: {text[:1000]}" if text else class_name(type(exc))
+    except Exception:
+        return f"{type.__repr__(type(exc))}, which can't say what it is"
 
 
 def format_error(exc: BaseException) -> str:
     """Return the end of the traceback of an exception, without the frames of this file."""
     import traceback
-    told = traceback.TracebackException(type(exc), exc, exc.__traceback__)
-    told.stack[:] = [frame for frame in told.stack if frame.filename != __file__]
-    return "".join(told.format())[-TRACEBACK_CHARS:]
+    try:
+        told = traceback.TracebackException(type(exc), exc, exc.__traceback__)
+        told.stack[:] = [frame for frame in told.stack if frame.filename != __file__]
+        return "".join(told.format())[-TRACEBACK_CHARS:]
+    except Exception:
+        return describe_error(exc)
+
+
+def describe_bad(exc: Exception) -> str:
+    """Return why what a function returned can't be handed on."""
+    return f"bad output: {exc}" if type(exc) is ValueError else f"bad output: {describe_error(exc)}"
 
 
 def error_classes(exc: BaseException) -> List[str]:
     """Return the names of the classes of an exception, its own first."""
-    return [class_name(cls) for cls in type(exc).__mro__ if cls is not object]
+    try:
+        return [class_name(cls) for cls in type(exc).__mro__ if cls is not object]
+    except Exception:                          # a class that can't say where it is from
+        return ["BaseException"]
 
 
 def load_module(name: str, path: str) -> Any:
@@ -5518,8 +5537,8 @@ def _answer(value: Any) -> Dict[str, Any]:
         for key, kind in returned.unsaved.items():
             raise ValueError(f"it returned {key!r}, a {kind}, which can't be sent from one process to another; "
                              "return what JSON can hold, or leave out process=True")
-    except ValueError as exc:
-        return {"reason": f"bad output: {exc}", "classes": error_classes(exc), "error": None}
+    except Exception as exc:
+        return {"reason": describe_bad(exc), "classes": error_classes(exc), "error": None}
     return {"output": returned.output}
 
 
@@ -5534,12 +5553,16 @@ def answer_call(call: Mapping[str, Any]) -> int:
         why_not = None                         # a task may run workflows of its own
         value = function(ctx)
     except BaseException as exc:
-        answer = {"reason": describe_error(exc), "classes": error_classes(exc), "error": format_error(exc)}
-        sys.stderr.write(format_error(exc))
+        answer: Dict[str, Any] = {"reason": describe_error(exc), "classes": error_classes(exc),
+                                  "error": format_error(exc)}
     else:
         answer = _answer(value)
     with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="ascii") as file:
         json.dump({**answer, "read": sorted(ctx.read)}, file)
+    try:
+        sys.stderr.write(answer.get("error") or "")
+    except (OSError, ValueError, AttributeError):
+        pass                                   # the function has closed it
     return 1 if "reason" in answer else 0
 
 
@@ -5561,6 +5584,12 @@ class FunctionProcesses(Processes):
                               "to another process; hand on what JSON can hold, or leave out process=True")
         main: Dict[str, Any] = {}
         module = sys.modules.get(function.__module__)
+        found: Any = module
+        for name in function.__qualname__.split("."):
+            found = getattr(found, name, None)
+        if (found.function if isinstance(found, FunctionTask) else found) != function:
+            raise LookupError(f"cannot start: {function.__qualname__} in module {function.__module__} is not this "
+                              "function, so another process would call something else; give it a name of its own")
         path = os.path.abspath(getattr(module, "__file__", None) or "")
         if function.__module__ == "__main__":
             if not path or not os.path.isfile(path):
@@ -5718,8 +5747,6 @@ class Functions:
         """Await an async function; nothing that it raises may reach the loop, which some of it would stop."""
         try:
             call.value = await self._functions[call.task](call.ctx)
-        except GeneratorExit:
-            raise
         except BaseException as exc:
             call.error = exc
 
@@ -5845,9 +5872,9 @@ class Functions:
         if call.error is None:
             try:
                 returned = split_returned(call.value)
-            except ValueError as exc:
+            except Exception as exc:           # also one of an odd object's own
                 self.errors[name] = exc
-                return function_failed(run, name, now, stopping, f"bad output: {exc}", error_classes(exc), None, read)
+                return function_failed(run, name, now, stopping, describe_bad(exc), error_classes(exc), None, read)
             if returned.kept:
                 self.kept[name] = returned.kept
             return function_ended(run, name, now, stopping, returned, read)
@@ -6062,6 +6089,8 @@ async def carry_out_on_loop(opened: Opened, store: Store, order: Order, watcher:
                 break
             events = await world.wait(run, until)
         failed = False
+        for _ in range(2 if take_signals else 0):
+            await asyncio.sleep(0)             # a signal of the last turn is heard, too
     finally:
         world.close(failed)
         journal.close()
@@ -6705,6 +6734,7 @@ class StateStore:
     def get_run(self, run_id: str) -> Optional[Dict[str, Any]]:
         """Return a run, or None if there is none of that id; raise StateError if its state can't be read."""
         try:
+            check_run_id(run_id)
             loaded = self.store.load(run_id)
         except (NotFound, UsageError):
             return None
@@ -6718,6 +6748,7 @@ class StateStore:
     def delete_run(self, run_id: str) -> bool:
         """Remove a run with its logs; return whether there was one, raise RunLocked if it goes on."""
         try:
+            check_run_id(run_id)
             there = self.store.exists(run_id)
         except UsageError:
             return False
@@ -6734,8 +6765,8 @@ class StateStore:
 class JSONStateStore(StateStore):
     """Keeps runs below a directory, as the command line does below its output directory."""
 
-    def __init__(self, path: str = "./data") -> None:
-        super().__init__(Store(os.fspath(path)))
+    def __init__(self, path: Union[str, os.PathLike[str]] = "./data") -> None:
+        super().__init__(Store(os.fsdecode(path)))
 
 
 class MemoryStateStore(StateStore):
@@ -6765,10 +6796,12 @@ class Workflow:
     def __init__(self, tasks: Sequence[FunctionTask], name: str = "", max_concurrent_tasks: Optional[int] = None, *,
                  description: str = "", version: str = "", tags: Sequence[str] = (),
                  pools: Optional[Mapping[str, int]] = None, fail_fast: bool = False) -> None:
-        self.tasks, self.name, self.max_concurrent_tasks = each_task(list(tasks)), name, max_concurrent_tasks
-        self._fields: Dict[str, Any] = {"description": description, "version": version, "tags": tuple(tags),
-                                        "pools": dict(pools or {}), "fail_fast": fail_fast}
-        self._edges, self._flow = -1, Flow("", ())
+        found = each_task(tasks if isinstance(tasks, FunctionTask) else list(tasks))
+        self.tasks: Tuple[FunctionTask, ...] = tuple(found)
+        self.name, self.max_concurrent_tasks = name, max_concurrent_tasks
+        self._fields: Dict[str, Any] = {"description": description, "version": version, "tags": tags,
+                                        "pools": pools if pools is not None else {}, "fail_fast": fail_fast}
+        self._made_of: Any = None
         self._flow = self.flow                 # is it sound?
 
     def __repr__(self) -> str:
@@ -6777,11 +6810,11 @@ class Workflow:
     @property
     def flow(self) -> Flow:
         """The checked Flow; edges may be added to the tasks until it runs."""
-        edges = sum(len(task.upstream) for task in self.tasks)
-        if edges != self._edges:
+        made_of = sum(len(task.upstream) for task in self.tasks), self.name, self.max_concurrent_tasks
+        if made_of != self._made_of:
             self._flow = make_flow(self.name or "workflow", self.tasks, max_parallel=self.max_concurrent_tasks,
                                    **self._fields)
-            self._edges = edges
+            self._made_of = made_of
         return self._flow
 
     @property
@@ -6813,10 +6846,11 @@ class Workflow:
         """
         check_no_loop("run_sync")
         run, world = run_on_own_loop(self._run(run_id, store, initial_ctx, take_signals=True))
-        if run.cancel and run.cancel.exit_code == SIGNAL_EXITS["SIGINT"]:
+        code = run.cancel.exit_code if run.cancel else SIGNAL_EXITS[world.signals[0]] if world.signals else 0
+        if code == SIGNAL_EXITS["SIGINT"]:
             raise KeyboardInterrupt
-        if run.cancel:
-            raise SystemExit(run.cancel.exit_code)
+        if code:
+            raise SystemExit(code)
         return self._result(run, world)
 
     async def _run(self, run_id: Optional[str], store: Optional[StateStore],
@@ -6828,7 +6862,7 @@ class Workflow:
         if not isinstance(store, (StateStore, type(None))):
             raise UsageError(f"store: expected a JSONStateStore or a MemoryStateStore, got {store!r}")
         flow, logger = self.flow, logging.getLogger("miniflow")
-        kept = (store or JSONStateStore()).store
+        kept = (JSONStateStore() if store is None else store).store
         source = Source(flow, flow.name, "", self.functions)
         opened = open_run(kept, source, self._params(initial_ctx), Order(""), Selection(), run_id, logger.warning)
         return opened.run, await carry_out_on_loop(opened, kept, Order(""), NoteTaker(logger.warning),
@@ -6887,7 +6921,7 @@ def import_workflow(path: str, stem: str, where: str) -> Workflow:
     path = os.path.abspath(path)
     folder = os.path.dirname(path)
     if folder not in sys.path:
-        sys.path.insert(0, folder)
+        sys.path.append(folder)                # last: a flow called queue.py must not hide the module
     name = FLOW_MODULE + re.sub("[^A-Za-z0-9_]", "_", stem)
     why_not = 'it is being imported to find its workflow; put what runs it under if __name__ == "__main__":'
     try:
@@ -6898,7 +6932,9 @@ def import_workflow(path: str, stem: str, where: str) -> Workflow:
                 found = module.create_workflow()
     except MiniFlowError as exc:
         raise FlowError(f"{where}: {line}" for line in str(exc).split("\n")) from None
-    except (Exception, SystemExit) as exc:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:
         raise FlowError([f"{where}:{_line_in(path, exc)}: {describe_error(exc)}"]) from None
     finally:
         why_not = None
@@ -7017,8 +7053,9 @@ def write_script(store: Store, stem: str, plan: Plan, params: Mapping[str, Any],
 class MiniFlow:
     """The flows of a directory, to be run from a Python program."""
 
-    def __init__(self, flows_dir: str = "./flows", tasks_dir: str = "./tasks",
-                 output_dir: str = "./miniflow_output") -> None:
+    def __init__(self, flows_dir: Union[str, os.PathLike[str]] = "./flows",
+                 tasks_dir: Union[str, os.PathLike[str]] = "./tasks",
+                 output_dir: Union[str, os.PathLike[str]] = "./miniflow_output") -> None:
         self.flows_dir, self.tasks_dir = os.fspath(flows_dir), os.fspath(tasks_dir)
         self.store = Store(os.fspath(output_dir))
 

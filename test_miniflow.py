@@ -3871,8 +3871,106 @@ class T19Functions(unittest.TestCase):
             with self.assertRaises(mf.UsageError) as caught:
                 workflow.run_sync(**{"store": mf.MemoryStateStore(), **arguments})
             self.assertIn(expected, str(caught.exception))
-        with self.assertRaises(TypeError):
-            mf.Workflow([len])
+        for tasks in ([len], "ab", {"a": len}, [[]]):
+            with self.assertRaises(TypeError) as caught:
+                mf.Workflow(tasks)
+            self.assertIn("expected a task or a list of tasks", str(caught.exception))
+        for options in ({"pools": ["x"]}, {"tags": "abc"}):
+            with self.assertRaises(mf.FlowError):
+                mf.Workflow(workflow.tasks, **options)
+
+    def test_odd_exceptions_and_values_are_a_failure_of_their_task_alone(self):
+        class Mute(Exception):
+            def __str__(self):
+                raise RuntimeError("no text")
+
+        class Proxy:
+            def __getattr__(self, name):
+                raise KeyError(name)
+
+        class Rude(dict):
+            def items(self):
+                raise OSError("no items")
+
+        class Key:
+            def __hash__(self):
+                return 1
+
+            def __repr__(self):
+                raise OSError("no repr")
+
+        def returning(value):
+            return lambda ctx: value
+
+        def raising(exc):
+            def function(ctx):
+                raise exc
+            return function
+
+        async def closing(ctx):
+            raise GeneratorExit
+
+        odd = [raising(Mute()), raising(SyntaxError("m", ("f", 3, "text", 5))), returning(Proxy()),
+               returning(Rude(a=1)), returning({Key(): 1}), closing]
+        tasks = [mf.task(name=f"odd{n}")(function) for n, function in enumerate(odd)]
+        after = mf.task(name="after")(len)
+        tasks[-1] >> after
+        exc = failure(*tasks, mf.task(name="good")(lambda ctx: {"g": 1}), after)
+        self.assertEqual(ends(exc.run), {**{f"odd{n}": "failed" for n in range(len(odd))}, "good": "success",
+                                         "after": "upstream_failed"})
+        self.assertEqual(exc.run.tasks["odd5"].reason, "GeneratorExit")
+
+    def test_a_process_never_calls_another_function_than_was_meant(self):
+        process = self.program("""
+            import functools
+            from miniflow import *
+
+            tasks = []
+            for i in range(3):
+                @task(name=f"t{i}", process=True)
+                def work(ctx, i=i): return {f"i{i}": i}
+                tasks.append(work)
+
+            def plain(ctx): return {"decorated": False}
+            @functools.wraps(plain)
+            def wrapper(ctx): return {"decorated": True}
+            tasks.append(task(name="wrapped", process=True)(wrapper))
+
+            if __name__ == "__main__":
+                try:
+                    Workflow(tasks).run_sync(store=MemoryStateStore())
+                except FlowFailed as exc:
+                    print({name: t.reason and t.reason[:44] for name, t in exc.run.tasks.items()})
+            """)
+        out, err = process.communicate(timeout=60)
+        self.assertEqual((ast.literal_eval(out), err), ({
+            "t0": "cannot start: work in module __main__ is not", "t1": "cannot start: work in module __main__ is not",
+            "t2": None, "wrapped": "cannot start: plain in module __main__ is no"}, ""))
+
+    def test_what_a_store_gives_is_a_copy(self):
+        store = mf.MemoryStateStore()
+        run_workflow(mf.task(name="a")(lambda ctx: {"s": [1]}), store=store, run_id="r")
+        store.get_run("r")["ctx"]["s"].append(2)
+        self.assertEqual(store.get_run("r")["ctx"], {"s": [1]})
+
+    def test_a_signal_in_the_last_turn_is_heard_as_well(self):
+        process = self.program("""
+            import time
+            from miniflow import *
+
+            @task
+            async def blocking(ctx):
+                print("ready", flush=True)
+                time.sleep(1)
+
+            for _ in range(3):
+                Workflow([blocking]).run_sync(store=MemoryStateStore())
+            """)
+        self.assertEqual(process.stdout.readline(), "ready\n")
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
+        self.assertEqual((out, process.returncode), ("", -signal.SIGINT))
 
     def test_a_store_in_memory_is_used_by_many_threads_at_once(self):
         store, results = mf.MemoryStateStore(), []
@@ -3959,8 +4057,8 @@ class T19Functions(unittest.TestCase):
                 mf.json_copy(value)
 
     def test_every_way_to_read_a_context_is_noted(self):
-        ways = {"a": lambda c: c["a"], "b": lambda c: c.get("b"), "c": lambda c: c.pop("c"),
-                "d": lambda c: c.setdefault("d"), "abcd": lambda c: {**c}}
+        ways = {"": lambda c: None, "a": lambda c: c["a"], "b": lambda c: c.get("b"), "c": lambda c: c.pop("c"),
+                "d": lambda c: "d" in c or c.setdefault("d"), "abcd": lambda c: {**c}}
         for keys, way in ways.items():
             ctx = mf.ContextDict(dict.fromkeys("abcd", 1), "abcd")
             way(ctx)
@@ -4797,6 +4895,8 @@ class T23CommandLine(unittest.TestCase):
                 ("\n1 / 0", "flows/py.py:2: ZeroDivisionError: division by zero"),
                 ("def f(:", "flows/py.py:1: SyntaxError: "),
                 ("import sys\nsys.exit(3)", "flows/py.py:2: SystemExit: 3"),
+                ("class B(BaseException):\n  def __str__(self): return 1 / 0\nraise B",
+                 "flows/py.py:3: <class 'miniflow_flow_py.B'>, which can't say what it is"),
                 ("import nothing_like_this", "flows/py.py:1: ModuleNotFoundError: No module named 'nothing_like_this'"),
                 (textwrap.dedent(self.PYTHON) + "workflow.run_sync()",
                  "flows/py.py: it is being imported to find its workflow; put what runs it under if __name__ == "),
@@ -4811,11 +4911,14 @@ class T23CommandLine(unittest.TestCase):
 
     def test_a_flow_in_python_may_print_when_it_is_imported_and_hides_no_module(self):
         project = self.python_flow("print('hello')" + textwrap.dedent(self.PYTHON))
-        os.rename(project.at("flows/py.py"), project.at("flows/json.py"))
+        names = ["json", "queue", "traceback", "asyncio", "logging"]
+        for name in names:
+            shutil.copy(project.at("flows/py.py"), project.at(f"flows/{name}.py"))
         done = project.cli("list", "--json")
-        self.assertEqual([row["name"] for row in json.loads(done.stdout)], ["f", "json"])
+        self.assertEqual([row["name"] for row in json.loads(done.stdout)], sorted(["f", "py", *names]), done.stderr)
         project.write("ready", "")
-        self.assertEqual(project.cli("run", "json").returncode, 0)
+        for name in ("queue", "traceback", "py"):
+            self.assertEqual(project.cli("run", name).returncode, 0)
 
     def test_two_flows_of_one_name_are_told_apart_by_their_paths(self):
         project = self.python_flow()
