@@ -3322,6 +3322,38 @@ class T19Functions(unittest.TestCase):
                 expected.update(outputs[name])
             self.assertEqual(finals, [expected] * 4)
 
+    def test_a_json_flow_and_its_python_twin_end_alike(self):
+        """Random flows with retries, rules, tolerated failures and pools: commands here, functions there."""
+        for seed in range(8):
+            flow, script = random_flow(random.Random(seed), 8)
+            tasks, made, tries = mf.flow_to_json(flow)["tasks"], {}, collections.Counter()
+            for t in tasks:
+                for field in ("retry_on", "timeout_s", "jitter"):
+                    t.pop(field, None)
+                codes = [script[t["id"]][n][1] for n in range(1, 5)]
+                t.update(command=f"set -- {' '.join(map(str, codes))}; shift $((MINIFLOW_ATTEMPT - 1)); exit $1",
+                         backoff_s=0)
+
+                def function(ctx, name=t["id"], codes=codes, tries=tries):
+                    tries[name] += 1
+                    if codes[tries[name] - 1]:
+                        raise ValueError(name)
+
+                options = {name: t[name] for name in t if name not in ("id", "command", "depends_on")}
+                made[t["id"]] = mf.task(name=t["id"], **options)(function)
+            for t in tasks:
+                [made[up] for up in t.get("depends_on", ())] >> made[t["id"]]
+            fields = {"pools": dict(flow.pools), "fail_fast": flow.fail_fast}
+            store = mf.MemoryStateStore()
+            with contextlib.suppress(mf.FlowFailed):
+                mf.Workflow(list(made.values()), max_concurrent_tasks=1, **fields).run_sync("r", store)
+            with one(*tasks, **fields) as project:
+                run = project.run(max_parallel=1)
+            twin = store.get_run("r")
+            self.assertEqual((run.status, {name: (t.status, len(t.attempts)) for name, t in run.tasks.items()}),
+                             (twin["status"], {name: (t["status"], len(t["attempts"]))
+                                               for name, t in twin["tasks"].items()}), seed)
+
     def test_plain_functions_run_at_once_as_many_as_there_are_cpus_and_block_no_loop(self):
         gate, ticks, most = threading.Barrier(mf.usable_cpus()), [], [0, 0]
 
