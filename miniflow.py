@@ -4727,7 +4727,7 @@ def open_journal(store: Store, run_id: str, durability: str, force: bool) -> Uni
 # token.  It has a session of its own and ignores the signals that end a run.  Should both be killed at once,
 # resume finds out.
 
-WATCHDOG_GRACE_S = 1.5
+WATCHDOG_GRACE_S = 1.0
 
 #: What the watchdog executes: a program of its own, for which importing this file would be too much.
 _WATCHDOG = r"""
