@@ -21,7 +21,7 @@ How it is built
                                                          graph  |  v
                                                         apply(event) + drive --> Start, Stop, Settle, Finish
                                                                   ^      |
-                                                                  '--- World   (processes; functions; the clock)
+                                                                  '--- World (processes; functions; the clock)
 
 Five types, five tenses.  A Flow is what the author wrote.  A Plan is what will happen.  An Event is a fact:
 it is appended to the journal first, then it is true.  A Run is the sum of its events and changes through
@@ -1534,6 +1534,10 @@ def parse_flow(content: Union[bytes, str], where: str,
     return flow
 
 
+#: Members of Task, its action and its Retry that stand in a flow file under another name, or in parts.
+_ELSEWHERE = ("id", "action", "retry", "path", "command", "name")
+
+
 def task_to_json(task: Task) -> Dict[str, Any]:
     """Return the fields of `task` as in a flow file, without those that have their default value."""
     members: Dict[str, Any] = {"id": task.id}
@@ -1543,7 +1547,7 @@ def task_to_json(task: Task) -> Dict[str, Any]:
     for part, plain in parts:
         for field in part._fields:
             value = getattr(part, field)
-            if field not in ("id", "action", "retry", "path", "command", "name") and value != getattr(plain, field):
+            if field not in _ELSEWHERE and value != getattr(plain, field):
                 members[field] = value
     return members
 
@@ -1565,7 +1569,8 @@ def recorded_flow(value: Mapping[str, Any]) -> Flow:
     """Return the Flow that flow_to_json wrote down; nothing is checked again."""
     simple = {name: _frozen(value[name]) for name in Flow._fields
               if name in value and name not in ("params", "tasks")}
-    return Flow(tasks=tuple(map(make_task, value["tasks"])), params=_make_params(value.get("params"), []), **simple)
+    params = _make_params(value.get("params"), [])
+    return Flow(tasks=tuple(map(make_task, value["tasks"])), params=params, **simple)
 
 
 # ============================================================================
@@ -1623,8 +1628,8 @@ def _function_kind(function: Callable[..., Any], process: bool) -> str:
         raise ValueError("process=True: an async function runs on the event loop; make it a plain one")
     name = getattr(function, "__qualname__", "<partial>")
     if process and inspect.ismethod(function) and not isinstance(function.__self__, type):
-        raise ValueError("process=True: a method would need its object, which can't be sent to another process; use a "
-                         "function")
+        raise ValueError("process=True: a method would need its object, which can't be sent to another "
+                         "process; use a function")
     if process and ("<" in name or not getattr(function, "__module__", None)):
         raise ValueError(f"process=True: another process finds a function by its name in its module, and "
                          f"{name} can't be found that way; define it at the top level of a module")
@@ -1636,7 +1641,8 @@ def each_task(tasks: Any) -> List[Any]:
     found = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
     for item in found:
         if not hasattr(item, "upstream"):
-            raise TypeError(f"expected a task or a list of tasks, got {item!r}; decorate the function with @task")
+            raise TypeError(f"expected a task or a list of tasks, got {item!r}; "
+                            "decorate the function with @task")
     return found
 
 
@@ -1709,9 +1715,9 @@ def _make_function_task(function: Callable[..., Any], name: Optional[str], retry
     return FunctionTask(function, task._replace(retry=task.retry._replace(retry_on=names)))
 
 
-_TASK_OPTIONS = frozenset(["name", "retry_on", "process", "max_retries", "backoff_s", "max_backoff_s", "jitter",
-                           "timeout_s", "grace_s", "tags", "description", "trigger_rule", "allow_failure", "pool",
-                           "priority"])
+_TASK_OPTIONS = frozenset(["name", "retry_on", "process", "max_retries", "backoff_s", "max_backoff_s",
+                           "jitter", "timeout_s", "grace_s", "tags", "description", "trigger_rule",
+                           "allow_failure", "pool", "priority"])
 
 
 @overload
@@ -1721,7 +1727,8 @@ def task(function: Callable[..., Any]) -> FunctionTask:
 
 @overload
 def task(function: None = None, *, name: Optional[str] = None, max_retries: int = 0, backoff_s: float = 0,
-         max_backoff_s: float = 3600, jitter: float = 0, retry_on: Any = None, timeout_s: Optional[float] = None,
+         max_backoff_s: float = 3600, jitter: float = 0, retry_on: Any = None,
+         timeout_s: Optional[float] = None,
          grace_s: float = 5, tags: Sequence[str] = (), description: Optional[str] = None,
          trigger_rule: str = "all_success", allow_failure: bool = False, pool: Optional[str] = None,
          priority: int = 0, process: bool = False) -> Callable[[Callable[..., Any]], FunctionTask]:
@@ -1767,8 +1774,9 @@ def make_flow(name: str, tasks: Sequence[FunctionTask], **fields: Any) -> Flow:
         if value is not None:
             check_schema(schemas[field], list(value) if isinstance(value, tuple) else value, (field,), found)
     members = {field: _frozen(value) for field, value in fields.items() if value is not None}
-    flow = Flow(name, tuple(item.task._replace(depends_on=tuple(up.name for up in item.upstream if up in ours))
-                            for item in tasks), **members)
+    upstream = [tuple(up.name for up in item.upstream if up in ours) for item in tasks]
+    flow = Flow(name, tuple(item.task._replace(depends_on=names) for item, names in zip(tasks, upstream)),
+                **members)
     if not found:
         found += check_flow(flow)
     problems += [f"workflow {name}: {format_path(problem.path)}: {problem.what}" for problem in found]
@@ -1926,8 +1934,8 @@ class AttemptStopping(NamedTuple):
 class AttemptEnded(NamedTuple):
     """The attempt is over.
 
-    `code` is what retry_on is held against; after a `final` failure a retry is pointless.  `unsaved` names what
-    a Python task handed on beside `output` and JSON can't hold, with its type; `inputs` what it has read.
+    `code` is what retry_on is held against; after a `final` failure a retry is pointless.  `unsaved` names
+    what a Python task handed on beside `output` and JSON can't hold, with its type; `inputs` what it read.
     """
 
     at: float
@@ -2014,8 +2022,8 @@ def is_flat(values: Mapping[str, Any]) -> bool:
 class Scope(NamedTuple):
     """What a task may read: for each key the rank of its last writer, and its value.
 
-    `unsaved` has the keys whose value JSON can't hold: it is in the memory of the engine alone.  Where no value
-    is a list or a dict (`flat`), a copy of `values` shares nothing with it that could be changed.
+    `unsaved` has the keys whose value JSON can't hold: it is in the memory of the engine alone.  Where no
+    value is a list or a dict (`flat`), a copy of `values` shares nothing with it that could be changed.
     """
 
     lineage: Lineage
@@ -2029,15 +2037,16 @@ class Scope(NamedTuple):
         values, lost = {**self.values, **output}, frozenset(unsaved)
         for key in lost:
             values.pop(key, None)
-        return Scope(Lineage((self.lineage,), rank), {**self.writers, **dict.fromkeys([*output, *lost], rank)},
-                     values, (self.unsaved - output.keys()) | lost, self.flat and is_flat(output))
+        writers = {**self.writers, **dict.fromkeys([*output, *lost], rank)}
+        return Scope(Lineage((self.lineage,), rank), writers, values, (self.unsaved - output.keys()) | lost,
+                     self.flat and is_flat(output))
 
 
 NO_SCOPE = Scope(Lineage(), {}, {})
 
 
 def join_scopes(scopes: Sequence[Scope]) -> Scope:
-    """Return the scope of a task downstream of `scopes`, which are distinct: the highest rank wins each key."""
+    """Return the scope of a task downstream of distinct `scopes`: the highest rank wins each key."""
     if len(scopes) < 2:
         return scopes[0] if scopes else NO_SCOPE
     writers, values, unsaved = dict(scopes[0].writers), dict(scopes[0].values), set(scopes[0].unsaved)
@@ -2073,7 +2082,8 @@ class TaskRun:
     """Where one task stands within one run."""
 
     __slots__ = ("status", "reason", "attempt", "started", "finished", "inputs", "output", "error",
-                 "attempts", "first_attempt", "retry_at", "stopping", "killed", "scope", "unsaved", "deadline")
+                 "attempts", "first_attempt", "retry_at", "stopping", "killed", "scope",
+                 "unsaved", "deadline")
 
     def __init__(self) -> None:
         self.status = PENDING
@@ -2330,7 +2340,7 @@ class Run:
     def _on_spawned(self, event: AttemptSpawned) -> None:
         attempt = self.tasks[event.task].attempts[-1]
         attempt.pid, attempt.ticks = event.pid, event.ticks
-        self._set_deadline(event.task, event.at)             # the record of the start may have waited for a disk
+        self._set_deadline(event.task, event.at)  # the record of the start may have waited for a disk
 
     def _on_deferred(self, event: AttemptDeferred) -> None:
         task_run = self.tasks[event.task]
@@ -2868,7 +2878,7 @@ def reopen(old: Run, flow: Flow) -> Run:
     again = _reach({name for name in plan.order if name in changes
                     or old.tasks[name].status not in (SUCCESS, CACHED, SKIPPED)}, plan.downstream)
     unsaved = {name for name in plan.order if name in old.tasks and old.tasks[name].unsaved}
-    while True:                                 # what only the memory of an engine held is made again, if needed
+    while True:  # what only an engine's memory held is made again, if needed
         needed = _reach(again, {task.id: task.depends_on for task in flow.tasks}) & unsaved - again
         if not needed:
             break
@@ -2968,7 +2978,7 @@ def _own_env(run: Run, task: Task, setting: Setting) -> Dict[str, str]:
     return env
 
 
-#: What the process of a function executes: it loads this file under the name that it has here, and goes on there.
+#: What the process of a function executes: it loads this file under its name here, and goes on there.
 FUNCTION_PROGRAM = """
 import importlib, importlib.util, json, sys
 call = json.load(sys.stdin)
@@ -3126,7 +3136,8 @@ def split_returned(value: Any) -> Returned:
     output, kept, unsaved = {}, {}, {}
     for key, item in value.items():
         if type(key) is not str:
-            raise ValueError(f"it returned the key {key!r}, a {class_name(type(key))}; keys have to be strings")
+            raise ValueError(f"it returned the key {key!r}, a {class_name(type(key))}; "
+                             "keys have to be strings")
         try:
             output[key] = json_copy(item)
         except ValueError as exc:
@@ -3209,7 +3220,7 @@ def function_ended(run: Run, task_id: str, now: float, stopping: Optional[str], 
 
 def function_failed(run: Run, task_id: str, now: float, stopping: Optional[str], reason: str,
                     classes: Sequence[str], error: Optional[str], read: Iterable[str]) -> AttemptEnded:
-    """Return the end of an attempt of a function that has raised an exception of `classes`, the first its own.
+    """Return the end of an attempt of a function that has raised an exception of `classes`, its own first.
 
     The code of the end is the class that retry_on names, else its own.
     """
@@ -3971,7 +3982,7 @@ def this_engine(now: float) -> Dict[str, Any]:
     """Return who this engine is: its process, since when, and the token of its tasks' cookies."""
     try:
         boot = read_file("/proc/sys/kernel/random/boot_id").decode().strip()
-        pids = os.stat("/proc/self/ns/pid").st_ino           # containers count their processes each for itself
+        pids = os.stat("/proc/self/ns/pid").st_ino  # containers count their processes each for itself
     except OSError:
         boot, pids = "", 0
     host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?")
@@ -4002,7 +4013,7 @@ def is_process(pid: Any, ticks: Any) -> bool:
 
 
 def may_live(engine: Mapping[str, Any]) -> bool:
-    """Tell whether an engine may still be alive: what can't be seen from here may, unless the host was booted."""
+    """Tell whether an engine may be alive: what can't be seen from here may, unless the host was booted."""
     here = this_engine(0)
     if engine.get("host") == here["host"] and engine.get("boot") != here["boot"]:
         return False
@@ -4047,7 +4058,7 @@ def _owner_file(path: str) -> str:
 
 
 def _file_owner(path: str) -> Dict[str, Any]:
-    """Return who owns a run by a file, where there are no locks; nothing if nobody does, or that one is gone."""
+    """Return who owns a run by a file, where there are no locks; nothing if nobody does any more."""
     try:
         owner = _parse_owner(read_file(_owner_file(path), follow=False))
     except OSError:
@@ -4099,7 +4110,7 @@ class Lock:
         return self._fd is None
 
     def is_held(self) -> bool:
-        """Tell whether the lock is still ours: somebody may have removed the file, and another engine come."""
+        """Tell whether the lock is still ours: its file may have been removed, and another engine come."""
         if self._fd is not None:
             return _is_file(self._fd, self.path)
         try:
@@ -4215,7 +4226,7 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 _DEVICES = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
 STALL_S = 60.0                                 # how long a full disk is waited for
-_CHECK_S = 2.0                                 # how often an engine without events sees if the run is still its own
+_CHECK_S = 2.0  # how often an idle engine sees if the run is still its own
 DURABILITIES = ("full", "normal", "off")
 
 
@@ -4268,8 +4279,8 @@ def _read_journal(path: str) -> Tuple[Optional[Run], int, Mapping[str, Any], byt
 def check_run_id(run_id: Any) -> None:
     """Raise UsageError for what can't be the id of a run."""
     if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id) or _DEVICES.fullmatch(run_id):
-        raise UsageError(f"{shown(run_id)} is no run id; use letters, digits, _ and -, not starting with -, at most "
-                         "128, and no name of a device")
+        raise UsageError(f"{shown(run_id)} is no run id; use letters, digits, _ and -, not starting with -, "
+                         "at most 128, and no name of a device")
 
 
 class Store:
@@ -4557,15 +4568,15 @@ class Journal:
         return min(times + ([self._next_view] if self._dirty else []), default=self._next_check)
 
     def _check_ownership(self) -> None:
-        """Raise StateError if lock or journal are not ours any more, because another engine took the run over."""
+        """Raise StateError if lock or journal are not ours any more: another engine took the run over."""
         assert self._fd is not None and self._lock
         try:
             ours = os.path.samestat(os.fstat(self._fd), os.stat(self.files.journal, follow_symlinks=False))
         except OSError:
             ours = False
         if not ours or not self._lock.is_held():
-            raise StateError(f"{self.files.journal}: it or its lock was replaced or removed; another engine may have "
-                             "taken the run over, so this one ends its tasks and stops")
+            raise StateError(f"{self.files.journal}: it or its lock was replaced or removed; another engine "
+                             "may have taken the run over, so this one ends its tasks and stops")
 
     def finish(self, run: Run) -> None:
         """Write the final state and remove journal and lock."""
@@ -5242,7 +5253,7 @@ class Processes:
         self._children: Dict[str, Child] = {}
         self._by_fd: Dict[int, Child] = {}
         self._reap_at = 0.0
-        self._in_need_since: Optional[float] = None          # since when nothing runs and nothing can be started
+        self._in_need_since: Optional[float] = None  # since when nothing runs and nothing can be started
         self.note: Callable[[str], None] = lambda text: None # is told what a user should know
         self._waiter = Waiter(take_signals)
 
@@ -5336,15 +5347,15 @@ class Processes:
             os.close(source)
 
     def _bear(self, exc: OSError, run: Run) -> None:
-        """Raise StateError if the system has had no means for any attempt too long, or has another trouble."""
+        """Raise StateError if the system had no means for any attempt too long, or has another trouble."""
         now = self.now()
         if exc.errno in PRESSURE_ERRORS | FULL_ERRORS:
             if self._children or self._in_need_since is None:
                 self._in_need_since = now
             if now - self._in_need_since < STALL_S:
                 return
-        raise StateError(f"{exc.filename or self._store.path}: no attempt can be started: {exc.strerror}; what was "
-                         f"recorded before is safe: miniflow resume {run.id}") from None
+        raise StateError(f"{exc.filename or self._store.path}: no attempt can be started: {exc.strerror}; "
+                         f"what was recorded before is safe: miniflow resume {run.id}") from None
 
     def _invocation(self, run: Run, task_id: str, setting: Setting) -> Invocation:
         """Return what is executed for a task."""
@@ -5462,7 +5473,7 @@ TRACEBACK_CHARS = 8000                         # what is kept of a traceback: it
 
 
 def describe_error(exc: BaseException) -> str:
-    """Return what an exception says, after the name of its class; an odd one may be unable to say anything."""
+    """Return what an exception says, after the name of its class; an odd one may be unable to."""
     try:
         text = str(exc)
         return f"{class_name(type(exc))}: {text[:1000]}" if text else class_name(type(exc))
@@ -5535,8 +5546,8 @@ def _answer(value: Any) -> Dict[str, Any]:
     try:
         returned = split_returned(value)
         for key, kind in returned.unsaved.items():
-            raise ValueError(f"it returned {key!r}, a {kind}, which can't be sent from one process to another; "
-                             "return what JSON can hold, or leave out process=True")
+            raise ValueError(f"it returned {key!r}, a {kind}, which can't be sent from one process to "
+                             "another; return what JSON can hold, or leave out process=True")
     except Exception as exc:
         return {"reason": describe_bad(exc), "classes": error_classes(exc), "error": None}
     return {"output": returned.output}
@@ -5546,8 +5557,8 @@ def answer_call(call: Mapping[str, Any]) -> int:
     """Call a function in a process of its own, write its answer, and return the exit code."""
     global why_not
     ctx = ContextDict(call["ctx"], call["ctx"])
-    why_not = ("this program is being imported by the process of a task, to find its function; put what starts a "
-               'workflow under if __name__ == "__main__":')
+    why_not = ("this program is being imported by the process of a task, to find its function; put what "
+               'starts a workflow under if __name__ == "__main__":')
     try:
         function = _find_function(call)
         why_not = None                         # a task may run workflows of its own
@@ -5580,30 +5591,34 @@ class FunctionProcesses(Processes):
         function, scope = self._functions[task_id], run.tasks[task_id].scope
         for key in sorted(scope.unsaved):
             source = run.tasks[run.plan.order[scope.writers[key]]]
-            raise LookupError(f"cannot start: {key!r} of its context is a {source.unsaved[key]}, which can't be sent "
-                              "to another process; hand on what JSON can hold, or leave out process=True")
-        main: Dict[str, Any] = {}
+            raise LookupError(f"cannot start: {key!r} of its context is a {source.unsaved[key]}, which "
+                              "can't be sent to another process; hand on what JSON can hold, or leave out "
+                              "process=True")
+        program: Dict[str, Any] = {}
         module = sys.modules.get(function.__module__)
         found: Any = module
         for name in function.__qualname__.split("."):
             found = getattr(found, name, None)
         if (found.function if isinstance(found, FunctionTask) else found) != function:
-            raise LookupError(f"cannot start: {function.__qualname__} in module {function.__module__} is not this "
-                              "function, so another process would call something else; give it a name of its own")
+            raise LookupError(f"cannot start: {function.__qualname__} in module {function.__module__} is not "
+                              "this function, so another process would call something else; give it a name "
+                              "of its own")
         path = os.path.abspath(getattr(module, "__file__", None) or "")
         if function.__module__ == "__main__":
             if not path or not os.path.isfile(path):
-                raise LookupError("cannot start: its function is not in a file, so another process can't import "
-                                  "it; put it into a module, or leave out process=True")
+                raise LookupError("cannot start: its function is not in a file, so another process can't "
+                                  "import it; put it into a module, or leave out process=True")
             from multiprocessing import spawn
-            main = spawn.get_preparation_data(task_id)
-            main.pop("authkey", None)
+            program = spawn.get_preparation_data(task_id)
+            program.pop("authkey", None)
         call = {"sys_path": sys.path, "miniflow": "miniflow" if __name__ == "__main__" else __name__,
-                "file": os.path.abspath(__file__), "main": main, "module": function.__module__, "path": path,
+                "file": os.path.abspath(__file__), "main": program, "module": function.__module__,
+                "path": path,
                 "function": function.__qualname__, "ctx": self._context_of(run, task_id)}
         invocation = invoke(run, task_id, setting)
-        env = {name: value for name, value in invocation.env.items() if not name.startswith("MINIFLOW_PARAM_")}
-        return invocation._replace(env=env, stdin=json.dumps(call))      # its context has the params, of any size
+        env = {name: value for name, value in invocation.env.items()
+               if not name.startswith("MINIFLOW_PARAM_")}    # its context has the params, of any size
+        return invocation._replace(env=env, stdin=json.dumps(call))
 
     def _end(self, run: Run, child: Child, code: int) -> AttemptEnded:
         try:
@@ -5616,9 +5631,11 @@ class FunctionProcesses(Processes):
             return function_failed(run, child.task, now, child.stopping, answer["reason"], answer["classes"],
                                    answer["error"], read)
         if "output" in answer and not code:
-            return function_ended(run, child.task, now, child.stopping, Returned(answer["output"], {}, {}), read)
+            returned = Returned(answer["output"], {}, {})
+            return function_ended(run, child.task, now, child.stopping, returned, read)
         if not code and not child.stopping:
-            return AttemptEnded(now, child.task, run.tasks[child.task].attempt, FAILED, "it ended without an answer")
+            return AttemptEnded(now, child.task, run.tasks[child.task].attempt, FAILED,
+                                "it ended without an answer")
         return attempt_end(run, child.task, now, code, child.stopping, dict)
 
     def fds(self) -> List[int]:
@@ -5632,7 +5649,7 @@ class FunctionProcesses(Processes):
 
 
 class Threads:
-    """Threads that call functions; one that has become idle is used again.  They are daemons: none can be ended."""
+    """Threads that call functions; an idle one is used again.  They are daemons, as none can be ended."""
 
     def __init__(self) -> None:
         import queue
@@ -5678,7 +5695,7 @@ class Call:
 class Functions:
     """The World of a Python flow, on the running event loop."""
 
-    #: Calls of this program that were given up and still run, by the place of their run, its id and their task.
+    #: Calls of this program that were given up and still run, by place and id of their run and their task.
     strays: Dict[Tuple[str, str, str], Call] = {}
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], clock: Clock, place: str,
@@ -5692,9 +5709,9 @@ class Functions:
         self._ended: List[Call] = []
         self._wake: Any = None
         self._watched: Set[int] = set()
-        self.kept: Dict[str, Dict[str, Any]] = {}                   # task to what only memory holds of its output
+        self.kept: Dict[str, Dict[str, Any]] = {}  # task to what only memory holds of its output
         self.errors: Dict[str, BaseException] = {}                  # task to what its last attempt raised
-        self.cancelled = 0                                          # how often whoever waits for us was cancelled
+        self.cancelled = 0  # how often whoever waits for us was cancelled
         self.signals: List[str] = []
         self._old_handlers: Dict[int, Any] = {}
 
@@ -5709,8 +5726,8 @@ class Functions:
                 del self.strays[key]           # an async call ends with its loop
         for name, task_run in run.tasks.items() if self.strays else ():
             if task_run.status not in SETTLED and (self._place, run.id, name) in self.strays:
-                raise RunLocked(f"run {run.id}: task {name} was given up and still runs in this program, where nothing "
-                                "can stop it; wait for its end")
+                raise RunLocked(f"run {run.id}: task {name} was given up and still runs in this program, "
+                                "where nothing can stop it; wait for its end")
 
     def context(self, run: Run, task_id: str) -> Dict[str, Any]:
         """Return a new dict of what a task may read, but for what only memory holds."""
@@ -5810,8 +5827,9 @@ class Functions:
         ended, self._ended = self._ended, []
         events: List[Event] = [self._judge(run, call) for call in ended]
         while self.signals:
-            name, again = self.signals.pop(0), run.cancel or any(isinstance(e, CancelRequested) for e in events)
-            events.append(CancelRequested(self.now(), f"cancelled by {name}", SIGNAL_EXITS[name], bool(again)))
+            name = self.signals.pop(0)
+            again = bool(run.cancel or any(isinstance(event, CancelRequested) for event in events))
+            events.append(CancelRequested(self.now(), f"cancelled by {name}", SIGNAL_EXITS[name], again))
         return events + (self._processes.wait(run, 0) if self._processes else [])
 
     async def _pause(self, until: Optional[float]) -> None:
@@ -5874,13 +5892,14 @@ class Functions:
                 returned = split_returned(call.value)
             except Exception as exc:           # also one of an odd object's own
                 self.errors[name] = exc
-                return function_failed(run, name, now, stopping, describe_bad(exc), error_classes(exc), None, read)
+                return function_failed(run, name, now, stopping, describe_bad(exc), error_classes(exc), None,
+                                       read)
             if returned.kept:
                 self.kept[name] = returned.kept
             return function_ended(run, name, now, stopping, returned, read)
         self.errors[name] = TimeoutError(stopping) if stopping else call.error
-        return function_failed(run, name, now, stopping, describe_error(call.error), error_classes(call.error),
-                               format_error(call.error), read)
+        return function_failed(run, name, now, stopping, describe_error(call.error),
+                               error_classes(call.error), format_error(call.error), read)
 
     def is_signalled(self) -> bool:
         """Tell whether a signal has come that wait() has not told of yet."""
@@ -5957,12 +5976,16 @@ def remove_files_of_success(store: Store, run_id: str) -> None:
         try:
             shutil.rmtree(store.files(run_id).tmp, ignore_errors=True)
         except OSError:
-            pass                               # a disk that can't even be looked at: the run has ended all the same
+            pass  # a disk that can't be looked at: the run has ended all the same
 
 
 def _turns(run: Run, journal: Union[Journal, MemoryJournal], world: Any, slots: Optional[int],
-           watcher: Watcher) -> Generator[Optional[float], List[Event], None]:
-    """Drive a run whose journal has begun to its end; yields how long to wait and is sent the new events."""
+           watcher: Watcher, news: List[Event]) -> Iterator[Optional[float]]:
+    """Drive a run whose journal has begun to its end.
+
+    Yields how long to wait (until when, None: until something happens); whoever waits puts what has happened
+    into `news`, be it by blocking or by awaiting.
+    """
     watcher.begin(run, slots)
     steps = drive(run, world, journal.append, slots, watcher.observe)
     events: Optional[List[Event]] = None
@@ -5973,7 +5996,8 @@ def _turns(run: Run, journal: Union[Journal, MemoryJournal], world: Any, slots: 
             break
         now = world.now()
         times = [at for at in (until, journal.idle(run, now), watcher.refresh(now)) if at is not None]
-        events = yield min(times, default=None)
+        yield min(times, default=None)
+        events = list(news)
     if run.ok:
         remove_files_of_success(journal.store, run.id)
     journal.finish(run)
@@ -6010,7 +6034,7 @@ class Source(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A run that is ours, ready to begin or to go on from `last`; without a journal there is nothing to do."""
+    """A run that is ours, ready to begin or to go on from `last`; without a journal nothing is to be done."""
 
     run: Run
     journal: Union[Journal, MemoryJournal, None]
@@ -6020,33 +6044,28 @@ class Opened(NamedTuple):
 
 def carry_out(opened: Opened, store: Store, order: Order, watcher: Watcher) -> Run:
     """Drive a run to its end in a world of processes, and let go of it whatever happens."""
-    run, journal = opened.run, opened.journal
+    run, journal, news = opened.run, opened.journal, []      # type: Run, Any, List[Event]
     if journal is None:
         return run
     try:
         with Processes(store, run.id, order.tasks_dir, opened.clock, journal.engine["token"]) as world:
             journal.note, journal.hurry, world.note = watcher.note, world.is_signalled, watcher.note
             journal.begin(run, opened.last)
-            turns = _turns(run, journal, world, order.slots or run.plan.flow.max_parallel or usable_cpus(), watcher)
-            events: Optional[List[Event]] = None
-            while run.outcome is None:
-                try:
-                    until = turns.send(events)             # type: ignore[arg-type]
-                except StopIteration:
-                    break
-                events = world.wait(run, until)
+            slots = order.slots or run.plan.flow.max_parallel or usable_cpus()
+            for until in _turns(run, journal, world, slots, watcher, news):
+                news[:] = world.wait(run, until)
     finally:
         journal.close()
     return run
 
 
-def run_on_own_loop(main: Coroutine[Any, Any, Any]) -> Any:
+def run_on_own_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine on an event loop of its own; what it has given up does not keep us from returning."""
     import asyncio
     loop = asyncio.new_event_loop()
     try:
         asyncio.set_event_loop(loop)
-        return loop.run_until_complete(main)
+        return loop.run_until_complete(coroutine)
     finally:
         left = asyncio.all_tasks(loop)
         for task in left:
@@ -6080,14 +6099,9 @@ async def carry_out_on_loop(opened: Opened, store: Store, order: Order, watcher:
         slots = order.slots or run.plan.flow.max_parallel
         if slots is None:
             run.queues.limits[PLAIN_FUNCTIONS] = usable_cpus()
-        turns = _turns(run, journal, world, slots, watcher)
-        events: Optional[List[Event]] = None
-        while run.outcome is None:
-            try:
-                until = turns.send(events)                 # type: ignore[arg-type]
-            except StopIteration:
-                break
-            events = await world.wait(run, until)
+        news: List[Event] = []
+        for until in _turns(run, journal, world, slots, watcher, news):
+            news[:] = await world.wait(run, until)
         failed = False
         for _ in range(2 if take_signals else 0):
             await asyncio.sleep(0)             # a signal of the last turn is heard, too
@@ -6192,8 +6206,10 @@ def _clear_orphans(loaded: Loaded, store: Store, order: Order, note: Callable[[s
 def _check_same(last: Run, source: Optional[Source], params: Optional[Mapping[str, Any]]) -> None:
     """Raise UsageError if a run that exists is to go on as one of another flow, or with other params."""
     if source and source.stem != last.flow:
-        raise UsageError(f"run {last.id} is one of flow {last.flow}, not of {source.stem}; give another run id")
-    given = last.params if params is None else complete_params(source.flow if source else last.plan.flow, params)
+        raise UsageError(f"run {last.id} is one of flow {last.flow}, not of {source.stem}; "
+                         "give another run id")
+    flow = source.flow if source else last.plan.flow
+    given = last.params if params is None else complete_params(flow, params)
     for name in [*given, *last.params]:
         if name not in given or name not in last.params or given[name] != last.params[name]:
             was = shown(last.params[name]) if name in last.params else "not given"
@@ -6205,8 +6221,8 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
                order: Order, note: Callable[[str], None]) -> Opened:
     """Take hold of a run that exists, to go on with it by its flow as it is now (None: as it was).
 
-    One that succeeded stays as it is, and other params or another flow are refused.  `note` is told what a user
-    should know.
+    One that succeeded stays as it is, and other params or another flow are refused.  `note` is told what a
+    user should know.
     """
     if not store.exists(run_id):
         store.load(run_id)                     # says what is wrong
@@ -6217,8 +6233,8 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
         _check_same(last.run, source, params)
         _clear_orphans(last, store, order, note)
         if last.damage:
-            note(f"{len(last.damage)} bytes at the end of {store.files(run_id).journal} are torn; they are kept "
-                 "beside it and what they recorded happens again")
+            note(f"{len(last.damage)} bytes at the end of {store.files(run_id).journal} are torn; they are "
+                 "kept beside it and what they recorded happens again")
         if last.run.outcome == SUCCESS:
             note(f"run {run_id} has succeeded already; nothing is done")
             remove_files_of_success(store, run_id)           # its engine may have died before it could
@@ -6789,12 +6805,13 @@ def check_no_loop(who: str) -> None:
 class Workflow:
     """Tasks made by @task that hang together, to be run by `await workflow.run()`.
 
-    It takes the edges among its own tasks.  `max_concurrent_tasks` None means no limit for async tasks, and as
-    many plain ones at once as there are usable CPUs.  Raises FlowError with all that is wrong.
+    It takes the edges among its own tasks.  `max_concurrent_tasks` None means no limit for async tasks, and
+    as many plain ones at once as there are usable CPUs.  Raises FlowError with all that is wrong.
     """
 
-    def __init__(self, tasks: Sequence[FunctionTask], name: str = "", max_concurrent_tasks: Optional[int] = None, *,
-                 description: str = "", version: str = "", tags: Sequence[str] = (),
+    def __init__(self, tasks: Sequence[FunctionTask], name: str = "",
+                 max_concurrent_tasks: Optional[int] = None, *, description: str = "", version: str = "",
+                 tags: Sequence[str] = (),
                  pools: Optional[Mapping[str, int]] = None, fail_fast: bool = False) -> None:
         found = each_task(tasks if isinstance(tasks, FunctionTask) else list(tasks))
         self.tasks: Tuple[FunctionTask, ...] = tuple(found)
@@ -6812,8 +6829,8 @@ class Workflow:
         """The checked Flow; edges may be added to the tasks until it runs."""
         made_of = sum(len(task.upstream) for task in self.tasks), self.name, self.max_concurrent_tasks
         if made_of != self._made_of:
-            self._flow = make_flow(self.name or "workflow", self.tasks, max_parallel=self.max_concurrent_tasks,
-                                   **self._fields)
+            self._flow = make_flow(self.name or "workflow", self.tasks,
+                                   max_parallel=self.max_concurrent_tasks, **self._fields)
             self._made_of = made_of
         return self._flow
 
@@ -6830,9 +6847,9 @@ class Workflow:
                   initial_ctx: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
         """Run the workflow on the running event loop and return the final context.
 
-        A `run_id` that exists is gone on with; one that succeeded gives what it gave.  Without a `store` it is
-        JSONStateStore("./data").  Raises FlowFailed if the run did not succeed, with the exception of its first
-        failed task as cause, and UsageError, RunLocked or StateError if the run can't be made.
+        A `run_id` that exists is gone on with; one that succeeded gives what it gave.  Without a `store` it
+        is JSONStateStore("./data").  Raises FlowFailed if the run did not succeed, with the exception of its
+        first failed task as cause, and UsageError, RunLocked or StateError if the run can't be made.
         """
         run, world = await self._run(run_id, store, initial_ctx, take_signals=False)
         return self._result(run, world)
@@ -6864,7 +6881,8 @@ class Workflow:
         flow, logger = self.flow, logging.getLogger("miniflow")
         kept = (JSONStateStore() if store is None else store).store
         source = Source(flow, flow.name, "", self.functions)
-        opened = open_run(kept, source, self._params(initial_ctx), Order(""), Selection(), run_id, logger.warning)
+        opened = open_run(kept, source, self._params(initial_ctx), Order(""), Selection(), run_id,
+                          logger.warning)
         return opened.run, await carry_out_on_loop(opened, kept, Order(""), NoteTaker(logger.warning),
                                                    self.functions, take_signals)
 
@@ -6887,12 +6905,13 @@ class Workflow:
     def _result(self, run: Run, world: Functions) -> Dict[str, Any]:
         """Return the final context of a run, or raise FlowFailed."""
         if run.ok:
-            lost = [f"{key} ({kind})" for name in run.plan.order for key, kind in run.tasks[name].unsaved.items()
+            lost = [f"{key} ({kind})" for name in run.plan.order
+                    for key, kind in run.tasks[name].unsaved.items()
                     if key not in world.kept.get(name, {})]
             if lost:
                 import logging
-                logging.getLogger("miniflow").warning("run %s: what only memory held is not there any more: %s",
-                                                      run.id, ", ".join(lost))
+                logging.getLogger("miniflow").warning(
+                    "run %s: what only memory held is not there any more: %s", run.id, ", ".join(lost))
             return world.result(run)
         cause = None
         if run.first_failure is not None:
@@ -6955,7 +6974,8 @@ def flow_files(flows_dir: str) -> Dict[str, str]:
     found: Dict[str, str] = {}
     for name in names:
         stem, dot, kind = name.rpartition(".")
-        if stem and not stem.startswith(".") and (kind == "json" or kind == "py" and not stem.startswith("_")):
+        is_flow = kind == "json" or kind == "py" and not stem.startswith("_")
+        if stem and not stem.startswith(".") and is_flow:
             found.setdefault(stem, os.path.join(flows_dir, name))
     return found
 
@@ -6970,7 +6990,8 @@ def find_flow(flows_dir: str, name: str) -> Tuple[str, str]:
     paths = [path for kind in (".json", ".py") for path in [os.path.join(flows_dir, name + kind)]
              if name and os.path.lexists(path)]
     if len(paths) > 1:
-        raise UsageError(f"{safe(paths[0])} and {safe(paths[1])} have the same name; rename one, or give its path")
+        raise UsageError(f"{safe(paths[0])} and {safe(paths[1])} have the same name; "
+                         "rename one, or give its path")
     if paths:
         return name, paths[0]
     try:
@@ -7609,8 +7630,8 @@ def run_logs(options: Any) -> int:
                        f"it is {run.tasks[options.task].status} and "
                        f"had {len(run.tasks[options.task].attempts)}")
     if options.task is not None and found[0][2] is None:
-        raise NotFound(f"task {options.task} of run {run.id} ran within its program, so it has no log of its own; "
-                       "a function has one with process=True")
+        raise NotFound(f"task {options.task} of run {run.id} ran within its program, so it has no log of "
+                       "its own; a function has one with process=True")
     for name, number, log in found:
         if log and len(names) > 1:
             print_result(f"==> {name}, attempt {number} <==")
