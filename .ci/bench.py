@@ -538,10 +538,10 @@ def table(rows: List[Dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         lines.append(f"\n{row['name']}: {row['work']}")
-        for name, measure in row["medians"].items(): 
+        for name, measure in row["medians"].items():
             lines.append(f"    {name:<20} {measure['seconds']:>9.3f} s {measure['cpu_seconds']:>9.3f} s CPU "
                          f"{measure['megabytes']:>7.1f} MB")
-        for verdict in row["verdicts"]:              
+        for verdict in row["verdicts"]:
             unit = verdict["unit"] or (" times its cost" if verdict["costs"] else " times as fast")
             promise = "" if verdict["at_least"] is None else \
                 f"   promised {verdict['at_least']:g}, aim {verdict['aim']:g}: {verdict['met']}"
