@@ -462,7 +462,7 @@ def growth_rows(bench: Bench, small: int) -> List[Row]:
     for count in (small * 10, small):
         place = bench.place / f"validate/{count}"
         graph = layered(count, 100)
-        write(place / "flows/bench.json", flow_json(graph, dict.fromkeys(graph, "true"), preload))
+        write(place / "flows/bench.json", flow_json(graph, dict.fromkeys(graph, "true"), ()))
         contestants.append(Contestant(f"{count:,} tasks", [bench.miniflow, "--flows-dir", f"{count}/flows", "validate",
                                                            "bench"], lambda place: True))
     rows.append(Row("validate", text.format("`validate`", small * 10, small), contestants,
