@@ -4892,8 +4892,8 @@ def wait_for(poll: Callable[[], Optional[int]], seconds: float) -> Optional[int]
     return poll()
 
 
-def _inheritable_fds() -> List[int]:
-    """Return what of ours a process would inherit beside its standard streams; OSError where unknown."""
+def inheritable_fds() -> List[int]:
+    """Return what of ours a process would inherit beside its standard streams (Linux)."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -4904,44 +4904,36 @@ def _inheritable_fds() -> List[int]:
     return found
 
 
-def _program(name: str, env: Mapping[str, str]) -> Optional[str]:
-    """Return the path of the program that `name` means to a process with `env`."""
-    if "/" in name:
-        return name
-    for folder in os.get_exec_path(env):
-        path = os.path.join(folder, name)
-        if os.access(path, os.X_OK) and not os.path.isdir(path):
-            return path
-    return None
-
-
-def _posix_spawn(path: str, argv: Sequence[str], env: Mapping[str, str], files: Tuple[int, int, int],
-                 keep: Sequence[int]) -> Spawned:
-    """Start the program at `path` as spawn() does."""
+def _posix_spawn(argv: Sequence[str], env: Mapping[str, str], files: Tuple[int, int, int],
+                 keep: Sequence[int], inherited: Optional[Sequence[int]]) -> Spawned:
+    """Start a process as spawn() does."""
     actions: List[Tuple[int, ...]] = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in enumerate(files)]
-    actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable_fds()]
+    actions += [(os.POSIX_SPAWN_CLOSE, fd)
+                for fd in (inheritable_fds() if inherited is None else inherited)]
     try:
         for fd in keep:
             os.set_inheritable(fd, True)
-        return Spawned(os.posix_spawn(path, list(argv), env, file_actions=actions, setsid=True,
-                                      setsigdef=(signal.SIGPIPE, signal.SIGXFSZ)))
+        return Spawned(os.posix_spawnp(argv[0], list(argv), env, file_actions=actions, setsid=True,
+                                       setsigdef=(signal.SIGPIPE, signal.SIGXFSZ)))
     finally:
         for fd in keep:
             os.set_inheritable(fd, False)
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str], cwd: str, files: Tuple[int, int, int],
-          keep: Sequence[int] = ()) -> Any:
+          keep: Sequence[int] = (), inherited: Optional[Sequence[int]] = None) -> Any:
     """Start a process in a session of its own, with three standard files, and `keep` under their own numbers.
 
+    A program without a slash is looked up in the PATH of `env`.  Who starts many passes `inherited`, which is
+    what inheritable_fds() has said before.
     Returns a Spawned, on Windows a Popen.  Raises OSError, and ValueError for a NUL in an argument.
     """
     import threading
-    if sys.platform == "linux" and threading.active_count() == 1 and min(files) > 2:
-        path = _program(argv[0], env)
+    if (sys.platform == "linux" and threading.active_count() == 1 and min(files) > 2
+            and ("/" in argv[0] or env.get("PATH") == os.environ.get("PATH"))):
         try:
-            if path and os.getcwd() == cwd:
-                return _posix_spawn(path, argv, env, files, keep)
+            if os.getcwd() == cwd:
+                return _posix_spawn(argv, env, files, keep, inherited)
         except (FileNotFoundError, NotImplementedError):
             pass                               # Popen tells better which file it is, or can do it
     import subprocess
@@ -5942,14 +5934,21 @@ class Exchange:
         self._logs = store.prepare("logs", run_id)
         self._io = store.prepare("tmp", run_id, "io")
         self.work = store.prepare("tmp", run_id, "work")
+        self._found = set(os.listdir(self._io))# of attempts whose record a power cut may have taken
+        self.null = os.open(os.devnull, os.O_RDONLY | _CLOEXEC)
         self._contexts: Dict[int, Context] = {}
         self._made = 0
 
     def output(self, action: Start) -> str:
         """Return where an attempt may write what it hands on; nothing is there before."""
-        path = os.path.join(self._io, f"{action.task}.{action.attempt}.out")
-        self._disk.unlink(path)                # of an attempt whose record a power cut took
         self._disk.make_dir(self.work)         # some task may have removed it
+        return self._fresh(f"{action.task}.{action.attempt}.out")
+
+    def _fresh(self, name: str) -> str:
+        """Return the path of a file between us and an attempt, where nothing is."""
+        path = f"{self._io}/{name}"
+        if name in self._found:
+            self._disk.unlink(path)
         return path
 
     def log_path(self, action: Start) -> str:
@@ -5974,12 +5973,9 @@ class Exchange:
             pass                               # no locks here
         return fd
 
-    def open_stdin(self, content: Optional[bytes], action: Start) -> int:
-        """Open what a task reads: a file that has no name any more, or nothing."""
-        if content is None:
-            return os.open(os.devnull, os.O_RDONLY | _CLOEXEC)
-        path = os.path.join(self._io, f"{action.task}.{action.attempt}.in")
-        self._disk.unlink(path)                # of an attempt whose record a power cut took
+    def open_stdin(self, content: bytes, action: Start) -> int:
+        """Open what a task reads: a file that has no name any more."""
+        path = self._fresh(f"{action.task}.{action.attempt}.in")
         fd = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._disk.unlink(path)
         self._disk.write(fd, content)
@@ -6021,12 +6017,13 @@ class Processes:
 
     def __init__(self, store: Store, run_id: str, tasks_dir: str, clock: Clock, token: str,
                  take_signals: bool = True) -> None:
-        self.clock, self._store, self._files = clock, store, store.files(run_id)
+        self.now, self._store, self._files = clock.now, store, store.files(run_id)
         self._exchange = Exchange(store, run_id)
         self._setting = Setting(dict(os.environ), sys.executable or "python3", os.getcwd(),
                                 os.path.abspath(tasks_dir), self._exchange.work, token,
                                 "", "")
         self._watchdog = Watchdog(token, self._exchange.work)
+        self._inherited = inheritable_fds() if sys.platform == "linux" else None
         self._children: Dict[str, Child] = {}
         self._by_fd: Dict[int, Child] = {}
         self._reap_at = 0.0
@@ -6047,10 +6044,7 @@ class Processes:
         send_signal(bearers(self._setting.token) if exc_info[0] else (), "KILL")
         self._watchdog.close()
         self._waiter.close()
-
-    def now(self) -> float:
-        """Return the time."""
-        return self.clock.now()
+        os.close(self._exchange.null)
 
     def is_signalled(self) -> bool:
         """Tell whether a signal has come that wait() has not told of yet."""
@@ -6107,17 +6101,19 @@ class Processes:
             return attempt_unstartable(run, action.task, self.now(), exc.args[0], None)
         except ValueError as exc:              # half a surrogate pair
             return attempt_unstartable(run, action.task, self.now(), f"cannot start: {exc}", 126)
-        source = self._exchange.open_stdin(stdin, action)
+        source = self._exchange.null if stdin is None else self._exchange.open_stdin(stdin, action)
         try:
             return (self.templates.fork(action.task, invocation, source, log)
-                    or spawn(invocation.argv, invocation.env, invocation.cwd, (source, log, log)))
+                    or spawn(invocation.argv, invocation.env, invocation.cwd, (source, log, log),
+                             inherited=self._inherited))
         except (OSError, ValueError) as exc:   # ValueError: a NUL in an argument
             if getattr(exc, "errno", None) in PRESSURE_ERRORS | FULL_ERRORS:
                 raise
             code = 127 if isinstance(exc, FileNotFoundError) else 126
             return attempt_unstartable(run, action.task, self.now(), f"cannot start: {exc}", code)
         finally:
-            os.close(source)
+            if source != self._exchange.null:
+                os.close(source)
 
     def _bear(self, exc: OSError, run: Run) -> None:
         """Raise StateError if the system had no means for any attempt too long, or has another trouble."""

@@ -29,7 +29,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 ROOT = Path(__file__).resolve().parent.parent
 PIP_PEERS = ["doit", "luigi", "snakemake", "dask", "rust-just", "go-task-bin"]
 SLOW_MODULES = ["decimal", "xml.etree.ElementTree", "http.client", "email.message", "logging.handlers", "asyncio",
-                "unittest", "ctypes", "sqlite3", "urllib.request", "tarfile", "zipfile", "difflib", "statistics"]
+                "unittest", "csv", "sqlite3", "urllib.request", "tarfile", "zipfile", "difflib", "statistics"]
 
 #: Runs a command and tells what it took.  It is a process of its own, and a small one, as the memory of whoever
 #: starts a process is counted as that process's.
