@@ -90,7 +90,8 @@ import json
 import re
 import zlib
 from datetime import datetime, timedelta, timezone
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice
 from typing import (
     IO, Any, Callable, Collection, Coroutine, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
     NamedTuple, Optional, Sequence, Set, Tuple, Type, Union, overload,
@@ -2132,6 +2133,11 @@ class TaskRun:
         self.deadline: Optional[float] = None   # when the running attempt's time is over
         self.scope = NO_SCOPE                   # what it may read, once its upstream has settled
 
+    @property
+    def is_touched(self) -> bool:
+        """False as long as nothing has happened to the task: all such are alike."""
+        return self.status != PENDING or bool(self.attempts)
+
 
 class Scopes:
     """What settled tasks have opened to those downstream; nothing is kept that all of them have taken."""
@@ -2708,17 +2714,30 @@ def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Op
 # those of its flow's newest run and replaces what it finds out.  So the order of a run follows from its own
 # record, also when it is gone on with years later, and a new run reads one line of one earlier run, however
 # many there are and however little that one got done.
+#
+# A state is made in pieces of some hundred tasks, so that writing it takes no memory that grows with the run.
+# What does not change while a run goes on, the text of its definition, is made once and kept.
 
 FORMAT = 1
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _CRC = b'"crc":"'
+_PIECE = 500                                   # lines of a state that are made at a time
+_encode = json.JSONEncoder().encode
+_encode_narrow = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@lru_cache(maxsize=16)
+def _format_second(second: int) -> str:
+    """Return whole seconds since 1970 as 2026-11-21T22:14:00."""
+    return (_EPOCH + timedelta(seconds=second)).isoformat()[:19]
 
 
 def format_time(at: Optional[float]) -> Optional[str]:
     """Return seconds since 1970 as 2026-11-21T22:14:00.123456Z; None stays None."""
     if at is None:
         return None
-    return (_EPOCH + timedelta(seconds=at)).isoformat(timespec="microseconds")[:-6] + "Z"
+    second, microseconds = divmod(round(at * 1_000_000), 1_000_000)
+    return f"{_format_second(second)}.{microseconds:06d}Z"
 
 
 def parse_time(text: Optional[str]) -> Optional[float]:
@@ -2775,8 +2794,8 @@ def known_durations(run: Run) -> Dict[str, float]:
     return known
 
 
-def run_to_json(run: Run, engine: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
-    """Return the whole state of `run`; `engine` tells who works on it."""
+def _parts_to_json(run: Run, engine: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
+    """Return the state of `run` but for its tasks and its definition."""
     return {"id": run.id, "flow": run.flow, "status": run.status, "reason": run.reason,
             "started": format_time(run.started), "finished": format_time(run.finished),
             "duration_s": span(run.started, run.finished), "warnings": run.warnings,
@@ -2784,7 +2803,12 @@ def run_to_json(run: Run, engine: Optional[Mapping[str, Any]] = None) -> Dict[st
             "scheduled_time": format_time(run.scheduled_time),
             "cancel": run.cancel._asdict() if run.cancel else None,
             "left_out": dict(run.plan.left_out), "durations": known_durations(run),
-            "params": run.params, "ctx": run.ctx,
+            "params": run.params, "ctx": run.ctx}
+
+
+def run_to_json(run: Run, engine: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+    """Return the whole state of `run`; `engine` tells who works on it."""
+    return {**_parts_to_json(run, engine),
             "tasks": {name: task_run_to_json(task_run) for name, task_run in run.tasks.items()},
             "definition": flow_to_json(run.plan.flow)}
 
@@ -2792,22 +2816,55 @@ def run_to_json(run: Run, engine: Optional[Mapping[str, Any]] = None) -> Dict[st
 _HEAD = ("id", "flow", "status", "reason", "started", "finished", "duration_s", "warnings")
 
 
-def encode_state(state: Mapping[str, Any], seq: int) -> bytes:
-    """Return the text of RUN.json: one line of head, a line for each part and each task, and the CRC."""
-    head = json.dumps({name: state[name] for name in _HEAD})[:-1] + f', "seq": {seq}'
-    lines = [head]
-    for name, value in state.items():
-        if name == "tasks":
-            rows = ",\n".join(f" {json.dumps(key)}: {json.dumps(task)}" for key, task in value.items())
-            lines.append(f'"tasks": {{\n{rows}\n}}')
-        elif name == "definition":
-            rows = ",\n".join(" " + json.dumps(task) for task in value["tasks"])
-            rest = json.dumps({key: part for key, part in value.items() if key != "tasks"})[:-1]
-            lines.append(f'"definition": {rest}, "tasks": [\n{rows}\n]}}')
-        elif name not in _HEAD:
-            lines.append(f"{json.dumps(name)}: {json.dumps(value)}")
-    body = (",\n".join(lines) + ",\n").encode("ascii")
-    return body + _CRC + b'%08x"}\n' % zlib.crc32(body)
+def _joined(rows: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of an array or object with commas between them, many at a time."""
+    rows, before = iter(rows), ""
+    for piece in iter(lambda: ",\n ".join(islice(rows, _PIECE)), ""):
+        yield before + piece
+        before = ",\n "
+
+
+def encode_definition(flow: Flow) -> bytes:
+    """Return the text of a flow as a state has it: a line for each task."""
+    parts = _encode(flow_to_json(flow._replace(tasks=())))[:-2]
+    rows = _joined(_encode(task_to_json(task)) for task in flow.tasks)
+    return "".join([parts, "\n ", *rows, "\n]}"]).encode("ascii")
+
+
+def _state_pieces(run: Run, engine: Optional[Mapping[str, Any]], seq: int, definition: bytes
+                  ) -> Iterator[bytes]:
+    """Yield the members of a state: a line of head, and one for each part and each task."""
+    parts = _parts_to_json(run, engine)
+    head = _encode({**{name: parts.pop(name) for name in _HEAD}, "seq": seq})[1:-1]
+    lines = [f"{_encode(name)}: {_encode(value)}" for name, value in parts.items()]
+    yield ",\n".join([head, *lines, '"tasks": {\n ']).encode("ascii")
+    untouched = _encode(task_run_to_json(TaskRun()))
+    for piece in _joined(f"{_encode(name)}: "
+                         + (_encode(task_run_to_json(task_run)) if task_run.is_touched else untouched)
+                         for name, task_run in run.tasks.items()):
+        yield piece.encode("ascii")
+    yield b'\n},\n"definition": ' + definition
+
+
+def _sealed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the pieces of an object's text that lacks its end, and that end, which has the CRC of it all."""
+    crc = 0
+    for piece in pieces:
+        crc = zlib.crc32(piece, crc)
+        yield piece
+    yield _CRC + b'%08x"}\n' % crc
+
+
+def encode_state(run: Run, engine: Optional[Mapping[str, Any]], seq: int, definition: bytes
+                 ) -> Iterator[bytes]:
+    """Yield the text of RUN.json; `definition` is what encode_definition() gives for the run's flow."""
+    return _sealed(chain([b"{"], _state_pieces(run, engine, seq, definition), [b",\n"]))
+
+
+def encode_opened(run: Run, engine: Mapping[str, Any], seq: int, definition: bytes) -> Iterator[bytes]:
+    """Yield the first record of a journal: a line that holds the whole state of `run`."""
+    state = (piece.replace(b"\n", b"") for piece in _state_pieces(run, engine, seq, definition))
+    return _sealed(chain([b'{"event":"opened","state":{'], state, [b'},"seq":%d,' % seq]))
 
 
 def decode_state(content: bytes) -> Optional[Dict[str, Any]]:
@@ -2832,7 +2889,7 @@ def decode_durations(content: bytes) -> Optional[Dict[str, float]]:
 
 def encode_record(members: Mapping[str, Any], seq: int) -> bytes:
     """Return one line of a journal."""
-    body = json.dumps({**members, "seq": seq}, separators=(",", ":")).encode("ascii")[:-1] + b","
+    body = _encode_narrow({**members, "seq": seq}).encode("ascii")[:-1] + b","
     return body + _CRC + b'%08x"}\n' % zlib.crc32(body)
 
 
@@ -3985,13 +4042,14 @@ class Disk:
         finally:
             os.rmdir(probe)
 
-    def put(self, path: str, content: bytes, durable: bool) -> None:
+    def put(self, path: str, content: Union[bytes, Iterable[bytes]], durable: bool) -> None:
         """Replace the file at `path` by one with `content`: it is always whole, the old or the new."""
         temporary = path + ".tmp"              # a fixed name: whoever writes holds the lock
         self.unlink(temporary)
         fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            self.write(fd, content)
+            for piece in [content] if isinstance(content, bytes) else content:
+                self.write(fd, piece)
             if durable:
                 self.sync(fd)
         except BaseException:
@@ -4289,7 +4347,8 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
 #           record holds the whole state, in place of the old one by rename; write the view durably.
 #   event   one write of whole lines; if it fails, cut the file back to the last good byte.  If the disk is
 #           full, wait for space; after another error go on in a fresh journal, once; else stop.
-#   view    temporary file and rename, without fsync, and never more than a twentieth of the time.
+#   view    temporary file and rename, without fsync, and never more than a twentieth of the time: after one
+#           that took a second nothing is written for twenty, the one that `open` wrote among them.
 #   finish  view with fsync and rename, then remove journal and lock.  Doing it again does no harm.
 #
 # Reading takes no lock and repairs nothing: the journal first, then the snapshot (the other order can miss
@@ -4562,8 +4621,11 @@ class Journal:
         self._lock: Optional[Lock] = store.lock(run_id, self.engine, force)
         self._fd: Optional[int] = None
         self._seq = self._good = 0
+        self._definition = b""
         self._dirty = self._unsynced = self._stalled = False
-        self._next_view = self._next_sync = self._next_check = 0.0
+        self._next_sync = self._next_check = 0.0
+        self._next_view: Optional[float] = None
+        self._rest = 0.0                                               # between two views
         self.note: Callable[[str], None] = lambda text: None           # is told what a user should know
         self.hurry: Callable[[], bool] = lambda: False                 # tells whether waiting makes no sense
 
@@ -4576,7 +4638,7 @@ class Journal:
         try:
             if last and last.damage:
                 self.disk.put(f"{path}.bad-{zlib.crc32(last.damage):08x}", last.damage, True)
-            self._seq = last.seq if last else 0
+            self._seq, self._definition = last.seq if last else 0, encode_definition(run.plan.flow)
             self._open_journal(run)
             self._put_view(run, True)
         except OSError as exc:
@@ -4596,12 +4658,12 @@ class Journal:
 
     def _open_journal(self, run: Run) -> None:
         """Put a fresh journal, which begins with the whole state of `run`, in place of the old one."""
-        opened = encode_record({"event": "opened", "state": run_to_json(run, self.engine)}, self._seq + 1)
+        opened = encode_opened(run, self.engine, self._seq + 1, self._definition)
         self.disk.put(self.files.journal, opened, True)
         fd = self.disk.open(self.files.journal, os.O_WRONLY | os.O_APPEND)
         if self._fd is not None:
             self.disk.close(self._fd)
-        self._run, self._fd, self._seq, self._good = run, fd, self._seq + 1, len(opened)
+        self._run, self._fd, self._seq, self._good = run, fd, self._seq + 1, os.fstat(fd).st_size
 
     def append(self, events: List[Event]) -> None:
         """Write events down, all or none; raise StateError if that can't be done."""
@@ -4669,17 +4731,19 @@ class Journal:
             except OSError as exc:
                 self._renew(exc)
             self._next_sync, self._unsynced = now + 0.2, False
-        if self._dirty and now >= self._next_view:
-            began = time.monotonic()
+        times = [self._next_sync] if self._unsynced and self.durability == "normal" else []
+        if self._dirty:
+            self._next_view = self._next_view or now + self._rest
+            if now < self._next_view:
+                return min([*times, self._next_view])
+            self._next_view = None
             try:
                 self._put_view(run, False)
             except OSError as exc:
                 if exc.errno not in PRESSURE_ERRORS | DISK_ERRORS:
                     raise self._error(exc) from None
-                began -= 1                      # the view can wait: the journal has it all
-            self._next_view = now + max(0.2, 20 * (time.monotonic() - began))
-        times = [self._next_sync] if self._unsynced and self.durability == "normal" else []
-        return min(times + ([self._next_view] if self._dirty else []), default=self._next_check)
+                self._rest = 20.0               # the view can wait: the journal has it all
+        return min(times, default=self._next_check)
 
     def _check_ownership(self) -> None:
         """Raise StateError if lock or journal are not ours any more: another engine took the run over."""
@@ -4722,8 +4786,10 @@ class Journal:
 
     def _put_view(self, run: Run, durable: bool) -> None:
         """Rewrite RUN.json."""
-        self.disk.put(self.files.state, encode_state(run_to_json(run, self.engine), self._seq), durable)
-        self._dirty = False
+        began = time.monotonic()
+        state = encode_state(run, self.engine, self._seq, self._definition)
+        self.disk.put(self.files.state, state, durable)
+        self._dirty, self._rest = False, max(0.2, 20 * (time.monotonic() - began))
 
     def _error(self, exc: OSError) -> StateError:
         """Return what to tell the user when the disk refuses."""
