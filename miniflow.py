@@ -1371,7 +1371,8 @@ TASK_FIELDS = (
 #: Fields that `defaults` can't give, and those that fit one action only.
 _NOT_INHERITED = frozenset(["id", "depends_on"] + [field.name for field in ACTION_FIELDS])
 _FOR_ACTION = {"python": "script"}
-_RETRY_FIELDS = Retry._fields
+#: Fields that are members of Task as they stand.
+_PLAIN_FIELDS = frozenset(Task._fields) - {"action", "retry"}
 
 
 def object_schema(fields: Sequence[Field], without: Iterable[str] = ()) -> Schema:
@@ -1457,8 +1458,8 @@ def _frozen(value: Any) -> Any:
 
 def make_task(fields: Mapping[str, Any]) -> Task:
     """Make a Task from sound fields of the flow file, one action among them."""
-    def pick(names: Iterable[str]) -> Dict[str, Any]:
-        return {name: _frozen(fields[name]) for name in names if name in fields}
+    def pick(names: Collection[str]) -> Dict[str, Any]:
+        return {name: _frozen(value) for name, value in fields.items() if name in names}
 
     action: Action
     if "function" in fields:                    # only in the record of a run
@@ -1467,8 +1468,10 @@ def make_task(fields: Mapping[str, Any]) -> Task:
         action = Script(fields["script"], **pick(("args", "python", "stdin")))
     else:
         action = Command(_frozen(fields["command"]), **pick(("args", "stdin")))
-    return Task(action=action, retry=Retry(**pick(_RETRY_FIELDS)),
-                **pick(name for name in Task._fields if name not in ("action", "retry")))
+    members, retry = pick(_PLAIN_FIELDS), pick(Retry._fields)
+    if retry:
+        members["retry"] = Retry(**retry)
+    return Task(action=action, **members)
 
 
 def _read_task(raw: Any, place: Path, defaults: Dict[str, Any], problems: List[Problem]) -> Optional[Task]:
@@ -1542,35 +1545,28 @@ def parse_flow(content: Union[bytes, str], where: str,
     return flow
 
 
-#: Members of Task, its action and its Retry that stand in a flow file under another name, or in parts.
-_ELSEWHERE = ("id", "action", "retry", "path", "command", "name")
+def _unusual(part: Any) -> Dict[str, Any]:
+    """Return the members of a NamedTuple that have a default and are not at it."""
+    usual = part._field_defaults
+    return {name: value for name, value in zip(part._fields, part)
+            if name in usual and value is not usual[name] and value != usual[name]}
 
 
 def task_to_json(task: Task) -> Dict[str, Any]:
     """Return the fields of `task` as in a flow file, without those that have their default value."""
-    members: Dict[str, Any] = {"id": task.id}
-    members[type(task.action).__name__.lower()] = task.action[0]
-    parts: Tuple[Tuple[Any, Any], ...] = ((task, Task("", task.action)), (task.action, type(task.action)("")),
-                                          (task.retry, Retry()))
-    for part, plain in parts:
-        for field in part._fields:
-            value = getattr(part, field)
-            if field not in _ELSEWHERE and value != getattr(plain, field):
-                members[field] = value
-    return members
+    action, members = task.action, _unusual(task)
+    members.pop("retry", None)
+    return {"id": task.id, type(action).__name__.lower(): action[0], **members, **_unusual(action),
+            **_unusual(task.retry)}
 
 
 def flow_to_json(flow: Flow) -> Dict[str, Any]:
     """Return `flow` as the JSON value of a flow file, with defaults spread over the tasks."""
-    plain = Flow("", ())
-    members = {field: getattr(flow, field) for field in Flow._fields
-               if field not in ("tasks", "params") and getattr(flow, field) != getattr(plain, field)}
+    members = _unusual(flow)
     if flow.params is not None:
-        members["params"] = {
-            name: {key: value for key, value in param._asdict().items()
-                   if value is not MISSING and value != getattr(Param(), key)} or {"required": False}
-            for name, param in flow.params.items()}
-    return {**members, "tasks": [task_to_json(task) for task in flow.tasks]}
+        members["params"] = {name: _unusual(param) or {"required": False}
+                             for name, param in flow.params.items()}
+    return {"name": flow.name, **members, "tasks": [task_to_json(task) for task in flow.tasks]}
 
 
 def recorded_flow(value: Mapping[str, Any]) -> Flow:
@@ -1621,17 +1617,27 @@ def _plain(function: Any) -> Any:
     return function
 
 
-def _function_kind(function: Callable[..., Any], process: bool) -> str:
-    """Return where `function` is to run; raise ValueError if it can't."""
+def _is_async(function: Callable[..., Any]) -> bool:
+    """Tell whether calling `function` gives a coroutine; raise ValueError if it doesn't take one argument."""
     import inspect
+    code: Any = getattr(function, "__code__", None)
+    if type(function) is type(_plain) and not function.__dict__ and not code.co_kwonlyargcount \
+            and code.co_argcount == 1:
+        return bool(code.co_flags & inspect.CO_COROUTINE)     # a signature takes twenty times as long
     call = _plain(function)
-    is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
     try:
         inspect.signature(function).bind({})
     except TypeError as exc:
         raise ValueError(f"it is called with one argument, its context, but takes others: {exc}") from None
     except ValueError:
         pass                                    # a builtin that does not tell
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
+
+
+def _function_kind(function: Callable[..., Any], process: bool) -> str:
+    """Return where `function` is to run; raise ValueError if it can't."""
+    import inspect
+    is_async = _is_async(function)
     if is_async and process:
         raise ValueError("process=True: an async function runs on the event loop; make it a plain one")
     name = getattr(function, "__qualname__", "<partial>")
@@ -1698,14 +1704,17 @@ class FunctionTask:
         return self
 
 
+_TASK_SCHEMAS = {field.name: field.schema for field in TASK_FIELDS}
+
+
 def _make_function_task(function: Callable[..., Any], name: Optional[str], retry_on: Any, process: bool,
                         options: Dict[str, Any]) -> FunctionTask:
     """Make a FunctionTask; raise FlowError with all that is wrong with it."""
     fields = {"id": name if name is not None else getattr(function, "__name__", "<no name>"), **options}
-    known = {field.name: field.schema for field in TASK_FIELDS}
     problems: List[Problem] = []
     for field, value in fields.items():
-        check_schema(known[field], list(value) if isinstance(value, tuple) else value, (field,), problems)
+        shape = list(value) if isinstance(value, tuple) else value
+        check_schema(_TASK_SCHEMAS[field], shape, (field,), problems)
     lines = [f"{format_path(problem.path)}: {problem.what}" for problem in problems]
     kind, names = "thread", None
     try:
@@ -1717,10 +1726,12 @@ def _make_function_task(function: Callable[..., Any], name: Optional[str], retry
         where = f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', function)!s}"
         raise FlowError(f"task {where}: {line}" for line in lines)
     plain = _plain(function)
-    module = re.sub(f"^{FLOW_MODULE}", "", getattr(plain, "__module__", None) or "?")
+    module = getattr(plain, "__module__", None) or "?"
+    module = module[len(FLOW_MODULE):] if module.startswith(FLOW_MODULE) else module
     full_name = f"{module}:{getattr(plain, '__qualname__', type(plain).__qualname__)}"
-    task = make_task({**fields, "function": full_name, "kind": kind})
-    return FunctionTask(function, task._replace(retry=task.retry._replace(retry_on=names)))
+    if names is not None:
+        fields["retry_on"] = names
+    return FunctionTask(function, make_task({**fields, "function": full_name, "kind": kind}))
 
 
 _TASK_OPTIONS = frozenset(["name", "retry_on", "process", "max_retries", "backoff_s", "max_backoff_s",
@@ -1783,8 +1794,8 @@ def make_flow(name: str, tasks: Sequence[FunctionTask], **fields: Any) -> Flow:
             check_schema(schemas[field], list(value) if isinstance(value, tuple) else value, (field,), found)
     members = {field: _frozen(value) for field, value in fields.items() if value is not None}
     upstream = [tuple(up.name for up in item.upstream if up in ours) for item in tasks]
-    flow = Flow(name, tuple(item.task._replace(depends_on=names) for item, names in zip(tasks, upstream)),
-                **members)
+    flow = Flow(name, tuple(item.task._replace(depends_on=names) if names else item.task
+                            for item, names in zip(tasks, upstream)), **members)
     if not found:
         found += check_flow(flow)
     problems += [f"workflow {name}: {format_path(problem.path)}: {problem.what}" for problem in found]
@@ -1858,6 +1869,8 @@ def _downstream(tasks: Mapping[str, Task]) -> Dict[str, List[str]]:
 
 def select(flow: Flow, selection: Selection) -> Set[str]:
     """Return the ids of the tasks that `selection` leaves out; raise NotFound for a task or tag not there."""
+    if not any(selection):
+        return set()
     tasks = {task.id: task for task in flow.tasks}
     for name in selection.only + selection.from_ + selection.until + selection.skip:
         if name not in tasks:
@@ -2045,7 +2058,10 @@ class Lineage:
 
 def is_flat(values: Mapping[str, Any]) -> bool:
     """Tell whether none of the values of a JSON object is a list or an object itself."""
-    return not any(isinstance(value, (list, dict)) for value in values.values())
+    for value in values.values():
+        if isinstance(value, (list, dict)):
+            return False
+    return True
 
 
 class Scope(NamedTuple):
@@ -2602,6 +2618,11 @@ def _overdue(run: Run, now: float) -> List[Due]:
     return stops
 
 
+#: So many attempts start in one go.  Without a limit thousands of functions may be ready at once: those that
+#: have ended are taken in before more begin, so that memory is needed for what runs and not for all of them.
+AT_ONCE = 500
+
+
 def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
     """Return a Start for the first `free` tasks by key: those that are ready, and retries that are due."""
     if free is not None and free <= 0:
@@ -2619,7 +2640,8 @@ def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
 
     queues = [queue(pool) for pool in {**run.queues.ready, **late}]
     first = heapq.merge(*queues) if len(queues) != 1 else queues[0]
-    return [Start(name, run.tasks[name].attempt + 1) for _, name in islice(first, free)]
+    at_once = AT_ONCE if free is None else min(free, AT_ONCE)
+    return [Start(name, run.tasks[name].attempt + 1) for _, name in islice(first, at_once)]
 
 
 def free_slots(run: Run, slots: Optional[int]) -> Optional[int]:
@@ -2629,7 +2651,7 @@ def free_slots(run: Run, slots: Optional[int]) -> Optional[int]:
 
 
 def due(run: Run, now: float, slots: Optional[int]) -> List[Due]:
-    """Return all that should be done now, with at most `slots` attempts at once (None: no limit)."""
+    """Return what should be done now, with at most `slots` attempts running (None: no limit)."""
     if run.outcome:
         return []
     actions: List[Due] = []
@@ -2693,8 +2715,9 @@ def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Op
 
     perform = {Start: world.start, Stop: world.stop}
     while run.outcome is None:
-        actions = due(run, world.now(), slots)
-        emit([fact(run, action, world.now()) for action in actions])
+        now = world.now()
+        actions = due(run, now, slots)
+        emit([fact(run, action, now) for action in actions])
         emit([event for action in actions if type(action) in perform
               for event in perform[type(action)](run, action)])
         if run.outcome is None:                 # a signal is heard also while there is always something to do
@@ -2732,6 +2755,7 @@ def _format_second(second: int) -> str:
     return (_EPOCH + timedelta(seconds=second)).isoformat()[:19]
 
 
+@lru_cache(maxsize=64)                         # what happens in one go has one time
 def format_time(at: Optional[float]) -> Optional[str]:
     """Return seconds since 1970 as 2026-11-21T22:14:00.123456Z; None stays None."""
     if at is None:
@@ -2889,7 +2913,7 @@ def decode_durations(content: bytes) -> Optional[Dict[str, float]]:
 
 def encode_record(members: Mapping[str, Any], seq: int) -> bytes:
     """Return one line of a journal."""
-    body = _encode_narrow({**members, "seq": seq}).encode("ascii")[:-1] + b","
+    body = f'{_encode_narrow(members)[:-1]},"seq":{seq},'.encode("ascii")
     return body + _CRC + b'%08x"}\n' % zlib.crc32(body)
 
 
@@ -2902,9 +2926,12 @@ def event_to_json(event: Event) -> Dict[str, Any]:
     """Return `event` as an object: its word, its time, and what is not at its default."""
     kind: Any = type(event)
     usual = kind._field_defaults
-    members = {name: value for name, value in event._asdict().items()
-               if name not in usual or value != usual[name]}
-    return {"event": EVENT_WORDS[kind], **members, "at": format_time(event.at)}
+    members: Dict[str, Any] = {"event": EVENT_WORDS[kind]}
+    for name, value in zip(kind._fields, event):
+        if name not in usual or value is not usual[name] and value != usual[name]:
+            members[name] = value
+    members["at"] = format_time(event.at)
+    return members
 
 
 def event_from_json(members: Mapping[str, Any]) -> Event:
@@ -3342,10 +3369,11 @@ def inputs_read(run: Run, task_id: str, keys: Iterable[str]) -> Dict[str, str]:
 def function_ended(run: Run, task_id: str, now: float, stopping: Optional[str], returned: Returned,
                    read: Iterable[str]) -> AttemptEnded:
     """Return the end of the running attempt of a function that has returned."""
-    end = attempt_end(run, task_id, now, 0, stopping, lambda: returned.output)
-    if end.status == SUCCESS:
-        end = end._replace(unsaved=returned.unsaved)
-    return end._replace(inputs=inputs_read(run, task_id, read))
+    inputs = inputs_read(run, task_id, read)
+    if stopping:
+        return attempt_end(run, task_id, now, 0, stopping, dict)._replace(inputs=inputs)
+    return AttemptEnded(now, task_id, run.tasks[task_id].attempt, SUCCESS, output=returned.output or None,
+                        unsaved=returned.unsaved, inputs=inputs or None)
 
 
 def function_failed(run: Run, task_id: str, now: float, stopping: Optional[str], reason: str,
@@ -6654,7 +6682,7 @@ class Functions:
 
     def _done(self, call: Call) -> None:
         """A call has ended; whoever was given up is not heard any more."""
-        for key in [key for key, stray in self.strays.items() if stray is call]:
+        for key in [key for key, stray in self.strays.items() if stray is call] if self.strays else ():
             del self.strays[key]
         if self._calls.get(call.task) is call:
             if call.future is not None and call.future.cancelled():
@@ -6695,7 +6723,8 @@ class Functions:
             self.cancelled += 1
             return [CancelRequested(self.now(), "cancelled", 130, self.cancelled > 1)]
         ended, self._ended = self._ended, []
-        events: List[Event] = [self._judge(run, call) for call in ended]
+        now = self.now()
+        events: List[Event] = [self._judge(run, call, now) for call in ended]
         while self.signals:
             name = self.signals.pop(0)
             again = bool(run.cancel or any(isinstance(event, CancelRequested) for event in events))
@@ -6753,10 +6782,10 @@ class Functions:
         self.signals.append(name)
         self._rouse()
 
-    def _judge(self, run: Run, call: Call) -> AttemptEnded:
+    def _judge(self, run: Run, call: Call, now: float) -> AttemptEnded:
         """Return the end of a call."""
         del self._calls[call.task]
-        now, name, stopping, read = self.now(), call.task, run.tasks[call.task].stopping, call.ctx.read
+        name, stopping, read = call.task, run.tasks[call.task].stopping, call.ctx.read
         if call.error is None:
             try:
                 returned = split_returned(call.value)

@@ -1347,6 +1347,17 @@ class T10Scheduler(unittest.TestCase):
                 self.check_shares(shares, 1.15)
 
 
+    def test_of_thousands_of_ready_tasks_few_start_in_one_go_and_none_is_forgotten(self):
+        flow = make(*[task(f"t{n}") for n in range(2 * mf.AT_ONCE + 1)])
+        run = mf.Run(mf.make_plan(flow), "r")
+        for count in (mf.AT_ONCE, mf.AT_ONCE, 1, 0):
+            actions = mf.due(run, 0, None)
+            self.assertEqual(len(actions), count)
+            for action in actions:
+                run.apply(mf.fact(run, action, 0))
+        self.assertEqual(len(run.running), len(flow.tasks))
+
+
 def state_text(run, seq):
     """Return the text of RUN.json for a run as it stands."""
     return b"".join(mf.encode_state(run, None, seq, mf.encode_definition(run.plan.flow)))
@@ -1408,6 +1419,26 @@ class T11State(unittest.TestCase):
         lines = state_text(run, 1).decode().splitlines()
         for name in state["tasks"]:
             self.assertEqual(sum(line.startswith(f' "{name}": {{"status"') for line in lines), 1)
+
+    def test_no_piece_of_a_state_grows_with_the_number_of_tasks(self):
+        sizes = []
+        for count in (1500, 6000):
+            run = mf.Run(mf.make_plan(make(*[task(f"t{n:05}") for n in range(count)])), "r")
+            for n in range(count):
+                run.apply(mf.AttemptStarted(1.5, f"t{n:05}", 1, None, {}))
+            pieces = list(mf.encode_state(run, None, 1, b""))
+            sizes.append((max(map(len, pieces)), len(pieces)))
+        self.assertEqual(sizes[0][0], sizes[1][0])
+        self.assertEqual(sizes[1][1] - sizes[0][1], 4500 // 500)
+
+    def test_the_first_record_of_a_journal_is_one_line_with_what_the_state_file_says(self):
+        run, _ = self.journal_of()
+        definition = mf.encode_definition(run.plan.flow)
+        lines = b"".join(mf.encode_opened(run, {"pid": 1}, 8, definition)).splitlines(keepends=True)
+        self.assertEqual(len(lines), 1)
+        opened, state = mf.decode_record(lines[0]), mf.decode_state(state_text(run, 8))
+        del state["crc"], opened["crc"]
+        self.assertEqual(opened, {"event": "opened", "seq": 8, "state": {**state, "engine": {"pid": 1}}})
 
     def test_a_value_is_stored_where_it_was_made_and_in_the_context_and_nowhere_else(self):
         value = "x" * 100000
@@ -2608,6 +2639,27 @@ class T16Store(unittest.TestCase):
             b"", middle * 2, bytes(len(middle)), middle[::-1], os.urandom(len(middle)),
             bytes([middle[0] ^ 1 << chance.randrange(8)]) + middle[1:] if middle else b"\n"]) + content[to:]
 
+    def test_the_state_file_is_rewritten_when_its_turn_comes_and_its_definition_is_encoded_once(self):
+        encoded, original = [], mf.task_to_json
+        self.addCleanup(setattr, mf, "task_to_json", original)
+        mf.task_to_json = lambda task: encoded.append(task.id) or original(task)
+        journal = mf.Journal(self.store(), "r")
+        run = mf.Run(mf.make_plan(self.FLOW), "r")
+        journal.begin(run)
+        written, now = [mf.read_file(journal.files.state)], 10.0
+        for event in self.events():
+            journal.append([event])
+            run.apply(event)
+            due = journal.idle(run, now)
+            self.assertEqual(mf.read_file(journal.files.state), written[-1])
+            self.assertGreater(due, now)
+            now += 3600
+            journal.idle(run, now)
+            written.append(mf.read_file(journal.files.state))
+        self.assertEqual([mf.decode_state(text)["seq"] for text in written], [*range(1, len(self.events()) + 2)])
+        journal.finish(run)
+        self.assertEqual(encoded, [task.id for task in self.FLOW.tasks])
+
     def test_what_was_written_within_a_moment_of_the_last_sync_is_synced_soon_after(self):
         disk = FaultyDisk()
         journal = mf.Journal(self.store(disk), "r")
@@ -3448,6 +3500,32 @@ class T21Functions(unittest.TestCase):
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         self.addCleanup(process.kill)
         return process
+
+    def test_tasks_that_wait_run_all_at_once_and_of_those_that_do_not_few_are_held_in_memory(self):
+        count = 3 * mf.AT_ONCE
+        for waits in (False, True):
+            calls, most, everybody = [], [], []
+
+            async def work(ctx, waits=waits, calls=calls, most=most, everybody=everybody):
+                calls.append(0)
+                if len(calls) % 100 == 0:
+                    most.append(len(asyncio.all_tasks()))
+                if waits and len(calls) == count:
+                    everybody[0].set()
+                if waits:
+                    await everybody[0].wait()
+
+            async def run_all(work=work, everybody=everybody):
+                everybody.append(asyncio.Event())
+                tasks = [mf.task(name=f"t{n}")(work) for n in range(count)]
+                await mf.Workflow(tasks).run("r", mf.MemoryStateStore())
+
+            asyncio.run(run_all())
+            self.assertEqual(len(calls), count)
+            if waits:
+                self.assertGreater(max(most), count)
+            else:
+                self.assertLess(max(most), 2 * mf.AT_ONCE)
 
     def test_the_example_of_the_readme(self):
         process = self.program("""
