@@ -5597,8 +5597,8 @@ class Forked:
 
     __slots__ = ("task", "request", "fds", "pid", "ticks", "returncode", "asked", "word", "template")
 
-    def __init__(self, task: str, template: Template, request: List[bytes], fds: List[int]) -> None:
-        self.task, self.template, self.request, self.fds = task, template, request, fds
+    def __init__(self, task: str, template: Any, request: List[bytes], fds: List[int]) -> None:
+        self.task, self.template, self.request, self.fds = task, template, request, fds      # of its Template
         self.asked = time.monotonic()
         self.pid: Optional[int] = None
         self.ticks: Optional[int] = None

@@ -2925,9 +2925,9 @@ class T18Orphans(unittest.TestCase):
 
     def test_resume_never_runs_a_task_beside_what_is_left_of_it(self):
         """Whether it shows by its process, by its log, or by its cookie alone; as --on-orphan says."""
-        plain = "echo $$ >> pids; test -e ready || exec sleep 60"
+        plain = "test -e ready; again=$?; echo $$ >> pids; test $again = 0 || exec sleep 60"
         closed = "exec >/dev/null 2>&1; " + plain
-        left = "setsid sh -c 'echo $$ >> pids; test -e ready || exec sleep 60' >/dev/null 2>&1 & sleep 0.1; kill -9 $$"
+        left = f"setsid sh -c '{plain}' >/dev/null 2>&1 & sleep 0.1; kill -9 $$"
         for command in (plain, closed, left):
             with self.subTest(command=command), one(task("a", command=command, grace_s=1)) as project:
                 pids = self.killed_with_its_watchdog(project)
