@@ -83,25 +83,60 @@ DEALINGS IN THE SOFTWARE.
 from __future__ import annotations
 
 # What everything uses.
-import heapq
-import json
-import re
-import zlib
-from datetime import datetime, timedelta, timezone
+from collections import namedtuple
+from collections.abc import Mapping
 from itertools import islice
-from typing import (
-    IO, Any, Callable, Collection, Coroutine, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
-    NamedTuple, Optional, Sequence, Set, Tuple, Type, Union, overload,
-)
 
-# What is used below the line.  What is slow to import (argparse, subprocess, difflib, …) is imported where
-# it is used, so that --version and list do not pay for it.
+# What is used below the line.
 import errno
 import os
-import signal
 import stat
 import sys
 import time
+
+# A start costs what is imported, so no start pays for what it does not use.  What a few functions need
+# (argparse, subprocess, difflib, …) they import; what many need is imported when it is first asked for.
+# Types are for the reader and for those who check them: typing alone costs a third of Python's own start, and
+# each of its NamedTuples three times one of collections, which does not look at the types.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import datetime
+    import heapq
+    import json
+    import re
+    import signal
+    import zlib
+    from typing import (
+        IO, Any, Callable, Collection, Coroutine, Dict, FrozenSet, Generator, Iterable, Iterator, List,
+        NamedTuple, Optional, Sequence, Set, Tuple, Type, Union, overload,
+    )
+else:
+    class _Later:
+        """Stands for a module until something of it is asked for, as `lazy import` does in PEP 810."""
+
+        def __init__(self, name):
+            self.__name__ = name
+
+        def __getattr__(self, name):
+            module = globals()[self.__name__] = __import__(self.__name__)
+            return getattr(module, name)
+
+    datetime, heapq, json, re, signal, zlib = map(
+        _Later, ("datetime", "heapq", "json", "re", "signal", "zlib"))
+
+    class _FromFields(type):
+        """Makes of a class statement with annotations what typing.NamedTuple makes of it."""
+
+        def __new__(cls, name, bases, body):
+            fields = body.pop("__annotations__")
+            defaults = [body.pop(field) for field in fields if field in body]
+            made = namedtuple(name, fields, defaults=defaults)
+            made.__annotations__ = made.__new__.__annotations__ = fields
+            for key, value in body.items():
+                setattr(made, key, value)
+            return made
+
+    NamedTuple = type.__new__(_FromFields, "NamedTuple", (), {})
 
 __version__ = "0.1.0"
 
@@ -317,7 +352,8 @@ class Function(NamedTuple):
         return None
 
 
-Action = Union[Script, Command, Function]
+if TYPE_CHECKING:
+    Action = Union[Script, Command, Function]
 
 
 def chance(*names: Any) -> float:
@@ -396,7 +432,8 @@ MAX_DIGITS = 308
 MAX_BYTES = 32 * 2**20
 MAX_PROBLEMS = 100
 
-Path = Tuple[Union[str, int], ...]
+if TYPE_CHECKING:
+    Path = Tuple[Union[str, int], ...]
 
 
 class Problem(NamedTuple):
@@ -419,10 +456,10 @@ def format_path(path: Path) -> str:
     return text
 
 
-_SPACE = re.compile(r"[ \t\n\r]*")
-_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"')
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
-_WORD = re.compile(r"[A-Za-z_+-]*[A-Za-z0-9_]*")
+_SPACE = r"[ \t\n\r]*"
+_STRING = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"'
+_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
+_WORD = r"[A-Za-z_+-]*[A-Za-z0-9_]*"
 _WORDS = {"true": True, "false": False, "null": None}
 
 
@@ -450,7 +487,7 @@ class Reader:
 
     def _skip(self) -> str:
         """Go on to the next token; return its first character, or nothing at the end."""
-        self.at = _SPACE.match(self.text, self.at).end()            # type: ignore[union-attr]
+        self.at = re.compile(_SPACE).match(self.text, self.at).end()  # type: ignore[union-attr]
         return self.text[self.at:self.at + 1]
 
     def _note(self, at: int, path: Path, what: str) -> None:
@@ -522,7 +559,7 @@ class Reader:
 
     def _string(self, path: Path) -> str:
         """Read a string; the standard library decodes its escapes."""
-        match = _STRING.match(self.text, self.at)
+        match = re.compile(_STRING).match(self.text, self.at)
         if not match:
             rest = self.text[self.at + 1:].split("\n")[0]
             self._halt(path, f"a string that is not closed, or holds a control character or a bad escape: "
@@ -538,8 +575,8 @@ class Reader:
 
     def _scalar(self, path: Path) -> Any:
         """Read a number, true, false or null."""
-        at, number = self.at, _NUMBER.match(self.text, self.at)
-        word = _WORD.match(self.text, self.at)
+        at, number = self.at, re.compile(_NUMBER).match(self.text, self.at)
+        word = re.compile(_WORD).match(self.text, self.at)
         assert word
         if number and number.end() >= word.end():
             self.at = number.end()
@@ -587,14 +624,14 @@ def _strict_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_SUSPECT = re.compile(r"\\u(?:0000|[dD][89a-fA-F])|[0-9]{%d}" % MAX_DIGITS)
-_IN_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+_SUSPECT = r"\\u(?:0000|[dD][89a-fA-F])|[0-9]{%d}" % MAX_DIGITS
+_IN_STRINGS = r'(?s)"(?:[^"\\]|\\.)*"'
 
 
 def _is_shallow(text: str) -> bool:
     """Tell whether `text` is nested at most MAX_DEPTH deep, without reading it: brackets outside strings."""
     depth = deepest = 0
-    for char in re.sub(r"[^\[\]{}]+", "", _IN_STRINGS.sub("", text)):
+    for char in re.sub(r"[^\[\]{}]+", "", re.sub(_IN_STRINGS, "", text)):
         depth += 1 if char in "[{" else -1
         deepest = max(deepest, depth)
     return deepest <= MAX_DEPTH
@@ -665,7 +702,7 @@ def read_json(content: Union[bytes, str], where: str, limit: int = MAX_BYTES) ->
         raise FlowError([f"{where}: {len(content)} bytes, more than the {limit} that are read; split it up"])
     if isinstance(content, bytes):
         content = _decode(content, where)
-    if not _SUSPECT.search(content) and _is_shallow(content):
+    if not re.search(_SUSPECT, content) and _is_shallow(content):
         try:
             return Document(where, content, json.loads(content, object_pairs_hook=_strict_object,
                                                        parse_float=_strict_float,
@@ -689,7 +726,8 @@ def parse_json(content: Union[bytes, str], where: str, limit: int = MAX_BYTES) -
 
 # -- schemas: a subset of JSON Schema, checked here and published by flow_schema() --
 
-Schema = Dict[str, Any]
+if TYPE_CHECKING:
+    Schema = Dict[str, Any]
 
 _TYPES: Dict[str, Callable[[Any], bool]] = {
     "string": lambda v: isinstance(v, str),
@@ -782,9 +820,9 @@ def check_schema(schema: Schema, value: Any, path: Path, problems: List[Problem]
 # when an attempt starts, and its value goes on as data: into one element of an argument vector, one variable,
 # one file name.  It never reaches a shell's text, where it would become code; check_flow refuses it there.
 
-_TEMPLATE = re.compile(r"\$\$\{\{|\$\{\{(.*?)\}\}|\$\{\{", re.S)
-_STEP = re.compile(r"""\.([A-Za-z0-9_-]+)|\[([0-9]{1,9})\]|\["([^"\\]*)"\]|\['([^'\\]*)'\]""")
-_ROOT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TEMPLATE = r"(?s)\$\$\{\{|\$\{\{(.*?)\}\}|\$\{\{"
+_STEP = r"""\.([A-Za-z0-9_-]+)|\[([0-9]{1,9})\]|\["([^"\\]*)"\]|\['([^'\\]*)'\]"""
+_ROOT = r"[A-Za-z_][A-Za-z0-9_]*"
 
 #: What a template may begin with, and what has to follow.
 ROOTS = {"params": "params.NAME", "ctx": "ctx.KEY", "run": "run.id or run.scheduled_time", "env": "env.NAME",
@@ -821,7 +859,7 @@ def _normal_path(path: List[Union[str, int]], source: str) -> Path:
 def parse_ref(text: str) -> Ref:
     """Read the inside of a template; raise ValueError that says what would be right."""
     source = text.strip()
-    root = _ROOT.match(source)
+    root = re.match(_ROOT, source)
     if not root or root[0] not in ROOTS:
         name = root[0] if root else source
         raise ValueError(f"unknown name {shown(name)} in ${{{{ {source[:60]} }}}}"
@@ -829,7 +867,7 @@ def parse_ref(text: str) -> Ref:
     path: List[Union[str, int]] = [root[0]]
     at = root.end()
     while at < len(source):
-        step = _STEP.match(source, at)
+        step = re.compile(_STEP).match(source, at)
         if not step:
             raise ValueError(f"{shown(source[at:])} in ${{{{ {source[:60]} }}}} is not a path; "
                              "write .name, [0] or [\"name\"]")
@@ -843,7 +881,7 @@ def parse_template(text: str) -> Tuple[Union[str, Ref], ...]:
     """Split `text` into literal strings and Refs; raise ValueError for a template that can't be read."""
     parts: List[Union[str, Ref]] = []
     at = 0
-    for match in _TEMPLATE.finditer(text):
+    for match in re.finditer(_TEMPLATE, text):
         parts.append(text[at:match.start()])
         if match[0] == "$${{":
             parts.append("${{")
@@ -1063,8 +1101,8 @@ def complete_params(flow: Flow, given: Mapping[str, Any]) -> Dict[str, Any]:
 # been found.  Whether a template may read a task is found by one search downwards from each task that is
 # read, bounded by the last reader in topological order; a search upwards from each reader would be quadratic.
 
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OPTION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+_OPTION = r"[A-Za-z0-9_][A-Za-z0-9_.:-]*"
 #: Variables that every attempt gets from MiniFlow, and that a flow therefore can't set.
 OWN_VARIABLES = ("MINIFLOW_RUN_ID", "MINIFLOW_FLOW", "MINIFLOW_TASK", "MINIFLOW_ATTEMPT", "MINIFLOW_CONTEXT",
                  "MINIFLOW_OUTPUT", "MINIFLOW_COOKIE", "GITHUB_OUTPUT", "TMP_DIR")
@@ -1144,7 +1182,7 @@ def _check_graph(flow: Flow) -> Iterator[Problem]:
 def _check_env(env: Mapping[str, Any], path: Path) -> Iterator[Problem]:
     """Yield what is wrong with the names of environment variables."""
     for name in env:
-        if not _VARIABLE.fullmatch(name):
+        if not re.fullmatch(_VARIABLE, name):
             yield Problem(path + (name,), "not a name of a variable; use letters, digits and _")
         elif _is_own_variable(name):
             yield Problem(path + (name,), "MiniFlow sets this variable itself; use another name")
@@ -1154,12 +1192,12 @@ def _check_action(task: Task, path: Path) -> Iterator[Problem]:
     """Yield what is wrong with what a task executes."""
     action = task.action
     if isinstance(action, Command) and isinstance(action.command, str):
-        if any(match[0] != "$${{" for match in _TEMPLATE.finditer(action.command)):
+        if any(match[0] != "$${{" for match in re.finditer(_TEMPLATE, action.command)):
             yield Problem(path + ("command",), "a template in a shell string would run its value as code; "
                           "use $MINIFLOW_PARAM_NAME, an env entry, args ($1, $2, …) or an array command")
     if isinstance(action.args, dict):
         for key in action.args:
-            if not _OPTION.fullmatch(key):
+            if not re.fullmatch(_OPTION, key):
                 yield Problem(path + ("args", key), "not a name of an option; "
                               "write it without leading dashes and =")
 
@@ -1720,19 +1758,19 @@ _TASK_OPTIONS = frozenset(["name", "retry_on", "process", "max_retries", "backof
                            "allow_failure", "pool", "priority"])
 
 
-@overload
-def task(function: Callable[..., Any]) -> FunctionTask:
-    """@task: with the options at their defaults."""
+if TYPE_CHECKING:
+    @overload
+    def task(function: Callable[..., Any]) -> FunctionTask:
+        """@task: with the options at their defaults."""
 
-
-@overload
-def task(function: None = None, *, name: Optional[str] = None, max_retries: int = 0, backoff_s: float = 0,
-         max_backoff_s: float = 3600, jitter: float = 0, retry_on: Any = None,
-         timeout_s: Optional[float] = None,
-         grace_s: float = 5, tags: Sequence[str] = (), description: Optional[str] = None,
-         trigger_rule: str = "all_success", allow_failure: bool = False, pool: Optional[str] = None,
-         priority: int = 0, process: bool = False) -> Callable[[Callable[..., Any]], FunctionTask]:
-    """@task(…): with options."""
+    @overload
+    def task(function: None = None, *, name: Optional[str] = None, max_retries: int = 0, backoff_s: float = 0,
+             max_backoff_s: float = 3600, jitter: float = 0, retry_on: Any = None,
+             timeout_s: Optional[float] = None,
+             grace_s: float = 5, tags: Sequence[str] = (), description: Optional[str] = None,
+             trigger_rule: str = "all_success", allow_failure: bool = False, pool: Optional[str] = None,
+             priority: int = 0, process: bool = False) -> Callable[[Callable[..., Any]], FunctionTask]:
+        """@task(…): with options."""
 
 
 def task(function: Optional[Callable[..., Any]] = None, *, name: Optional[str] = None, retry_on: Any = None,
@@ -1978,9 +2016,9 @@ class RunFinished(NamedTuple):
     reason: Optional[str] = None
 
 
-Event = Union[AttemptStarted, AttemptSpawned, AttemptDeferred, AttemptStopping, AttemptEnded, TaskSettled,
-              CancelRequested,
-              RunFinished]
+if TYPE_CHECKING:
+    Event = Union[AttemptStarted, AttemptSpawned, AttemptDeferred, AttemptStopping, AttemptEnded,
+                  TaskSettled, CancelRequested, RunFinished]
 
 #: The words by which events are known on disk and in --output json: never renamed.
 EVENTS: Dict[str, Type[Any]] = {
@@ -2513,7 +2551,8 @@ class Finish(NamedTuple):
     reason: Optional[str]
 
 
-Due = Union[Start, Stop, Settle, Finish]
+if TYPE_CHECKING:
+    Due = Union[Start, Stop, Settle, Finish]
 
 
 def _ascending(heap: Sequence[Any]) -> Iterator[Any]:
@@ -2676,22 +2715,25 @@ def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Op
 # that reading gives what was written.
 
 FORMAT = 1
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _CRC = b'"crc":"'
+
+
+def _epoch() -> datetime.datetime:
+    return datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
 
 def format_time(at: Optional[float]) -> Optional[str]:
     """Return seconds since 1970 as 2026-11-21T22:14:00.123456Z; None stays None."""
     if at is None:
         return None
-    return (_EPOCH + timedelta(seconds=at)).isoformat(timespec="microseconds")[:-6] + "Z"
+    return (_epoch() + datetime.timedelta(seconds=at)).isoformat(timespec="microseconds")[:-6] + "Z"
 
 
 def parse_time(text: Optional[str]) -> Optional[float]:
     """Return the seconds since 1970 of what format_time gave; raise ValueError for another text."""
     if text is None:
         return None
-    return (datetime.fromisoformat(text.replace("Z", "+00:00")) - _EPOCH).total_seconds()
+    return (datetime.datetime.fromisoformat(text.replace("Z", "+00:00")) - _epoch()).total_seconds()
 
 
 def span(started: Optional[float], finished: Optional[float]) -> Optional[float]:
@@ -3147,7 +3189,7 @@ def split_returned(value: Any) -> Returned:
     return Returned(output, kept, unsaved)
 
 
-class ContextDict(Dict[str, Any]):
+class ContextDict(dict[str, "Any"]):
     """The context of a Python task: a dict of its own that notes which of its keys are read."""
 
     def __init__(self, values: Mapping[str, Any], keys: Iterable[str]) -> None:
@@ -3631,7 +3673,7 @@ class _BashTask:
         if root == "run":
             self.lookups.append(f"{name}=${'MINIFLOW_RUN_ID' if path[0] == 'id' else 'mf_scheduled_time'}")
         elif root == "env":
-            if not _VARIABLE.fullmatch(str(path[0])):
+            if not re.fullmatch(_VARIABLE, str(path[0])):
                 raise ValueError(f"{ref.text}: bash can't read a variable of that name")
             self.lookups.append(f"[[ ${{{path[0]}@a}} == *x* ]] || give_up 'env.{path[0]} is not set'")
             self.lookups.append(f"{name}=${path[0]}")
@@ -4223,8 +4265,8 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
 # both), the longest valid prefix of the one and the other if its checksum holds; the highest sequence number
 # wins.  Files without a valid state are reported and never replaced by an empty one.
 
-_RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
-_DEVICES = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
+_RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}"
+_DEVICES = r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]"
 STALL_S = 60.0                                 # how long a full disk is waited for
 _CHECK_S = 2.0  # how often an idle engine sees if the run is still its own
 DURABILITIES = ("full", "normal", "off")
@@ -4278,7 +4320,7 @@ def _read_journal(path: str) -> Tuple[Optional[Run], int, Mapping[str, Any], byt
 
 def check_run_id(run_id: Any) -> None:
     """Raise UsageError for what can't be the id of a run."""
-    if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id) or _DEVICES.fullmatch(run_id):
+    if not isinstance(run_id, str) or not re.fullmatch(_RUN_ID, run_id) or re.fullmatch(_DEVICES, run_id):
         raise UsageError(f"{shown(run_id)} is no run id; use letters, digits, _ and -, not starting with -, "
                          "at most 128, and no name of a device")
 
@@ -4329,7 +4371,7 @@ class Store:
         except OSError as exc:
             raise StateError(f"{self.runs}: can't be read: {exc.strerror}") from None
         stems = {name.rpartition(".")[0] for name in names if name.endswith((".json", ".jsonl"))}
-        return [stem for stem in stems if _RUN_ID.fullmatch(stem)]
+        return [stem for stem in stems if re.fullmatch(_RUN_ID, stem)]
 
     def exists(self, run_id: str) -> bool:
         """Tell whether there is a run of that id."""
@@ -4988,8 +5030,7 @@ class Watchdog:
 # One clock: the system's, read once, and monotonic time since, in whole microseconds.  Times never go back
 # within an engine's life, and durations are right even where somebody sets the system's clock.
 
-SIGNAL_EXITS = {name: 128 + getattr(signal, name)
-                for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, **({} if os.name == "nt" else {"SIGHUP": 129})}
 _SWEEP_S = 0.01                                # how often the rest of a group is looked at
 KEPT_CONTEXTS = 64                             # context files that are kept for tasks that see the same
 UNKILLABLE_S = 5.0                             # how long after SIGKILL what does not end is given up
@@ -6290,7 +6331,7 @@ def run_to_end(opened: Opened, store: Store, source: Optional[Source], order: Or
 # Talk goes to stderr, results to stdout.  Text that came from a flow or a task is shown with its control
 # characters escaped, so that it can't drive the terminal.
 
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 _COLOURS = {SUCCESS: "32", CACHED: "32", FAILED: "31", UPSTREAM_FAILED: "31", CANCELLED: "33", RETRYING: "33",
             SKIPPED: "36", RUNNING: "34", INTERRUPTED: "33"}
 TAIL_LINES = 20
@@ -6298,8 +6339,9 @@ TAIL_LINES = 20
 
 def safe(text: Any) -> str:
     """Return `text` with every character that could drive a terminal written as an escape."""
-    return _UNSAFE.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}",
-                       str(text))
+    text = str(text)
+    return text if text.isprintable() else re.sub(
+        _UNSAFE, lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
 def say(text: str) -> None:
@@ -6699,7 +6741,8 @@ def format_plan(plan: Plan, slots: int) -> str:
 # A flow is known by the stem of its file, so looking one up reads one file and lists no directory.  Scripts
 # are checked when a flow is loaded: a run whose last script is missing should not find out after three hours.
 
-Aged = Tuple[str, str, float]                   # what it belongs to, its name, and when it was made
+if TYPE_CHECKING:
+    Aged = Tuple[str, str, float]               # what it belongs to, its name, and when it was made
 
 
 def removable(newest_first: Iterable[Aged], keep: Optional[int], before: Optional[float]) -> List[Aged]:
@@ -7147,7 +7190,8 @@ class Cli(NamedTuple):
 
 COMMANDS: Dict[str, Cli] = {}
 CANCEL_S = 5.0                                  # how long a cancelled engine may take beyond its tasks' grace
-Run_command = Callable[[Any], int]
+if TYPE_CHECKING:
+    Run_command = Callable[[Any], int]
 
 
 def command(name: str, does: str, example: str, add: Callable[[Any], None] = lambda parser: None
