@@ -89,6 +89,7 @@ from itertools import islice
 
 # What is used below the line.
 import errno
+import gc
 import os
 import stat
 import sys
@@ -7173,8 +7174,11 @@ class MiniFlow:
 # == 23. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
-# its arguments to a parser; only the parser of the command that was typed is ever made.  Global options are
-# parsed twice, before the command and after it, and the later one wins.
+# its arguments.  Global options are parsed twice, before the command and after it, and the later one wins.
+#
+# Two readers that agree read what was typed, as in section 3.  What is plainly right is read here; for help,
+# for --option=value and whatever else is unusual or wrong, argparse is asked, which answers in its own words.
+# With argparse alone `list` took a third longer: with gettext, locale and shutil it costs as much as json.
 #
 # A command prints its result to stdout and returns its exit code; whatever goes wrong it raises.  main()
 # alone turns errors into text and codes.
@@ -7783,26 +7787,96 @@ _GLOBALS = (("-f", "--flows-dir", "DIR", "./flows", "where the flows are"),
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
-def _make_parser(prog: str, description: str, epilog: str) -> Any:
-    """Return an argument parser that raises UsageError instead of ending the process."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UsageError(f"{self.format_usage().strip()}\n{prog}: {message}")
-
-    return Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def _taken(word: str, how: Mapping[str, Any]) -> Any:
+    """Return the value that a word plainly gives for an argument; raise ValueError for any other word."""
+    value = how.get("type", str)(word)
+    if word.startswith("-") or value not in how.get("choices", [value]):
+        raise ValueError(word)
+    return value
 
 
-def _add_globals(parser: Any, taken: Iterable[str] = ()) -> None:
-    """Add the global options to a parser, but for those that the command has made its own."""
-    import argparse
-    group = parser.add_argument_group("options of every command, taken before and after it")
-    for short, long, metavar, default, does in _GLOBALS:
-        flags = [flag for flag in (short, long) if flag not in taken]
-        group.add_argument(*flags, metavar=metavar, default=argparse.SUPPRESS,
-                           help=f"{does} (default: {default})")
+class Arguments:
+    """What a command takes, entered as into an argparse.ArgumentParser, and the reading of what was typed."""
+
+    def __init__(self, prog: str, does: str, epilog: str, usage: Optional[str] = None) -> None:
+        self._about: Dict[str, Any] = {"prog": prog, "description": does, "epilog": epilog, "usage": usage}
+        self._own: List[Tuple[Sequence[str], str, Mapping[str, Any]]] = []
+        self._global: List[Tuple[Sequence[str], str, Mapping[str, Any]]] = []
+
+    def add_argument(self, *flags: str, dest: str = "", **how: Any) -> None:
+        """Enter an argument of the command's own."""
+        self._own.append((flags, dest or max(flags, key=len).lstrip("-").replace("-", "_"), how))
+
+    def add_globals(self) -> None:
+        """Enter the global options, but for those that the command has made its own."""
+        taken = {flag for flags, _, _ in self._own for flag in flags}
+        for short, long, metavar, default, does in _GLOBALS:
+            flags = [flag for flag in (short, long) if flag not in taken]
+            self._global.append((flags, long[2:].replace("-", "_"),
+                                 {"metavar": metavar, "help": f"{does} (default: {default})"}))
+
+    def read(self, words: Sequence[str]) -> Dict[str, Any]:
+        """Return what the words mean; raise LookupError or ValueError unless they are plainly right."""
+        options = {flag: (name, how) for flags, name, how in self._own + self._global for flag in flags}
+        values = {name: how.get("default", False if "action" in how else None)
+                  for _, name, how in self._own if not how.get("required")}
+        at, places = 0, []
+        while at < len(words):
+            word, at = words[at], at + 1
+            if not word.startswith("-"):
+                places.append(at - 1)
+                continue
+            name, how = options[word]
+            if how.get("action") == "store_true":
+                values[name] = True
+                continue
+            value, at = _taken(words[at], how), at + 1
+            values[name] = values[name] + [value] if how.get("action") == "append" else value
+        left = list(words[places[0]:places[-1] + 1]) if places else []
+        for (flag, *_), name, how in self._own:
+            if flag.startswith("-"):
+                continue
+            if how.get("nargs") == "*":
+                values[name], left = [_taken(word, how) for word in left], []
+            elif left or how.get("nargs") != "?":
+                values[name] = _taken(left.pop(0), how)
+        if left or not {name for _, name, _ in self._own} <= values.keys():
+            raise ValueError(words)
+        return values
+
+    def parser(self) -> Any:
+        """Return the same as an argparse.ArgumentParser that raises UsageError instead of ending us."""
+        import argparse
+
+        class Parser(argparse.ArgumentParser):
+            def error(self, message: str) -> Any:
+                raise UsageError(f"{self.format_usage().strip()}\n{self.prog}: {message}")
+
+        parser = Parser(**self._about, allow_abbrev=False,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+        for flags, name, how in self._own:
+            named: Dict[str, Any] = {"dest": name} if flags[0].startswith("-") else {}
+            parser.add_argument(*flags, **how, **named)
+        group = parser.add_argument_group("options of every command, taken before and after it")
+        for flags, name, how in self._global:
+            group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, **how)
+        return parser
+
+    def parse(self, words: Sequence[str]) -> Dict[str, Any]:
+        """Return the arguments by their names; raise UsageError, or SystemExit once help is printed."""
+        try:
+            return self.read(words)
+        except (LookupError, ValueError):
+            return dict(vars(self.parser().parse_args(words)))
+
+
+def arguments_of(name: str) -> Arguments:
+    """Return what the command of that name takes."""
+    cli = COMMANDS[name]
+    arguments = Arguments(f"miniflow {name}", cli.does, f"example:\n  {cli.example}")
+    cli.add(arguments)
+    arguments.add_globals()
+    return arguments
 
 
 def _command_at(argv: Sequence[str]) -> int:
@@ -7822,28 +7896,27 @@ def _environment_defaults() -> Dict[str, str]:
 
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
     """Return the command that `argv` names and its options; raise UsageError."""
-    import argparse
+    from types import SimpleNamespace
     listing = "\n".join(f"  {name:<9} {cli.does}" for name, cli in COMMANDS.items())
-    top = _make_parser("miniflow", "A workflow engine in one file.",
-                       f"commands:\n{listing}\n\nminiflow COMMAND --help tells more of each.\n\n"
-                       "example:\n  miniflow run sample_flow")
-    top.usage = "miniflow [-f DIR] [-t DIR] [-o DIR] [-l LEVEL] COMMAND ..."
-    top.add_argument("--version", action="version", version=f"miniflow {__version__}")
-    _add_globals(top)
+    top = Arguments("miniflow", "A workflow engine in one file.",
+                    f"commands:\n{listing}\n\nminiflow COMMAND --help tells more of each.\n\n"
+                    "example:\n  miniflow run sample_flow",
+                    "miniflow [-f DIR] [-t DIR] [-o DIR] [-l LEVEL] COMMAND ...")
+    top.add_argument("--version", action="store_true", help="show program's version number and exit")
+    top.add_globals()
     at = _command_at(argv)
-    before = top.parse_args(argv[:at])
+    before = top.parse(argv[:at])
+    if before.pop("version"):
+        print_result(f"miniflow {__version__}")
+        sys.exit(0)
     if at >= len(argv):
-        raise UsageError(top.format_help().strip())
+        raise UsageError(top.parser().format_help().strip())
     name = argv[at]
     if name not in COMMANDS:
         raise UsageError(f"miniflow: there is no command {shown(name)}"
                          + (near(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"))
-    cli = COMMANDS[name]
-    parser = _make_parser(f"miniflow {name}", cli.does, f"example:\n  {cli.example}")
-    cli.add(parser)
-    _add_globals(parser, parser._option_string_actions)
-    given = argparse.Namespace(**{**_environment_defaults(), **vars(before)})
-    options = parser.parse_args(argv[at + 1:], given)
+    given = arguments_of(name).parse(argv[at + 1:])
+    options = SimpleNamespace(**{**_environment_defaults(), **before, **given})
     options.level = options.level.upper()
     if options.level not in LEVELS:
         raise UsageError(f"--level {shown(options.level)}: expected one of {', '.join(LEVELS)}")
@@ -7871,6 +7944,8 @@ def _settle_in() -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line and return the exit code; only here does an error become text and a code."""
+    if argv is None:                            # this process is ours, and what is imported stays in it:
+        gc.freeze()                             # neither a collection nor the exit has to go through that
     try:
         _settle_in()
         name, options = parse_arguments(sys.argv[1:] if argv is None else argv)
