@@ -224,12 +224,12 @@ def process_row(bench: Bench, name: str, work: str, graph: Graph, script: str = 
     for task in graph if script else ():
         write(place / f"scripts/{task}.py", script)
     (place / "logs").mkdir(parents=True, exist_ok=True)
-    write(place / "flows/bench.json", flow_json(graph, commands, ()))
+    write(place / "flows/bench.json", flow_json(graph, commands, preload))
     logs = has_files("data/logs/*/*.log", count, "hi\n" if script else "")
     run = [bench.miniflow, "-o", "data", "--tasks-dir", "scripts", "run", "bench", "-j", "2"]
     contestants = [Contestant("miniflow", run, logs, remove("data"))]
     if script:
-        contestants.append(Contestant("miniflow --no-fork", [*run], logs, remove("data")))
+        contestants.append(Contestant("miniflow --no-fork", [*run, "--no-fork"], logs, remove("data")))
     made = has_files("logs/*.log", count, "hi\n" if script else "")
     for peer, prepare in PEERS.items():
         command = bench.find(peer)
