@@ -5554,7 +5554,7 @@ class Forked:
 
     __slots__ = ("task", "request", "fds", "pid", "ticks", "returncode", "asked", "word", "template")
 
-    def __init__(self, task: str, template: Template, request: List[bytes], fds: List[int]) -> None:
+    def __init__(self, task: str, template: Any, request: List[bytes], fds: List[int]) -> None:
         self.task, self.template, self.request, self.fds = task, template, request, fds
         self.asked = time.monotonic()
         self.pid: Optional[int] = None
