@@ -85,26 +85,61 @@ DEALINGS IN THE SOFTWARE.
 from __future__ import annotations
 
 # What everything uses.
-import heapq
-import json
-import re
-import zlib
-from datetime import datetime, timedelta, timezone
-from functools import lru_cache
+from collections import namedtuple
+from collections.abc import Mapping
 from itertools import chain, islice
-from typing import (
-    IO, Any, Callable, Collection, Coroutine, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
-    NamedTuple, Optional, Sequence, Set, Tuple, Type, Union, overload,
-)
 
-# What is used below the line.  What is slow to import (argparse, subprocess, difflib, …) is imported where
-# it is used, so that --version and list do not pay for it.
+# What is used below the line.
 import errno
+import gc
 import os
-import signal
 import stat
 import sys
 import time
+
+# A start costs what is imported, so no start pays for what it does not use.  What a few functions need
+# (argparse, subprocess, difflib, …) they import; what many need is imported when it is first asked for.
+# Types are for the reader and for those who check them: typing alone costs a third of Python's own start, and
+# each of its NamedTuples three times one of collections, which does not look at the types.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import datetime
+    import heapq
+    import json
+    import re
+    import signal
+    import zlib
+    from typing import (
+        IO, Any, Callable, Collection, Coroutine, Dict, FrozenSet, Generator, Iterable, Iterator, List,
+        NamedTuple, Optional, Sequence, Set, Tuple, Type, Union, overload,
+    )
+else:
+    class _Later:
+        """Stands for a module until something of it is asked for, as `lazy import` does in PEP 810."""
+
+        def __init__(self, name):
+            self.__name__ = name
+
+        def __getattr__(self, name):
+            module = globals()[self.__name__] = __import__(self.__name__)
+            return getattr(module, name)
+
+    datetime, heapq, json, re, signal, zlib = map(
+        _Later, ("datetime", "heapq", "json", "re", "signal", "zlib"))
+
+    class _FromFields(type):
+        """Makes of a class statement with annotations what typing.NamedTuple makes of it."""
+
+        def __new__(cls, name, bases, body):
+            fields = body.pop("__annotations__")
+            defaults = [body.pop(field) for field in fields if field in body]
+            made = namedtuple(name, fields, defaults=defaults)
+            made.__annotations__ = made.__new__.__annotations__ = fields
+            for key, value in body.items():
+                setattr(made, key, value)
+            return made
+
+    NamedTuple = type.__new__(_FromFields, "NamedTuple", (), {})
 
 __version__ = "0.1.0"
 
@@ -320,7 +355,8 @@ class Function(NamedTuple):
         return None
 
 
-Action = Union[Script, Command, Function]
+if TYPE_CHECKING:
+    Action = Union[Script, Command, Function]
 
 
 def chance(*names: Any) -> float:
@@ -400,7 +436,8 @@ MAX_DIGITS = 308
 MAX_BYTES = 32 * 2**20
 MAX_PROBLEMS = 100
 
-Path = Tuple[Union[str, int], ...]
+if TYPE_CHECKING:
+    Path = Tuple[Union[str, int], ...]
 
 
 class Problem(NamedTuple):
@@ -423,10 +460,10 @@ def format_path(path: Path) -> str:
     return text
 
 
-_SPACE = re.compile(r"[ \t\n\r]*")
-_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"')
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
-_WORD = re.compile(r"[A-Za-z_+-]*[A-Za-z0-9_]*")
+_SPACE = r"[ \t\n\r]*"
+_STRING = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"'
+_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
+_WORD = r"[A-Za-z_+-]*[A-Za-z0-9_]*"
 _WORDS = {"true": True, "false": False, "null": None}
 
 
@@ -454,7 +491,7 @@ class Reader:
 
     def _skip(self) -> str:
         """Go on to the next token; return its first character, or nothing at the end."""
-        self.at = _SPACE.match(self.text, self.at).end()            # type: ignore[union-attr]
+        self.at = re.compile(_SPACE).match(self.text, self.at).end()  # type: ignore[union-attr]
         return self.text[self.at:self.at + 1]
 
     def _note(self, at: int, path: Path, what: str) -> None:
@@ -526,7 +563,7 @@ class Reader:
 
     def _string(self, path: Path) -> str:
         """Read a string; the standard library decodes its escapes."""
-        match = _STRING.match(self.text, self.at)
+        match = re.compile(_STRING).match(self.text, self.at)
         if not match:
             rest = self.text[self.at + 1:].split("\n")[0]
             self._halt(path, f"a string that is not closed, or holds a control character or a bad escape: "
@@ -542,8 +579,8 @@ class Reader:
 
     def _scalar(self, path: Path) -> Any:
         """Read a number, true, false or null."""
-        at, number = self.at, _NUMBER.match(self.text, self.at)
-        word = _WORD.match(self.text, self.at)
+        at, number = self.at, re.compile(_NUMBER).match(self.text, self.at)
+        word = re.compile(_WORD).match(self.text, self.at)
         assert word
         if number and number.end() >= word.end():
             self.at = number.end()
@@ -591,14 +628,14 @@ def _strict_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_SUSPECT = re.compile(r"\\u(?:0000|[dD][89a-fA-F])|[0-9]{%d}" % MAX_DIGITS)
-_IN_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+_SUSPECT = r"\\u(?:0000|[dD][89a-fA-F])|[0-9]{%d}" % MAX_DIGITS
+_IN_STRINGS = r'(?s)"(?:[^"\\]|\\.)*"'
 
 
 def _is_shallow(text: str) -> bool:
     """Tell whether `text` is nested at most MAX_DEPTH deep, without reading it: brackets outside strings."""
     depth = deepest = 0
-    for char in re.sub(r"[^\[\]{}]+", "", _IN_STRINGS.sub("", text)):
+    for char in re.sub(r"[^\[\]{}]+", "", re.sub(_IN_STRINGS, "", text)):
         depth += 1 if char in "[{" else -1
         deepest = max(deepest, depth)
     return deepest <= MAX_DEPTH
@@ -669,7 +706,7 @@ def read_json(content: Union[bytes, str], where: str, limit: int = MAX_BYTES) ->
         raise FlowError([f"{where}: {len(content)} bytes, more than the {limit} that are read; split it up"])
     if isinstance(content, bytes):
         content = _decode(content, where)
-    if not _SUSPECT.search(content) and _is_shallow(content):
+    if not re.search(_SUSPECT, content) and _is_shallow(content):
         try:
             return Document(where, content, json.loads(content, object_pairs_hook=_strict_object,
                                                        parse_float=_strict_float,
@@ -693,7 +730,8 @@ def parse_json(content: Union[bytes, str], where: str, limit: int = MAX_BYTES) -
 
 # -- schemas: a subset of JSON Schema, checked here and published by flow_schema() --
 
-Schema = Dict[str, Any]
+if TYPE_CHECKING:
+    Schema = Dict[str, Any]
 
 _TYPES: Dict[str, Callable[[Any], bool]] = {
     "string": lambda v: isinstance(v, str),
@@ -786,9 +824,9 @@ def check_schema(schema: Schema, value: Any, path: Path, problems: List[Problem]
 # when an attempt starts, and its value goes on as data: into one element of an argument vector, one variable,
 # one file name.  It never reaches a shell's text, where it would become code; check_flow refuses it there.
 
-_TEMPLATE = re.compile(r"\$\$\{\{|\$\{\{(.*?)\}\}|\$\{\{", re.S)
-_STEP = re.compile(r"""\.([A-Za-z0-9_-]+)|\[([0-9]{1,9})\]|\["([^"\\]*)"\]|\['([^'\\]*)'\]""")
-_ROOT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TEMPLATE = r"(?s)\$\$\{\{|\$\{\{(.*?)\}\}|\$\{\{"
+_STEP = r"""\.([A-Za-z0-9_-]+)|\[([0-9]{1,9})\]|\["([^"\\]*)"\]|\['([^'\\]*)'\]"""
+_ROOT = r"[A-Za-z_][A-Za-z0-9_]*"
 
 #: What a template may begin with, and what has to follow.
 ROOTS = {"params": "params.NAME", "ctx": "ctx.KEY", "run": "run.id or run.scheduled_time", "env": "env.NAME",
@@ -825,7 +863,7 @@ def _normal_path(path: List[Union[str, int]], source: str) -> Path:
 def parse_ref(text: str) -> Ref:
     """Read the inside of a template; raise ValueError that says what would be right."""
     source = text.strip()
-    root = _ROOT.match(source)
+    root = re.match(_ROOT, source)
     if not root or root[0] not in ROOTS:
         name = root[0] if root else source
         raise ValueError(f"unknown name {shown(name)} in ${{{{ {source[:60]} }}}}"
@@ -833,7 +871,7 @@ def parse_ref(text: str) -> Ref:
     path: List[Union[str, int]] = [root[0]]
     at = root.end()
     while at < len(source):
-        step = _STEP.match(source, at)
+        step = re.compile(_STEP).match(source, at)
         if not step:
             raise ValueError(f"{shown(source[at:])} in ${{{{ {source[:60]} }}}} is not a path; "
                              "write .name, [0] or [\"name\"]")
@@ -847,7 +885,7 @@ def parse_template(text: str) -> Tuple[Union[str, Ref], ...]:
     """Split `text` into literal strings and Refs; raise ValueError for a template that can't be read."""
     parts: List[Union[str, Ref]] = []
     at = 0
-    for match in _TEMPLATE.finditer(text):
+    for match in re.finditer(_TEMPLATE, text):
         parts.append(text[at:match.start()])
         if match[0] == "$${{":
             parts.append("${{")
@@ -1067,8 +1105,8 @@ def complete_params(flow: Flow, given: Mapping[str, Any]) -> Dict[str, Any]:
 # been found.  Whether a template may read a task is found by one search downwards from each task that is
 # read, bounded by the last reader in topological order; a search upwards from each reader would be quadratic.
 
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OPTION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+_OPTION = r"[A-Za-z0-9_][A-Za-z0-9_.:-]*"
 #: Variables that every attempt gets from MiniFlow, and that a flow therefore can't set.
 OWN_VARIABLES = ("MINIFLOW_RUN_ID", "MINIFLOW_FLOW", "MINIFLOW_TASK", "MINIFLOW_ATTEMPT", "MINIFLOW_CONTEXT",
                  "MINIFLOW_OUTPUT", "MINIFLOW_COOKIE", "GITHUB_OUTPUT", "TMP_DIR")
@@ -1148,7 +1186,7 @@ def _check_graph(flow: Flow) -> Iterator[Problem]:
 def _check_env(env: Mapping[str, Any], path: Path) -> Iterator[Problem]:
     """Yield what is wrong with the names of environment variables."""
     for name in env:
-        if not _VARIABLE.fullmatch(name):
+        if not re.fullmatch(_VARIABLE, name):
             yield Problem(path + (name,), "not a name of a variable; use letters, digits and _")
         elif _is_own_variable(name):
             yield Problem(path + (name,), "MiniFlow sets this variable itself; use another name")
@@ -1158,12 +1196,12 @@ def _check_action(task: Task, path: Path) -> Iterator[Problem]:
     """Yield what is wrong with what a task executes."""
     action = task.action
     if isinstance(action, Command) and isinstance(action.command, str):
-        if any(match[0] != "$${{" for match in _TEMPLATE.finditer(action.command)):
+        if any(match[0] != "$${{" for match in re.finditer(_TEMPLATE, action.command)):
             yield Problem(path + ("command",), "a template in a shell string would run its value as code; "
                           "use $MINIFLOW_PARAM_NAME, an env entry, args ($1, $2, …) or an array command")
     if isinstance(action.args, dict):
         for key in action.args:
-            if not _OPTION.fullmatch(key):
+            if not re.fullmatch(_OPTION, key):
                 yield Problem(path + ("args", key), "not a name of an option; "
                               "write it without leading dashes and =")
 
@@ -1739,19 +1777,19 @@ _TASK_OPTIONS = frozenset(["name", "retry_on", "process", "max_retries", "backof
                            "allow_failure", "pool", "priority"])
 
 
-@overload
-def task(function: Callable[..., Any]) -> FunctionTask:
-    """@task: with the options at their defaults."""
+if TYPE_CHECKING:
+    @overload
+    def task(function: Callable[..., Any]) -> FunctionTask:
+        """@task: with the options at their defaults."""
 
-
-@overload
-def task(function: None = None, *, name: Optional[str] = None, max_retries: int = 0, backoff_s: float = 0,
-         max_backoff_s: float = 3600, jitter: float = 0, retry_on: Any = None,
-         timeout_s: Optional[float] = None,
-         grace_s: float = 5, tags: Sequence[str] = (), description: Optional[str] = None,
-         trigger_rule: str = "all_success", allow_failure: bool = False, pool: Optional[str] = None,
-         priority: int = 0, process: bool = False) -> Callable[[Callable[..., Any]], FunctionTask]:
-    """@task(…): with options."""
+    @overload
+    def task(function: None = None, *, name: Optional[str] = None, max_retries: int = 0, backoff_s: float = 0,
+             max_backoff_s: float = 3600, jitter: float = 0, retry_on: Any = None,
+             timeout_s: Optional[float] = None,
+             grace_s: float = 5, tags: Sequence[str] = (), description: Optional[str] = None,
+             trigger_rule: str = "all_success", allow_failure: bool = False, pool: Optional[str] = None,
+             priority: int = 0, process: bool = False) -> Callable[[Callable[..., Any]], FunctionTask]:
+        """@task(…): with options."""
 
 
 def task(function: Optional[Callable[..., Any]] = None, *, name: Optional[str] = None, retry_on: Any = None,
@@ -2020,9 +2058,9 @@ class RunFinished(NamedTuple):
     reason: Optional[str] = None
 
 
-Event = Union[AttemptStarted, AttemptSpawned, AttemptDeferred, AttemptStopping, AttemptEnded, TaskSettled,
-              CancelRequested,
-              RunFinished]
+if TYPE_CHECKING:
+    Event = Union[AttemptStarted, AttemptSpawned, AttemptDeferred, AttemptStopping, AttemptEnded,
+                  TaskSettled, CancelRequested, RunFinished]
 
 #: The words by which events are known on disk and in --output json: never renamed.
 EVENTS: Dict[str, Type[Any]] = {
@@ -2564,7 +2602,8 @@ class Finish(NamedTuple):
     reason: Optional[str]
 
 
-Due = Union[Start, Stop, Settle, Finish]
+if TYPE_CHECKING:
+    Due = Union[Start, Stop, Settle, Finish]
 
 
 def _ascending(heap: Sequence[Any]) -> Iterator[Any]:
@@ -2742,20 +2781,26 @@ def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Op
 # What does not change while a run goes on, the text of its definition, is made once and kept.
 
 FORMAT = 1
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _CRC = b'"crc":"'
 _PIECE = 500                                   # lines of a state that are made at a time
-_encode = json.JSONEncoder().encode
-_encode_narrow = json.JSONEncoder(separators=(",", ":")).encode
 
 
-@lru_cache(maxsize=16)
+def _epoch() -> datetime.datetime:
+    return datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+
+
+_SECONDS: Dict[int, str] = {}                  # the last ones that were written: much happens in each
+
+
 def _format_second(second: int) -> str:
     """Return whole seconds since 1970 as 2026-11-21T22:14:00."""
-    return (_EPOCH + timedelta(seconds=second)).isoformat()[:19]
+    if second not in _SECONDS:
+        if len(_SECONDS) > 100:
+            _SECONDS.clear()
+        _SECONDS[second] = (_epoch() + datetime.timedelta(seconds=second)).isoformat()[:19]
+    return _SECONDS[second]
 
 
-@lru_cache(maxsize=64)                         # what happens in one go has one time
 def format_time(at: Optional[float]) -> Optional[str]:
     """Return seconds since 1970 as 2026-11-21T22:14:00.123456Z; None stays None."""
     if at is None:
@@ -2768,7 +2813,7 @@ def parse_time(text: Optional[str]) -> Optional[float]:
     """Return the seconds since 1970 of what format_time gave; raise ValueError for another text."""
     if text is None:
         return None
-    return (datetime.fromisoformat(text.replace("Z", "+00:00")) - _EPOCH).total_seconds()
+    return (datetime.datetime.fromisoformat(text.replace("Z", "+00:00")) - _epoch()).total_seconds()
 
 
 def span(started: Optional[float], finished: Optional[float]) -> Optional[float]:
@@ -2840,6 +2885,21 @@ def run_to_json(run: Run, engine: Optional[Mapping[str, Any]] = None) -> Dict[st
 _HEAD = ("id", "flow", "status", "reason", "started", "finished", "duration_s", "warnings")
 
 
+_ENCODERS: Dict[Any, Callable[[Any], str]] = {}
+
+
+def _encoder(separators: Optional[Tuple[str, str]] = None) -> Callable[[Any], str]:
+    """Return what turns a value into JSON; json.dumps would make it anew each time."""
+    if separators not in _ENCODERS:
+        _ENCODERS[separators] = json.JSONEncoder(separators=separators).encode
+    return _ENCODERS[separators]
+
+
+def _encode(value: Any) -> str:
+    """Return `value` as JSON that is good to read."""
+    return _encoder()(value)
+
+
 def _joined(rows: Iterable[str]) -> Iterator[str]:
     """Yield the lines of an array or object with commas between them, many at a time."""
     rows, before = iter(rows), ""
@@ -2862,9 +2922,10 @@ def _state_pieces(run: Run, engine: Optional[Mapping[str, Any]], seq: int, defin
     head = _encode({**{name: parts.pop(name) for name in _HEAD}, "seq": seq})[1:-1]
     lines = [f"{_encode(name)}: {_encode(value)}" for name, value in parts.items()]
     yield ",\n".join([head, *lines, '"tasks": {\n ']).encode("ascii")
-    untouched = _encode(task_run_to_json(TaskRun()))
-    for piece in _joined(f"{_encode(name)}: "
-                         + (_encode(task_run_to_json(task_run)) if task_run.is_touched else untouched)
+    encode = _encoder()
+    untouched = encode(task_run_to_json(TaskRun()))
+    for piece in _joined(f"{encode(name)}: "
+                         + (encode(task_run_to_json(task_run)) if task_run.is_touched else untouched)
                          for name, task_run in run.tasks.items()):
         yield piece.encode("ascii")
     yield b'\n},\n"definition": ' + definition
@@ -2913,7 +2974,7 @@ def decode_durations(content: bytes) -> Optional[Dict[str, float]]:
 
 def encode_record(members: Mapping[str, Any], seq: int) -> bytes:
     """Return one line of a journal."""
-    body = f'{_encode_narrow(members)[:-1]},"seq":{seq},'.encode("ascii")
+    body = f'{_encoder((",", ":"))(members)[:-1]},"seq":{seq},'.encode("ascii")
     return body + _CRC + b'%08x"}\n' % zlib.crc32(body)
 
 
@@ -3304,7 +3365,7 @@ def split_returned(value: Any) -> Returned:
     return Returned(output, kept, unsaved)
 
 
-class ContextDict(Dict[str, Any]):
+class ContextDict(dict[str, "Any"]):
     """The context of a Python task: a dict of its own that notes which of its keys are read."""
 
     def __init__(self, values: Mapping[str, Any], keys: Iterable[str]) -> None:
@@ -3789,7 +3850,7 @@ class _BashTask:
         if root == "run":
             self.lookups.append(f"{name}=${'MINIFLOW_RUN_ID' if path[0] == 'id' else 'mf_scheduled_time'}")
         elif root == "env":
-            if not _VARIABLE.fullmatch(str(path[0])):
+            if not re.fullmatch(_VARIABLE, str(path[0])):
                 raise ValueError(f"{ref.text}: bash can't read a variable of that name")
             self.lookups.append(f"[[ ${{{path[0]}@a}} == *x* ]] || give_up 'env.{path[0]} is not set'")
             self.lookups.append(f"{name}=${path[0]}")
@@ -4383,9 +4444,9 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
 # both), the longest valid prefix of the one and the other if its checksum holds; the highest sequence number
 # wins.  Files without a valid state are reported and never replaced by an empty one.
 
-_RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
-_MADE_ID = re.compile(r"(.+)-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{4}")
-_DEVICES = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
+_RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}"
+_MADE_ID = r"(.+)-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{4}"
+_DEVICES = r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]"
 STALL_S = 60.0                                 # how long a full disk is waited for
 _RECENT = 16                                   # of so many runs the newest one is asked how long tasks take
 _CHECK_S = 2.0  # how often an idle engine sees if the run is still its own
@@ -4440,7 +4501,7 @@ def _read_journal(path: str) -> Tuple[Optional[Run], int, Mapping[str, Any], byt
 
 def check_run_id(run_id: Any) -> None:
     """Raise UsageError for what can't be the id of a run."""
-    if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id) or _DEVICES.fullmatch(run_id):
+    if not isinstance(run_id, str) or not re.fullmatch(_RUN_ID, run_id) or re.fullmatch(_DEVICES, run_id):
         raise UsageError(f"{shown(run_id)} is no run id; use letters, digits, _ and -, not starting with -, "
                          "at most 128, and no name of a device")
 
@@ -4496,7 +4557,7 @@ class Store:
         except OSError as exc:
             raise StateError(f"{self.runs}: can't be read: {exc.strerror}") from None
         stems = {name.rpartition(".")[0] for name in names if name.endswith((".json", ".jsonl"))}
-        return [stem for stem in stems if _RUN_ID.fullmatch(stem)]
+        return [stem for stem in stems if re.fullmatch(_RUN_ID, stem)]
 
     def exists(self, run_id: str) -> bool:
         """Tell whether there is a run of that id."""
@@ -4565,7 +4626,7 @@ class Store:
         """
         ours, others, stem = [], [], _id_stem(flow)            # type: List[str], List[str], str
         for run_id in ids:
-            made = _MADE_ID.fullmatch(run_id)
+            made = re.fullmatch(_MADE_ID, run_id)
             if made is None:
                 others.append(run_id)
             elif made[1] == stem:
@@ -5841,8 +5902,7 @@ def end_unseen(token: str, cookies: Collection[str]) -> Set[str]:
 # One clock: the system's, read once, and monotonic time since, in whole microseconds.  Times never go back
 # within an engine's life, and durations are right even where somebody sets the system's clock.
 
-SIGNAL_EXITS = {name: 128 + getattr(signal, name)
-                for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, **({} if os.name == "nt" else {"SIGHUP": 129})}
 _SWEEP_S = 0.01                                # how often the rest of a group is looked at
 KEPT_CONTEXTS = 64                             # context files that are kept for tasks that see the same
 _LOOK_S = 0.02                                 # the same for processes without a pidfd
@@ -7194,7 +7254,7 @@ def run_to_end(opened: Opened, store: Store, source: Optional[Source], order: Or
 # Talk goes to stderr, results to stdout.  Text that came from a flow or a task is shown with its control
 # characters escaped, so that it can't drive the terminal.
 
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 _COLOURS = {SUCCESS: "32", CACHED: "32", FAILED: "31", UPSTREAM_FAILED: "31", CANCELLED: "33", RETRYING: "33",
             SKIPPED: "36", RUNNING: "34", INTERRUPTED: "33"}
 TAIL_LINES = 20
@@ -7202,8 +7262,9 @@ TAIL_LINES = 20
 
 def safe(text: Any) -> str:
     """Return `text` with every character that could drive a terminal written as an escape."""
-    return _UNSAFE.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}",
-                       str(text))
+    text = str(text)
+    return text if text.isprintable() else re.sub(
+        _UNSAFE, lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
 def say(text: str) -> None:
@@ -7609,7 +7670,8 @@ def format_plan(plan: Plan, slots: int) -> str:
 # A flow is known by the stem of its file, so looking one up reads one file and lists no directory.  Scripts
 # are checked when a flow is loaded: a run whose last script is missing should not find out after three hours.
 
-Aged = Tuple[str, str, float]                   # what it belongs to, its name, and when it was made
+if TYPE_CHECKING:
+    Aged = Tuple[str, str, float]               # what it belongs to, its name, and when it was made
 
 
 def removable(newest_first: Iterable[Aged], keep: Optional[int], before: Optional[float]) -> List[Aged]:
@@ -8040,8 +8102,11 @@ class MiniFlow:
 # == 25. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
-# its arguments to a parser; only the parser of the command that was typed is ever made.  Global options are
-# parsed twice, before the command and after it, and the later one wins.
+# its arguments.  Global options are parsed twice, before the command and after it, and the later one wins.
+#
+# Two readers that agree read what was typed, as in section 3.  What is plainly right is read here; for help,
+# for --option=value and whatever else is unusual or wrong, argparse is asked, which answers in its own words.
+# With argparse alone `list` took a third longer: with gettext, locale and shutil it costs as much as json.
 #
 # A command prints its result to stdout and returns its exit code; whatever goes wrong it raises.  main()
 # alone turns errors into text and codes.
@@ -8057,7 +8122,8 @@ class Cli(NamedTuple):
 
 COMMANDS: Dict[str, Cli] = {}
 CANCEL_S = 5.0                                  # how long a cancelled engine may take beyond its tasks' grace
-Run_command = Callable[[Any], int]
+if TYPE_CHECKING:
+    Run_command = Callable[[Any], int]
 
 
 def command(name: str, does: str, example: str, add: Callable[[Any], None] = lambda parser: None
@@ -8652,26 +8718,96 @@ _GLOBALS = (("-f", "--flows-dir", "DIR", "./flows", "where the flows are"),
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
-def _make_parser(prog: str, description: str, epilog: str) -> Any:
-    """Return an argument parser that raises UsageError instead of ending the process."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UsageError(f"{self.format_usage().strip()}\n{prog}: {message}")
-
-    return Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def _taken(word: str, how: Mapping[str, Any]) -> Any:
+    """Return the value that a word plainly gives for an argument; raise ValueError for any other word."""
+    value = how.get("type", str)(word)
+    if word.startswith("-") or value not in how.get("choices", [value]):
+        raise ValueError(word)
+    return value
 
 
-def _add_globals(parser: Any, taken: Iterable[str] = ()) -> None:
-    """Add the global options to a parser, but for those that the command has made its own."""
-    import argparse
-    group = parser.add_argument_group("options of every command, taken before and after it")
-    for short, long, metavar, default, does in _GLOBALS:
-        flags = [flag for flag in (short, long) if flag not in taken]
-        group.add_argument(*flags, metavar=metavar, default=argparse.SUPPRESS,
-                           help=f"{does} (default: {default})")
+class Arguments:
+    """What a command takes, entered as into an argparse.ArgumentParser, and the reading of what was typed."""
+
+    def __init__(self, prog: str, does: str, epilog: str, usage: Optional[str] = None) -> None:
+        self._about: Dict[str, Any] = {"prog": prog, "description": does, "epilog": epilog, "usage": usage}
+        self._own: List[Tuple[Sequence[str], str, Mapping[str, Any]]] = []
+        self._global: List[Tuple[Sequence[str], str, Mapping[str, Any]]] = []
+
+    def add_argument(self, *flags: str, dest: str = "", **how: Any) -> None:
+        """Enter an argument of the command's own."""
+        self._own.append((flags, dest or max(flags, key=len).lstrip("-").replace("-", "_"), how))
+
+    def add_globals(self) -> None:
+        """Enter the global options, but for those that the command has made its own."""
+        taken = {flag for flags, _, _ in self._own for flag in flags}
+        for short, long, metavar, default, does in _GLOBALS:
+            flags = [flag for flag in (short, long) if flag not in taken]
+            self._global.append((flags, long[2:].replace("-", "_"),
+                                 {"metavar": metavar, "help": f"{does} (default: {default})"}))
+
+    def read(self, words: Sequence[str]) -> Dict[str, Any]:
+        """Return what the words mean; raise LookupError or ValueError unless they are plainly right."""
+        options = {flag: (name, how) for flags, name, how in self._own + self._global for flag in flags}
+        values = {name: how.get("default", False if "action" in how else None)
+                  for _, name, how in self._own if not how.get("required")}
+        at, places = 0, []
+        while at < len(words):
+            word, at = words[at], at + 1
+            if not word.startswith("-"):
+                places.append(at - 1)
+                continue
+            name, how = options[word]
+            if how.get("action") == "store_true":
+                values[name] = True
+                continue
+            value, at = _taken(words[at], how), at + 1
+            values[name] = values[name] + [value] if how.get("action") == "append" else value
+        left = list(words[places[0]:places[-1] + 1]) if places else []
+        for (flag, *_), name, how in self._own:
+            if flag.startswith("-"):
+                continue
+            if how.get("nargs") == "*":
+                values[name], left = [_taken(word, how) for word in left], []
+            elif left or how.get("nargs") != "?":
+                values[name] = _taken(left.pop(0), how)
+        if left or not {name for _, name, _ in self._own} <= values.keys():
+            raise ValueError(words)
+        return values
+
+    def parser(self) -> Any:
+        """Return the same as an argparse.ArgumentParser that raises UsageError instead of ending us."""
+        import argparse
+
+        class Parser(argparse.ArgumentParser):
+            def error(self, message: str) -> Any:
+                raise UsageError(f"{self.format_usage().strip()}\n{self.prog}: {message}")
+
+        parser = Parser(**self._about, allow_abbrev=False,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+        for flags, name, how in self._own:
+            named: Dict[str, Any] = {"dest": name} if flags[0].startswith("-") else {}
+            parser.add_argument(*flags, **how, **named)
+        group = parser.add_argument_group("options of every command, taken before and after it")
+        for flags, name, how in self._global:
+            group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, **how)
+        return parser
+
+    def parse(self, words: Sequence[str]) -> Dict[str, Any]:
+        """Return the arguments by their names; raise UsageError, or SystemExit once help is printed."""
+        try:
+            return self.read(words)
+        except (LookupError, ValueError):
+            return dict(vars(self.parser().parse_args(words)))
+
+
+def arguments_of(name: str) -> Arguments:
+    """Return what the command of that name takes."""
+    cli = COMMANDS[name]
+    arguments = Arguments(f"miniflow {name}", cli.does, f"example:\n  {cli.example}")
+    cli.add(arguments)
+    arguments.add_globals()
+    return arguments
 
 
 def _command_at(argv: Sequence[str]) -> int:
@@ -8691,28 +8827,27 @@ def _environment_defaults() -> Dict[str, str]:
 
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
     """Return the command that `argv` names and its options; raise UsageError."""
-    import argparse
+    from types import SimpleNamespace
     listing = "\n".join(f"  {name:<9} {cli.does}" for name, cli in COMMANDS.items())
-    top = _make_parser("miniflow", "A workflow engine in one file.",
-                       f"commands:\n{listing}\n\nminiflow COMMAND --help tells more of each.\n\n"
-                       "example:\n  miniflow run sample_flow")
-    top.usage = "miniflow [-f DIR] [-t DIR] [-o DIR] [-l LEVEL] COMMAND ..."
-    top.add_argument("--version", action="version", version=f"miniflow {__version__}")
-    _add_globals(top)
+    top = Arguments("miniflow", "A workflow engine in one file.",
+                    f"commands:\n{listing}\n\nminiflow COMMAND --help tells more of each.\n\n"
+                    "example:\n  miniflow run sample_flow",
+                    "miniflow [-f DIR] [-t DIR] [-o DIR] [-l LEVEL] COMMAND ...")
+    top.add_argument("--version", action="store_true", help="show program's version number and exit")
+    top.add_globals()
     at = _command_at(argv)
-    before = top.parse_args(argv[:at])
+    before = top.parse(argv[:at])
+    if before.pop("version"):
+        print_result(f"miniflow {__version__}")
+        sys.exit(0)
     if at >= len(argv):
-        raise UsageError(top.format_help().strip())
+        raise UsageError(top.parser().format_help().strip())
     name = argv[at]
     if name not in COMMANDS:
         raise UsageError(f"miniflow: there is no command {shown(name)}"
                          + (near(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"))
-    cli = COMMANDS[name]
-    parser = _make_parser(f"miniflow {name}", cli.does, f"example:\n  {cli.example}")
-    cli.add(parser)
-    _add_globals(parser, parser._option_string_actions)
-    given = argparse.Namespace(**{**_environment_defaults(), **vars(before)})
-    options = parser.parse_args(argv[at + 1:], given)
+    given = arguments_of(name).parse(argv[at + 1:])
+    options = SimpleNamespace(**{**_environment_defaults(), **before, **given})
     options.level = options.level.upper()
     if options.level not in LEVELS:
         raise UsageError(f"--level {shown(options.level)}: expected one of {', '.join(LEVELS)}")
@@ -8740,6 +8875,8 @@ def _settle_in() -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line and return the exit code; only here does an error become text and a code."""
+    if argv is None:                            # this process is ours, and what is imported stays in it:
+        gc.freeze()                             # neither a collection nor the exit has to go through that
     try:
         _settle_in()
         name, options = parse_arguments(sys.argv[1:] if argv is None else argv)

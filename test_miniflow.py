@@ -4891,6 +4891,25 @@ class T25CommandLine(unittest.TestCase):
             heads = json.loads(project.main("runs", "--json")[1])
             self.assertEqual([head["status"] for head in heads], ["success"] * 3)
 
+    def test_what_is_plainly_right_is_read_as_argparse_reads_it(self):
+        words = ["a", "b,c", "k=v", "2", "0", "1.5", "", "-", "--", "-1", "-x", "json", "bash", "failed", "kill",
+                 "-j2", "--jobs=2", "-h", "--limit", "--out", "a b"]
+        chance, plain = random.Random(7), 0
+        for name in mf.COMMANDS:
+            arguments = mf.arguments_of(name)
+            parser = arguments.parser()
+            flags = list(parser._option_string_actions)
+            for _ in range(400):
+                typed = [chance.choice(flags if chance.random() < 0.4 else words) for _ in range(chance.randrange(6))]
+                try:
+                    found = arguments.read(typed)
+                except (LookupError, ValueError):
+                    continue
+                plain += 1
+                with self.subTest(name=name, typed=typed):
+                    self.assertEqual(found, vars(parser.parse_args(typed)))
+        self.assertGreater(plain, 500)
+
     def test_help_of_every_command_has_an_example(self):
         with Project() as project:
             for name in mf.COMMANDS:
@@ -5447,12 +5466,19 @@ class T99HouseRules(unittest.TestCase):
             self.assertEqual(names - set(known) - {"miniflow"}, set())
 
     def test_starting_up_imports_nothing_slow(self):
-        slow = ("asyncio", "argparse", "subprocess", "dataclasses", "inspect", "logging", "http.server",
-                "urllib.request", "difflib", "shutil", "tempfile", "concurrent.futures")
-        code = (f"import sys; sys.path.insert(0, {HERE!r}); import miniflow; "
-                f"print([m for m in {slow!r} if m in sys.modules])")
-        done = subprocess.run([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
-        self.assertEqual(done.stdout, b"[]\n")
+        """What some command needs and Python itself does not load at its start, other commands do not pay for."""
+        slow = {"argparse", "asyncio", "concurrent.futures", "contextlib", "ctypes", "dataclasses", "datetime",
+                "difflib", "fcntl", "gettext", "hashlib", "http.server", "inspect", "locale", "logging",
+                "multiprocessing", "random", "select", "shutil", "signal", "socket", "subprocess", "tempfile",
+                "textwrap", "threading", "traceback", "typing", "urllib.request", "zlib"}
+        with one(task("a", args=["${{ run.id }}"])) as project:
+            for words, banned in ((["--version"], slow | {"enum", "functools", "json", "re"}), (["list"], slow)):
+                code = (f"import sys; sys.path.insert(0, {HERE!r}); before = set(sys.modules)\n"
+                        f"import miniflow, os\ntry: miniflow.main({words!r})\nexcept SystemExit: pass\n"
+                        f"print(sorted({banned!r} & (sys.modules.keys() - before)), file=sys.stderr)")
+                done = subprocess.run([sys.executable, "-S", "-c", code], cwd=project.path, stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE)
+                self.assertEqual((done.stderr, bool(done.stdout)), (b"[]\n", True), words)
 
     def test_the_licence_and_the_picture_travel_with_the_file(self):
         self.assertIn("Permission is hereby granted, free of charge", mf.__doc__)

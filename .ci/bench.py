@@ -441,7 +441,7 @@ def function_row(bench: Bench, name: str, work: str, count: int, kind: str, peer
 def start_rows(bench: Bench) -> List[Row]:
     """What a command costs that does nothing."""
     place = bench.place / "start"
-    write(place / "flows/one.json", json.dumps({"tasks": [{"id": "one", "command": ["true"]}]}))
+    write(place / "flows/one.json", json.dumps({"name": "one", "tasks": [{"id": "one", "command": ["true"]}]}))
     bare = Contestant("python -c pass", [bench.python, "-c", "pass"], lambda place: True)
     rows = []
     for words in (["--version"], ["list"]):
