@@ -2789,16 +2789,16 @@ def _epoch() -> datetime.datetime:
     return datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
 
-_SECONDS: Dict[int, str] = {}                  # the last ones that were written: much happens in each
+_WRITTEN: Dict[int, str] = {}                  # the last ones that were written: much happens in each
 
 
 def _format_second(second: int) -> str:
     """Return whole seconds since 1970 as 2026-11-21T22:14:00."""
-    if second not in _SECONDS:
-        if len(_SECONDS) > 100:
-            _SECONDS.clear()
-        _SECONDS[second] = (_epoch() + datetime.timedelta(seconds=second)).isoformat()[:19]
-    return _SECONDS[second]
+    if second not in _WRITTEN:
+        if len(_WRITTEN) > 100:
+            _WRITTEN.clear()
+        _WRITTEN[second] = (_epoch() + datetime.timedelta(seconds=second)).isoformat()[:19]
+    return _WRITTEN[second]
 
 
 def format_time(at: Optional[float]) -> Optional[str]:
