@@ -5412,6 +5412,10 @@ ANSWER_S = 20.0                                # how long a template may take to
 _REQUEST_BYTES = 100_000                       # longer ones are not sent
 _COOKIE_ROOM = 400
 
+#: How a template interpreter begins: what Python compiles by itself it keeps as a tree, which every child would
+#: free in a copy of its own.
+_BOOTSTRAP = "import sys; exec(compile(sys.argv.pop(1), '<template>', 'exec'))"
+
 #: What a template interpreter executes.
 TEMPLATE_PROGRAM = r'''
 import sys
@@ -5424,6 +5428,7 @@ preload = sys.argv[3:]
 library = os.path.dirname(os.__file__) + os.sep
 unseen = {"_ctypes", "readline", "_tkinter", "_curses"}       # of the library, but with ends of their own
 hiding = {}                                   # directory of scripts: its mtime, and what is_hidden said of it
+TEMPLATE = [b"(template of miniflow)"]
 code = None                                   # what the script ends with, once that is a plain number
 ours, our_module = globals(), sys.modules["__main__"]         # a circle: once frozen, it is never freed
 
@@ -5442,9 +5447,11 @@ def show(argv, cookie):
     """Let others see the arguments and the cookie of a script where those of the template stood."""
     memory = os.open("/proc/self/mem", os.O_RDWR)
     (begin, end), (cookie_begin, cookie_end) = places
-    # A last byte other than 0 says that it is one string, which the kernel (get_mm_cmdline) shows to its end.
-    os.pwrite(memory, b" ".join(argv)[:end - begin - 2].ljust(end - begin - 1, b"\0") + b".", begin)
+    os.pwrite(memory, b" ".join(argv)[:end - begin - 2] + b"\0", begin)
     os.pwrite(memory, cookie.ljust(cookie_end - cookie_begin, b"\0"), cookie_begin)
+    if argv[1:] == TEMPLATE:
+        # A last byte other than 0 says that it is one string: the kernel (get_mm_cmdline) shows its beginning.
+        os.pwrite(memory, b".", end - 1)
     os.close(memory)
 
 
@@ -5610,7 +5617,7 @@ if unseen & sys.modules.keys():
 tops = {name.partition(".")[0] for name in set(sys.modules) - bare} - set(sys.builtin_module_names)
 local = {name: sys.modules[name].__spec__.origin for name in tops
          if name in sys.modules and file_of(sys.modules[name]).startswith(folder + os.sep)}
-show([os.fsencode(sys.executable), b"(template of miniflow)"], os.environb[b"MINIFLOW_COOKIE"])
+show([os.fsencode(sys.executable), *TEMPLATE], os.environb[b"MINIFLOW_COOKIE"])
 if len(os.listdir("/proc/self/task")) > 1 or sys.gettrace() or sys.getprofile():
     sys.exit("something that was imported has started threads or tracing")
 kept = [(name, module) for name, module in sys.modules.items()
@@ -5701,8 +5708,8 @@ class Template:
             files.append(os.open(os.devnull, os.O_RDONLY | _CLOEXEC))
             for name in (self._said + ".out", self._said):   # files, as a script's own output is one
                 files.append(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _CLOEXEC, 0o600))
-            argv = [python, "-c", TEMPLATE_PROGRAM, str(theirs.fileno()), setting.tasks_dir, *flow.preload]
-            self.process = spawn(argv, env, setting.start_dir, (files[0], files[1], files[2]),
+            argv = [python, "-c", _BOOTSTRAP, TEMPLATE_PROGRAM, str(theirs.fileno()), setting.tasks_dir]
+            self.process = spawn([*argv, *flow.preload], env, setting.start_dir, (files[0], files[1], files[2]),
                                  [theirs.fileno()])
         except BaseException:
             self.socket.close()
