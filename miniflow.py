@@ -5412,8 +5412,8 @@ ANSWER_S = 20.0                                # how long a template may take to
 _REQUEST_BYTES = 100_000                       # longer ones are not sent
 _COOKIE_ROOM = 400
 
-#: How a template interpreter begins: what Python compiles by itself it keeps as a tree, which every child would
-#: free in a copy of its own.
+#: How a template interpreter begins.  Of what Python compiles by itself it keeps the tree to the end, of which
+#: every child would free a copy.
 _BOOTSTRAP = "import sys; exec(compile(sys.argv.pop(1), '<template>', 'exec'))"
 
 #: What a template interpreter executes.
@@ -5450,7 +5450,7 @@ def show(argv, cookie):
     os.pwrite(memory, b" ".join(argv)[:end - begin - 2] + b"\0", begin)
     os.pwrite(memory, cookie.ljust(cookie_end - cookie_begin, b"\0"), cookie_begin)
     if argv[1:] == TEMPLATE:
-        # A last byte other than 0 says that it is one string: the kernel (get_mm_cmdline) shows its beginning.
+        # A last byte other than 0 says that it is one string (get_mm_cmdline in the kernel).
         os.pwrite(memory, b".", end - 1)
     os.close(memory)
 
@@ -5709,8 +5709,8 @@ class Template:
             for name in (self._said + ".out", self._said):   # files, as a script's own output is one
                 files.append(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _CLOEXEC, 0o600))
             argv = [python, "-c", _BOOTSTRAP, TEMPLATE_PROGRAM, str(theirs.fileno()), setting.tasks_dir]
-            self.process = spawn([*argv, *flow.preload], env, setting.start_dir, (files[0], files[1], files[2]),
-                                 [theirs.fileno()])
+            self.process = spawn([*argv, *flow.preload], env, setting.start_dir,
+                                 (files[0], files[1], files[2]), [theirs.fileno()])
         except BaseException:
             self.socket.close()
             raise
