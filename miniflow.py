@@ -5412,8 +5412,8 @@ ANSWER_S = 20.0                                # how long a template may take to
 _REQUEST_BYTES = 100_000                       # longer ones are not sent
 _COOKIE_ROOM = 400
 
-#: How a template interpreter begins.  Of what Python compiles by itself it keeps the tree to the end, and every
-#: child would free a copy of it.
+#: How a template interpreter begins.  Of what Python compiles by itself it keeps the tree to the end, and
+#: every child would free a copy of it.
 _BOOTSTRAP = "import sys; exec(compile(sys.argv.pop(1), '<template>', 'exec'))"
 
 #: What a template interpreter executes.
