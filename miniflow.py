@@ -5607,7 +5607,8 @@ places = memory_of(b"MINIFLOW_COOKIE")
 loaders = [(importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES),
            (importlib.machinery.SourceFileLoader, importlib.machinery.SOURCE_SUFFIXES),
            (importlib.machinery.SourcelessFileLoader, importlib.machinery.BYTECODE_SUFFIXES)]
-import datetime, json, re                     # what most scripts import
+for name in ("datetime", "json", "re"):       # what most scripts import
+    importlib.import_module(name)
 sys.path.insert(0, folder)
 for name in preload:
     importlib.import_module(name)

@@ -45,6 +45,7 @@ MAX_RSS_MB = 60
 KILL, KILLED = "signal=KILL", -signal.SIGKILL      # what strace does, and what comes of it
 
 #: A task: `act.sh SECONDS FAIL STUBBORN`; one that is to fail does so once, a stubborn one ignores SIGTERM.
+ACT_SCRIPT = "import subprocess, sys; sys.exit(subprocess.call(['sh', 'act.sh', *sys.argv[1:]]))"
 ACT = """
 [ -z "$3" ] || trap '' TERM
 exec 9>>"held-$MINIFLOW_TASK"
@@ -225,6 +226,7 @@ class Project:
         os.makedirs(self.at("flows"))
         self.write("flows/f.json", json.dumps({"name": "f", "tasks": tasks}))
         self.write("act.sh", script)
+        self.write("tasks/act.py", ACT_SCRIPT)
         self.write("told", "")
 
     def copy(self):
@@ -249,6 +251,7 @@ class Project:
 
     def write(self, name, text):
         """Write a file."""
+        os.makedirs(os.path.dirname(self.at(name)), exist_ok=True)
         with open(self.at(name), "w", encoding="utf-8") as file:
             file.write(text)
 
@@ -451,10 +454,11 @@ def in_parallel(work, jobs, workers):
             pass
 
 
-def act(name, *upstream, seconds=0.01, fails=False, stubborn=False):
-    """Return a task that tells of itself."""
+def act(name, *upstream, seconds=0.01, fails=False, stubborn=False, script=False):
+    """Return a task that tells of itself, as a command or as a Python script, which may be forked."""
     words = [str(seconds), "fails" * fails, "stubborn" * stubborn]
-    return {"id": name, "command": ["sh", "act.sh", *words], "depends_on": list(upstream), "max_retries": 2 * fails}
+    action = {"script": "act.py", "args": words} if script else {"command": ["sh", "act.sh", *words]}
+    return {"id": name, **action, "depends_on": list(upstream), "max_retries": 2 * fails}
 
 
 # ---- syscalls
@@ -589,10 +593,10 @@ def check_random(lab, report):
 
 def random_graph(chance):
     """Return 10 to 12 tasks, each upstream of some later ones."""
-    names = [f"t{n}" for n in range(chance.randint(10, 12))]
+    names, script = [f"t{n}" for n in range(chance.randint(10, 12))], chance.random() < 0.5
     return [act(name, *[up for up in names[:n] if chance.random() < 0.25],
                 seconds=round(chance.uniform(0.01, 0.09), 3), fails=chance.random() < 0.15,
-                stubborn=chance.random() < 0.3)
+                stubborn=chance.random() < 0.3, script=script)
             for n, name in enumerate(names)]
 
 
@@ -650,7 +654,7 @@ def check_left(lab, report):
 
 def crowd_left(lab, report, number):
     """Kill an engine when all of its tasks' processes are there, or at a random moment before."""
-    tasks = [{"id": f"t{n}", "command": ["sh", "act.sh"]} for n in range(40)]
+    tasks = [act(f"t{n}", script=number % 2 > 0) for n in range(40)]
     project = Project(lab, tasks, CROWD)
     with report.watch(project, f"kill {number}"):
         engine = project.start("run", "f", "--run-id", "r", "-j", "40", "--output", "json")
