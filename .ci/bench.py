@@ -187,12 +187,12 @@ def install_peers(place: Path) -> Path:
 
 # ---- processes: MiniFlow, make and all who run commands
 
-def remove(*names: str) -> Callable[[Path], None]:
-    """Something that removes what the time before has left."""
+def put_aside(*names: str) -> Callable[[Path], None]:
+    """Something that puts aside what the time before has left: ext4 is slow where much was just removed."""
     def prepare(place: Path) -> None:
         for name in names:
             for path in place.glob(name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.rename(Path(tempfile.mkdtemp(prefix="aside-", dir=place)) / path.name)
         (place / "logs").mkdir(exist_ok=True)
     return prepare
 
@@ -227,9 +227,9 @@ def process_row(bench: Bench, name: str, work: str, graph: Graph, script: str = 
     write(place / "flows/bench.json", flow_json(graph, commands, preload))
     logs = has_files("data/logs/*/*.log", count, "hi\n" if script else "")
     run = [bench.miniflow, "-o", "data", "--tasks-dir", "scripts", "run", "bench", "-j", "2"]
-    contestants = [Contestant("miniflow", run, logs, remove("data"))]
+    contestants = [Contestant("miniflow", run, logs, put_aside("data"))]
     if script:
-        contestants.append(Contestant("miniflow --no-fork", [*run, "--no-fork"], logs, remove("data")))
+        contestants.append(Contestant("miniflow --no-fork", [*run, "--no-fork"], logs, put_aside("data")))
     made = has_files("logs/*.log", count, "hi\n" if script else "")
     for peer, prepare in PEERS.items():
         command = bench.find(peer)
@@ -255,7 +255,7 @@ def for_make(place: Path, command: str, graph: Graph, commands: Dict[str, str], 
     rules = [f"{task}: {' '.join(upstream)}\n\t@{commands[task]} >logs/{task}.log 2>&1\n"
              for task, upstream in graph.items()]
     write(place / "bench.mk", f".PHONY: all {names}\nall: {names}\n{''.join(rules)}")
-    return Contestant("make", [command, "-f", "bench.mk", "-j2"], made, remove("logs"))
+    return Contestant("make", [command, "-f", "bench.mk", "-j2"], made, put_aside("logs"))
 
 
 @peer
@@ -265,7 +265,7 @@ def for_ninja(place: Path, command: str, graph: Graph, commands: Dict[str, str],
     rules = [f"build {task}: r {' '.join(upstream)}\n  c = {commands[task]}\n" for task, upstream in graph.items()]
     write(place / "bench.ninja", "builddir=.ninja\nrule r\n  command = $c >logs/$out.log 2>&1\n"
                                  f"{''.join(rules)}default {' '.join(graph)}\n")
-    return Contestant("ninja", [command, "-f", "bench.ninja", "-j2"], made, remove("logs", ".ninja"))
+    return Contestant("ninja", [command, "-f", "bench.ninja", "-j2"], made, put_aside("logs", ".ninja"))
 
 
 @peer
@@ -273,7 +273,7 @@ def for_parallel(place: Path, command: str, graph: Graph, commands: Dict[str, st
                  ) -> Contestant:
     """GNU parallel, which knows no dependencies."""
     write(place / "commands", "".join(f"{commands[task]} >logs/{task}.log 2>&1\n" for task in graph))
-    return Contestant("parallel", [command, "--will-cite", "-j2", "-a", "commands"], made, remove("logs"))
+    return Contestant("parallel", [command, "--will-cite", "-j2", "-a", "commands"], made, put_aside("logs"))
 
 
 @peer
@@ -288,7 +288,7 @@ def task_w():
         yield {"name": name, "actions": ["%s >logs/%s.log 2>&1" % (command, name)],
                "task_dep": ["w:" + other for other in upstream]}
 """)
-    return Contestant("doit", [command, "-n", "2"], made, remove("logs", ".doit.db*"))
+    return Contestant("doit", [command, "-n", "2"], made, put_aside("logs", ".doit.db*"))
 
 
 @peer
@@ -315,7 +315,7 @@ if __name__ == "__main__":
     luigi.build([All()], local_scheduler=True, workers=2, log_level="WARNING") or exit(1)
 """)
     python = Path(command).read_text(errors="replace").splitlines()[0][2:].strip()
-    return Contestant("luigi", [python, "work.py"], made, remove("logs"))
+    return Contestant("luigi", [python, "work.py"], made, put_aside("logs"))
 
 
 @peer
@@ -334,7 +334,7 @@ rule work:
     params: command=lambda wildcards: GRAPH[wildcards.name][1]
     shell: "{params.command} >{output} 2>&1"
 """)
-    return Contestant("snakemake", [command, "-c2", "--quiet", "all"], made, remove("logs", ".snakemake"))
+    return Contestant("snakemake", [command, "-c2", "--quiet", "all"], made, put_aside("logs", ".snakemake"))
 
 
 @peer
@@ -344,7 +344,7 @@ def for_just(place: Path, command: str, graph: Graph, commands: Dict[str, str], 
     recipes = [f"[parallel]\n{task}: {' '.join(upstream)}\n    @{commands[task]} >logs/{task}.log 2>&1\n"
                for task, upstream in graph.items()]
     write(place / "justfile", f"[parallel]\nall: {' '.join(graph)}\n{''.join(recipes)}")
-    return Contestant("just", [command, "-f", "justfile", "all"], made, remove("logs"))
+    return Contestant("just", [command, "-f", "justfile", "all"], made, put_aside("logs"))
 
 
 @peer
@@ -356,7 +356,7 @@ def for_task(place: Path, command: str, graph: Graph, commands: Dict[str, str], 
              for task, upstream in graph.items()]
     write(place / "Taskfile.yml", "version: '3'\nsilent: true\ntasks:\n  default:\n"
                                   f"    deps: {json.dumps(list(graph))}\n{''.join(tasks)}")
-    return Contestant("task", [command, "-t", "Taskfile.yml", "-C", "2"], made, remove("logs"))
+    return Contestant("task", [command, "-t", "Taskfile.yml", "-C", "2"], made, put_aside("logs"))
 
 
 # ---- functions: MiniFlow, asyncio.gather and all who call Python
@@ -432,7 +432,7 @@ def function_row(bench: Bench, name: str, work: str, count: int, kind: str, peer
         write(script, FUNCTIONS[who].format(count=count, kind=kind))
         contestants.append(Contestant(who, [python, str(script)],
                                       recorded(count) if who == "miniflow" else lambda place: True,
-                                      remove("data", ".doit.db*")))
+                                      put_aside("data", ".doit.db*")))
     return Row(name, work, contestants, wanted, costs)
 
 
@@ -472,7 +472,7 @@ def growth_rows(bench: Bench, small: int) -> List[Row]:
         script = bench.place / f"grow/{count}_.py"
         write(script, FUNCTIONS["miniflow"].format(count=count, kind="async def"))
         contestants.append(Contestant(f"{count:,} tasks", [bench.python, str(script)], recorded(count),
-                                      remove("data"), state_size))
+                                      put_aside("data"), state_size))
     rows.append(Row("grow", text.format("run of", small * 10, small) + ", and the size of RUN.json", contestants,
                     {contestants[1].name: limit}, costs=True, size=True,
                     megabytes=(500, 300) if small == 10_000 else ()))
