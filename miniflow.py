@@ -1123,17 +1123,17 @@ def topological_order(upstream: Mapping[str, Sequence[str]]) -> List[str]:
     This is Kahn's algorithm with a heap.  graphlib would give the ties no order that the author can foresee.
     """
     number = {key: n for n, key in enumerate(upstream)}
-    waits = {key: len(set(up) & number.keys()) for key, up in upstream.items()}
-    downstream: Dict[str, List[str]] = {key: [] for key in upstream}
+    waits, downstream = dict.fromkeys(upstream, 0), {}          # type: Dict[str, int], Dict[str, List[str]]
     for key, up in upstream.items():
-        for name in set(up) & number.keys():
-            downstream[name].append(key)
-    keys, ready, order = list(upstream), [number[key] for key, count in waits.items() if not count], []
-    heapq.heapify(ready)
+        for name in set(up) & number.keys() if up else ():
+            waits[key] += 1
+            downstream.setdefault(name, []).append(key)
+    keys, order = list(upstream), []
+    ready = [n for n, count in enumerate(waits.values()) if not count]        # sorted, and so a heap
     while ready:
         key = keys[heapq.heappop(ready)]
         order.append(key)
-        for name in downstream[key]:
+        for name in downstream.get(key, ()):
             waits[name] -= 1
             if not waits[name]:
                 heapq.heappush(ready, number[name])
@@ -1850,7 +1850,8 @@ def make_flow(name: str, tasks: Sequence[FunctionTask], **fields: Any) -> Flow:
 #
 # Two orders live here.  The topological one, with ties by declaration, says whose outputs win when they are
 # merged; it depends on the flow alone.  The key says who starts first among ready tasks: priority, then the
-# longest path of work from the task on, then declaration.  Both are the same on every machine.
+# longest path of work from the task on, then declaration.  Both are the same on every machine.  The key is a
+# task's place in that order: comparing the three themselves is what a heap of 100,000 would spend its time on.
 #
 # Work is what tasks took when they last succeeded, in powers of two of an eighth of a second: what chance
 # makes of a duration then seldom changes the order, and whole numbers add up alike everywhere.  Simulated,
@@ -1869,9 +1870,9 @@ class Selection(NamedTuple):
 class Plan(NamedTuple):
     """What a run of `flow` will do.
 
-    `order` is topological with ties by declaration, `rank` its inverse, and `key` what ready tasks are sorted
-    by; `left_out` maps tasks that are not run to the outputs they count with.  `durations` are those that the
-    key was made by, as far as they are known.
+    `order` is topological with ties by declaration, `rank` its inverse, and `key` the place of a task among
+    ready ones; `left_out` maps tasks that are not run to the outputs they count with.  `durations` are those
+    that the key was made by, as far as they are known.
     """
 
     flow: Flow
@@ -1879,7 +1880,7 @@ class Plan(NamedTuple):
     order: Tuple[str, ...]
     rank: Mapping[str, int]
     downstream: Mapping[str, Sequence[str]]
-    key: Mapping[str, Tuple[float, ...]]
+    key: Mapping[str, int]
     left_out: Mapping[str, Mapping[str, Any]]
     durations: Mapping[str, float] = {}
 
@@ -1896,13 +1897,13 @@ def _reach(starts: Iterable[str], edges: Mapping[str, Sequence[str]]) -> Set[str
     return reached
 
 
-def _downstream(tasks: Mapping[str, Task]) -> Dict[str, List[str]]:
+def _downstream(tasks: Mapping[str, Task]) -> Dict[str, Sequence[str]]:
     """Return for each task the tasks that wait for it, in the order of declaration."""
-    downstream: Dict[str, List[str]] = {name: [] for name in tasks}
+    found: Dict[str, List[str]] = {}
     for task in tasks.values():
         for name in task.depends_on:
-            downstream[name].append(task.id)
-    return downstream
+            found.setdefault(name, []).append(task.id)
+    return {name: found.get(name, ()) for name in tasks}
 
 
 def select(flow: Flow, selection: Selection) -> Set[str]:
@@ -1953,8 +1954,8 @@ def make_plan(flow: Flow, left_out: Mapping[str, Mapping[str, Any]] = {},
     work = _weights(tasks, left_out, known)
     for name in reversed(order):
         work[name] += max((work[below] for below in downstream[name]), default=0)
-    key = {task.id: (-task.priority, -work[task.id], n) for n, task in enumerate(flow.tasks)}
-    rank = {name: n for n, name in enumerate(order)}
+    first = sorted(tasks, key=lambda name: (-tasks[name].priority, -work[name]))
+    key, rank = ({name: n for n, name in enumerate(names)} for names in (first, order))
     return Plan(flow, tasks, order, rank, downstream, key, left_out, known)
 
 
@@ -2240,7 +2241,7 @@ class Queues:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self.limits: Dict[Optional[str], int] = {name: size for name, size in plan.flow.pools.items()}
-        self.ready: Dict[Optional[str], List[Tuple[Tuple[float, ...], str]]] = {}
+        self.ready: Dict[Optional[str], List[Tuple[int, str]]] = {}
         self._running: Dict[Optional[str], int] = {}
 
     def pool(self, name: str) -> Optional[str]:
@@ -2666,14 +2667,14 @@ def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
     """Return a Start for the first `free` tasks by key: those that are ready, and retries that are due."""
     if free is not None and free <= 0:
         return []
-    late: Dict[Optional[str], List[Tuple[Tuple[float, ...], str]]] = {}
+    late: Dict[Optional[str], List[Tuple[int, str]]] = {}
     for at, name, attempt in _ascending(run.retries):
         if at > now:
             break
         if run.tasks[name].status == RETRYING and run.tasks[name].attempt == attempt:
             late.setdefault(run.queues.pool(name), []).append((run.plan.key[name], name))
 
-    def queue(pool: Optional[str]) -> Iterator[Tuple[Tuple[float, ...], str]]:
+    def queue(pool: Optional[str]) -> Iterator[Tuple[int, str]]:
         entries = heapq.merge(_ascending(run.queues.ready.get(pool, ())), sorted(late.get(pool, ())))
         return islice((entry for entry in entries if run.is_ready(entry[1])), run.queues.room(pool))
 
@@ -2809,6 +2810,7 @@ def format_time(at: Optional[float]) -> Optional[str]:
     return f"{_format_second(second)}.{microseconds:06d}Z"
 
 
+@lru_cache(maxsize=64)
 def parse_time(text: Optional[str]) -> Optional[float]:
     """Return the seconds since 1970 of what format_time gave; raise ValueError for another text."""
     if text is None:
@@ -3044,11 +3046,12 @@ def run_from_json(state: Mapping[str, Any]) -> Run:
 
 def changed_tasks(old: Flow, new: Flow) -> Dict[str, str]:
     """Return the tasks that are not the same in both flows: id to added, removed or changed."""
-    before = {task.id: json.dumps(task_to_json(task), sort_keys=True) for task in old.tasks}
-    after = {task.id: json.dumps(task_to_json(task), sort_keys=True) for task in new.tasks}
+    text = json.JSONEncoder(sort_keys=True).encode
+    before = {task.id: text(task_to_json(task)) for task in old.tasks}
+    after = {task.id: text(task_to_json(task)) for task in new.tasks}
     everywhere = "changed" if old.env != new.env else ""
-    changes = {name: "added" if name not in before else "changed" if before[name] != text else everywhere
-               for name, text in after.items()}
+    changes = {name: "added" if name not in before else "changed" if before[name] != now else everywhere
+               for name, now in after.items()}
     changes.update((name, "removed") for name in before if name not in after)
     return {name: change for name, change in changes.items() if change}
 
