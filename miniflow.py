@@ -2239,21 +2239,20 @@ class Queues:
     """Which tasks are ready, in a heap for each pool, and how many of each pool are running."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self._key = plan.key
+        self._pools = {task.id: task.pool or PLAIN_FUNCTIONS for task in plan.flow.tasks
+                       if task.pool or isinstance(task.action, Function) and task.action.kind != "async"}
         self.limits: Dict[Optional[str], int] = {name: size for name, size in plan.flow.pools.items()}
         self.ready: Dict[Optional[str], List[Tuple[int, str]]] = {}
         self._running: Dict[Optional[str], int] = {}
 
     def pool(self, name: str) -> Optional[str]:
         """Return the pool of task `name`; all that have none share one, but for plain functions."""
-        task = self._plan.tasks[name]
-        if task.pool is None and isinstance(task.action, Function) and task.action.kind != "async":
-            return PLAIN_FUNCTIONS
-        return task.pool
+        return self._pools.get(name)
 
     def push(self, name: str) -> None:
         """Task `name` is ready."""
-        heapq.heappush(self.ready.setdefault(self.pool(name), []), (self._plan.key[name], name))
+        heapq.heappush(self.ready.setdefault(self.pool(name), []), (self._key[name], name))
 
     def drop(self, is_ready: Callable[[str], bool]) -> None:
         """Take from the tops of the heaps what is not ready any more."""
@@ -2364,7 +2363,9 @@ class Run:
         """The params and all outputs so far, merged in topological order."""
         merged = dict(self.params)
         for name in self.plan.order:
-            merged.update(self.tasks[name].output or {})
+            output = self.tasks[name].output
+            if output:
+                merged.update(output)
         return merged
 
     def ctx_of(self, task_id: str) -> Dict[str, Any]:
@@ -2761,7 +2762,8 @@ def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Op
         emit([event for action in actions if type(action) in perform
               for event in perform[type(action)](run, action)])
         if run.outcome is None:                 # a signal is heard also while there is always something to do
-            emit((yield world.now() if actions else next_wake(run, slots)))
+            more = actions and due(run, world.now(), slots)
+            emit((yield world.now() if more else next_wake(run, slots)))
 
 
 # ============================================================================
@@ -2780,6 +2782,9 @@ def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Op
 #
 # A state is made in pieces of some hundred tasks, so that writing it takes no memory that grows with the run.
 # What does not change while a run goes on, the text of its definition, is made once and kept.
+#
+# Left alone: rows put together from strings by hand would be faster, and say the format a second time; the C
+# encoder within json, called directly, saves a third of the time, and no document promises that it is there.
 
 FORMAT = 1
 _CRC = b'"crc":"'
@@ -2926,9 +2931,9 @@ def _state_pieces(run: Run, engine: Optional[Mapping[str, Any]], seq: int, defin
     yield ",\n".join([head, *lines, '"tasks": {\n ']).encode("ascii")
     encode = _encoder()
     untouched = encode(task_run_to_json(TaskRun()))
-    for piece in _joined(f"{encode(name)}: "
-                         + (encode(task_run_to_json(task_run)) if task_run.is_touched else untouched)
-                         for name, task_run in run.tasks.items()):
+    rows = (encode(task_run_to_json(task_run)) if task_run.is_touched else untouched
+            for task_run in run.tasks.values())
+    for piece in _joined(f"{encode(name)}: {row}" for name, row in zip(run.tasks, rows)):
         yield piece.encode("ascii")
     yield b'\n},\n"definition": ' + definition
 
@@ -4442,6 +4447,9 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
 #   view    temporary file and rename, without fsync, and never more than a twentieth of the time: after one
 #           that took a second nothing is written for twenty, the one that `open` wrote among them.
 #   finish  view with fsync and rename, then remove journal and lock.  Doing it again does no harm.
+#
+# The ends of some attempts and the starts of the next are two writes.  One would do if events were true
+# before they are on disk; but a journal that is begun anew after an error would then hold some of them twice.
 #
 # Reading takes no lock and repairs nothing: the journal first, then the snapshot (the other order can miss
 # both), the longest valid prefix of the one and the other if its checksum holds; the highest sequence number
@@ -6437,6 +6445,10 @@ class Processes:
 # A task gets a context of its own, copied by marshal, the fastest copy of plain values there is; what JSON
 # can't hold stays here in memory and is handed on as the object that it is.  An async call that does not heed
 # its cancellation within grace_s, and a thread at once, as nothing can stop it, are given up by name.
+#
+# What a plain function costs is the way to its thread and back, four or five switches between threads; waking
+# the loop only when it sleeps did not lessen it.  A timer that is set stays set as long as it is soon enough:
+# a new one for each wait was a tenth of the time.
 
 TRACEBACK_CHARS = 8000                         # what is kept of a traceback: its end
 
@@ -6661,6 +6673,31 @@ class Call:
         self.error: Optional[BaseException] = None
 
 
+class Alarm:
+    """Calls `ring` when it is time; once set it stays so, as long as it is soon enough."""
+
+    def __init__(self, loop: Any, ring: Callable[[], None]) -> None:
+        self._loop, self._call = loop, ring
+        self._timer: Any = None
+
+    def set(self, seconds: float) -> None:
+        """See that it rings in so many seconds at the latest."""
+        at = self._loop.time() + seconds
+        if self._timer is None or at < self._timer.when():
+            self.cancel()
+            self._timer = self._loop.call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._call()
+
+    def cancel(self) -> None:
+        """Ring no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+
+
 class Functions:
     """The World of a Python flow, on the running event loop."""
 
@@ -6677,6 +6714,7 @@ class Functions:
         self._calls: Dict[str, Call] = {}
         self._ended: List[Call] = []
         self._wake: Any = None
+        self._alarm = Alarm(self._loop, self._rouse)
         self._watched: Set[int] = set()
         self.kept: Dict[str, Dict[str, Any]] = {}  # task to what only memory holds of its output
         self.errors: Dict[str, BaseException] = {}                  # task to what its last attempt raised
@@ -6812,14 +6850,13 @@ class Functions:
         if seconds is not None and seconds <= 0:
             await asyncio.sleep(0)
             return
+        if seconds is not None:
+            self._alarm.set(seconds)
         self._wake = self._loop.create_future()
-        timer = None if seconds is None else self._loop.call_later(seconds, self._rouse)
         try:
             await self._wake
         finally:
             self._wake = None
-            if timer:
-                timer.cancel()
 
     def _watch(self, processes: FunctionProcesses) -> None:
         """Let the loop wake us when a process ends."""
@@ -6888,6 +6925,7 @@ class Functions:
         for call in self._calls.values():
             if call.future is not None:
                 call.future.cancel()
+        self._alarm.cancel()
         for fd in self._watched:
             self._loop.remove_reader(fd)
         for number, handler in self._old_handlers.items():

@@ -3530,6 +3530,20 @@ class T21Functions(unittest.TestCase):
             else:
                 self.assertLess(max(most), 2 * mf.AT_ONCE)
 
+    def test_waiting_for_the_same_time_again_sets_no_further_timer(self):
+        timers = []
+
+        async def main():
+            loop = asyncio.get_running_loop()
+            call_at = loop.call_at
+            loop.call_at = lambda *args, **options: timers.append(args[0]) or call_at(*args, **options)
+            tasks = [mf.task(name=f"t{n}")(lambda ctx: None) for n in range(300)]
+            with tempfile.TemporaryDirectory() as path:
+                await mf.Workflow(tasks).run("r", mf.JSONStateStore(path))
+
+        asyncio.run(main())
+        self.assertLess(len(timers), 100)
+
     def test_the_example_of_the_readme(self):
         process = self.program("""
             import asyncio
