@@ -1851,7 +1851,8 @@ def make_flow(name: str, tasks: Sequence[FunctionTask], **fields: Any) -> Flow:
 # Two orders live here.  The topological one, with ties by declaration, says whose outputs win when they are
 # merged; it depends on the flow alone.  The key says who starts first among ready tasks: priority, then the
 # longest path of work from the task on, then declaration.  Both are the same on every machine.  The key is a
-# task's place in that order: comparing the three themselves is what a heap of 100,000 would spend its time on.
+# task's place in that order: comparing the three themselves is what a heap of 100,000 would spend its time
+# on.
 #
 # Work is what tasks took when they last succeeded, in powers of two of an eighth of a second: what chance
 # makes of a duration then seldom changes the order, and whole numbers add up alike everywhere.  Simulated,
@@ -2795,16 +2796,23 @@ def _epoch() -> datetime.datetime:
     return datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
 
-_WRITTEN: Dict[int, str] = {}                  # the last ones that were written: much happens in each
+def _remembering(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return `answer` with a memory of what it was asked last; functools is not there at a start."""
+    answers: Dict[Any, Any] = {}
+
+    def remember(question: Any) -> Any:
+        if question not in answers:
+            if len(answers) > 100:
+                answers.clear()
+            answers[question] = answer(question)
+        return answers[question]
+    return remember
 
 
+@_remembering                                  # much happens in one second
 def _format_second(second: int) -> str:
     """Return whole seconds since 1970 as 2026-11-21T22:14:00."""
-    if second not in _WRITTEN:
-        if len(_WRITTEN) > 100:
-            _WRITTEN.clear()
-        _WRITTEN[second] = (_epoch() + datetime.timedelta(seconds=second)).isoformat()[:19]
-    return _WRITTEN[second]
+    return (_epoch() + datetime.timedelta(seconds=second)).isoformat()[:19]
 
 
 def format_time(at: Optional[float]) -> Optional[str]:
@@ -2815,7 +2823,7 @@ def format_time(at: Optional[float]) -> Optional[str]:
     return f"{_format_second(second)}.{microseconds:06d}Z"
 
 
-@lru_cache(maxsize=64)
+@_remembering
 def parse_time(text: Optional[str]) -> Optional[float]:
     """Return the seconds since 1970 of what format_time gave; raise ValueError for another text."""
     if text is None:
@@ -2892,19 +2900,15 @@ def run_to_json(run: Run, engine: Optional[Mapping[str, Any]] = None) -> Dict[st
 _HEAD = ("id", "flow", "status", "reason", "started", "finished", "duration_s", "warnings")
 
 
-_ENCODERS: Dict[Any, Callable[[Any], str]] = {}
-
-
-def _encoder(separators: Optional[Tuple[str, str]] = None) -> Callable[[Any], str]:
+@_remembering
+def _encoder(separators: Optional[Tuple[str, str]]) -> Callable[[Any], str]:
     """Return what turns a value into JSON; json.dumps would make it anew each time."""
-    if separators not in _ENCODERS:
-        _ENCODERS[separators] = json.JSONEncoder(separators=separators).encode
-    return _ENCODERS[separators]
+    return json.JSONEncoder(separators=separators).encode
 
 
 def _encode(value: Any) -> str:
     """Return `value` as JSON that is good to read."""
-    return _encoder()(value)
+    return str(_encoder(None)(value))
 
 
 def _joined(rows: Iterable[str]) -> Iterator[str]:
@@ -2929,7 +2933,7 @@ def _state_pieces(run: Run, engine: Optional[Mapping[str, Any]], seq: int, defin
     head = _encode({**{name: parts.pop(name) for name in _HEAD}, "seq": seq})[1:-1]
     lines = [f"{_encode(name)}: {_encode(value)}" for name, value in parts.items()]
     yield ",\n".join([head, *lines, '"tasks": {\n ']).encode("ascii")
-    encode = _encoder()
+    encode = _encoder(None)
     untouched = encode(task_run_to_json(TaskRun()))
     rows = (encode(task_run_to_json(task_run)) if task_run.is_touched else untouched
             for task_run in run.tasks.values())

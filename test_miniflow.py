@@ -1021,9 +1021,9 @@ class T08Plan(unittest.TestCase):
     def test_what_chance_makes_of_a_duration_seldom_changes_the_order(self):
         for durations in ({"a": 0.9, "b": 1.1, "c": 1.3, "d": 1}, {"a": 0.001, "b": 0.01, "c": 0, "d": 0.15}):
             self.assertEqual(self.by_key(durations), "abcd")
-        keys = [-mf.make_plan(make(task("a")), durations={"a": 2.0 ** n / 1000}).key["a"][1] for n in range(40)]
-        self.assertEqual(keys[:8], [1] * 8)
-        self.assertEqual(keys[8:], [2 ** n for n in range(1, 33)])
+        weights = [mf._weights("a", (), {"a": 2.0 ** n / 1000})["a"] for n in range(40)]
+        self.assertEqual(weights[:8], [1] * 8)
+        self.assertEqual(weights[8:], [2 ** n for n in range(1, 33)])
 
     def test_what_is_left_out_is_no_work(self):
         flow = make(task("a"), task("b"), task("c", "b"))
