@@ -3225,9 +3225,11 @@ def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
     action = task.action
     values = values_of(run, task_id, setting.environ)
     flow_env = {name: to_text(render(text, values)) for name, text in run.plan.flow.env.items()}
-    values = values._replace(env={**setting.environ, **flow_env})
+    if flow_env:
+        values = values._replace(env={**setting.environ, **flow_env})
     task_env = {name: to_text(render(text, values)) for name, text in task.env.items()}
-    values = values._replace(env={**values.env, **task_env})
+    if task_env:
+        values = values._replace(env={**values.env, **task_env})
     args = args_argv(action.args, values)
     own = {*flow_env, *task_env}
     can_fork = False
@@ -5031,10 +5033,10 @@ def open_journal(store: Store, run_id: str, durability: str, force: bool) -> Uni
 class Spawned:
     """A process that posix_spawn started, to be asked like a Popen."""
 
-    __slots__ = ("pid", "returncode")
+    __slots__ = ("pid", "ticks", "returncode")
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
+    def __init__(self, pid: int, ticks: Optional[int]) -> None:
+        self.pid, self.ticks = pid, ticks
         self.returncode: Optional[int] = None
 
     def poll(self) -> Optional[int]:
@@ -5074,6 +5076,11 @@ def inheritable_fds() -> List[int]:
     return found
 
 
+def _boot_ticks() -> int:
+    """Return the time since the system was started as /proc/PID/stat tells it (Linux)."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
 def _posix_spawn(argv: Sequence[str], env: Mapping[str, str], files: Tuple[int, int, int],
                  keep: Sequence[int], inherited: Optional[Sequence[int]]) -> Spawned:
     """Start a process as spawn() does."""
@@ -5083,8 +5090,10 @@ def _posix_spawn(argv: Sequence[str], env: Mapping[str, str], files: Tuple[int, 
     try:
         for fd in keep:
             os.set_inheritable(fd, True)
-        return Spawned(os.posix_spawnp(argv[0], list(argv), env, file_actions=actions, setsid=True,
-                                       setsigdef=(signal.SIGPIPE, signal.SIGXFSZ)))
+        before = _boot_ticks()
+        pid = os.posix_spawnp(argv[0], list(argv), env, file_actions=actions, setsid=True,
+                              setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))
+        return Spawned(pid, before if before == _boot_ticks() else start_ticks(pid))
     finally:
         for fd in keep:
             os.set_inheritable(fd, False)
@@ -5114,7 +5123,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], cwd: str, files: Tuple[in
     if os.name == "nt":
         return process
     process.returncode = 0                     # it is ours to wait for: Popen takes a lost exit code for 0
-    return Spawned(process.pid)
+    return Spawned(process.pid, start_ticks(process.pid))
 
 
 # ============================================================================
@@ -6090,16 +6099,16 @@ class Child:
         if self.process.pid is None:
             return False                       # it has not come to be
         try:
-            while os.waitpid(-self.process.pid, os.WNOHANG)[0]:
-                pass                           # orphans that came to us: we may be PID 1
-        except (ChildProcessError, AttributeError):
-            pass
-        try:
             os.killpg(self.process.pid, 0)
         except (ProcessLookupError, AttributeError):
             return False
         except PermissionError:
             return sys.platform != "darwin"
+        try:
+            while os.waitpid(-self.process.pid, os.WNOHANG)[0]:
+                pass                           # orphans that came to us: we may be PID 1
+        except ChildProcessError:
+            pass
         return group_has_living(self.process.pid)
 
 
@@ -6118,7 +6127,8 @@ class Exchange:
 
     def output(self, action: Start) -> str:
         """Return where an attempt may write what it hands on; nothing is there before."""
-        self._disk.make_dir(self.work)         # some task may have removed it
+        if not os.path.isdir(self.work):
+            self._disk.make_dir(self.work)     # some task has removed it
         return self._fresh(f"{action.task}.{action.attempt}.out")
 
     def _fresh(self, name: str) -> str:
@@ -6257,11 +6267,11 @@ class Processes:
             return []                          # its template will tell
         if child.pidfd is not None:
             self._by_fd[child.pidfd] = child
-        return [self._spawned(run, child, start_ticks(process.pid))]
+        return [self._spawned(run, child)]
 
-    def _spawned(self, run: Run, child: Child, ticks: Optional[int]) -> AttemptSpawned:
+    def _spawned(self, run: Run, child: Child) -> AttemptSpawned:
         """Watch a process that has begun; return the event."""
-        pid = child.process.pid
+        pid, ticks = child.process.pid, getattr(child.process, "ticks", None)
         self._watchdog.add(pid)
         return AttemptSpawned(self.now(), child.task, run.tasks[child.task].attempt, pid, ticks,
                               isinstance(child.process, Forked))
@@ -6364,7 +6374,7 @@ class Processes:
         for forked, has_begun in template.news():
             child = self._children[forked.task]
             if has_begun:
-                events.append(self._spawned(run, child, forked.ticks))
+                events.append(self._spawned(run, child))
                 if forked.word:
                     self.stop(run, Stop(child.task, run.tasks[child.task].attempt, "", forked.word))
             else:
