@@ -2821,6 +2821,87 @@ def children(pid):
     return found
 
 
+@unittest.skipUnless(LINUX, "posix_spawn is used on Linux")
+class T17Spawn(unittest.TestCase):
+    """Each test is made both ways: by posix_spawn, and by Popen, which another directory asks for."""
+
+    def both(self, *argv, keep=(), env=None):
+        """Return exit code and output of a command that was started both ways, which have to agree."""
+        seen = []
+        for cwd in (os.getcwd(), "/"):
+            with tempfile.TemporaryFile() as out, open(os.devnull) as null:
+                files = (null.fileno(), out.fileno(), out.fileno())
+                process = mf.spawn(argv, {**os.environ, **(env or {})}, cwd, files, keep)
+                mf.wait_for(process.poll, 20)
+                out.seek(0)
+                seen.append((process.returncode, out.read()))
+        masks = re.compile(rb"0*180000000|0{16}")             # signals 32 and 33 are the C library's own
+        self.assertEqual(*[(code, masks.sub(b"none", out)) for code, out in seen])
+        return seen[0]
+
+    def test_an_exit_code_is_that_of_the_program_or_of_its_signal(self):
+        for command, code in (("exit 0", 0), ("exit 7", 7), ("kill -9 $$", -9), ("kill -TERM $$", -15)):
+            self.assertEqual(self.both("sh", "-c", command), (code, b""))
+
+    def test_nothing_is_open_but_what_is_given(self):
+        reader, writer = os.pipe()
+        kept = os.open(os.devnull, os.O_RDONLY)
+        self.addCleanup(lambda: [os.close(fd) for fd in (reader, writer, kept)])
+        os.set_inheritable(writer, True)
+        listing = "import os; print(*[fd for fd in range(300) if os.path.exists(f'/proc/self/fd/{fd}')])"
+        code, out = self.both(sys.executable, "-c", listing, keep=[kept])
+        self.assertEqual((code, list(map(int, out.split()))), (0, [0, 1, 2, kept]))
+        self.assertEqual([os.get_inheritable(fd) for fd in (kept, writer)], [False, True])
+
+    def test_it_leads_a_session_and_has_the_signals_of_a_new_process(self):
+        show = "echo $(cut -d' ' -f5,6 /proc/$$/stat | tr ' ' '\\n' | grep -cx $$); grep Sig[BI] /proc/self/status"
+        code, out = self.both("sh", "-c", show)
+        self.assertEqual((code, out.split()[0]), (0, b"2"))
+        self.assertEqual([int(mask, 16) & ~(3 << 31) for mask in out.split()[2::2]], [0, 0])
+
+    def test_a_program_is_looked_up_in_its_own_path(self):
+        with Project() as project:
+            project.write("own", "#!/bin/sh\necho found")
+            os.chmod(project.at("own"), 0o755)
+            self.assertEqual(self.both("own", env={"PATH": project.path}), (0, b"found\n"))
+
+    def test_what_cannot_start_is_told_alike(self):
+        with Project() as project:
+            project.write("plain", "no program")
+            project.write("odd", "no program")
+            os.chmod(project.at("odd"), 0o755)
+            for argv, number in ((["no-such-program"], errno.ENOENT), ([project.at("gone")], errno.ENOENT),
+                                 ([project.at("plain")], errno.EACCES), ([project.path], errno.EACCES),
+                                 ([project.at("odd")], errno.ENOEXEC),
+                                 (["true", "x" * 2**18], errno.E2BIG)):
+                for cwd in (os.getcwd(), "/"):
+                    with open(os.devnull) as null, self.assertRaises(OSError) as caught:
+                        mf.spawn(argv, os.environ, cwd, (null.fileno(),) * 3)
+                    self.assertEqual(caught.exception.errno, number, argv[0])
+                    self.assertIn(argv[0], str(caught.exception))
+            for argv, env in ((["true", "a\0b"], {}), (["true"], {"A": "a\0b"}), (["true"], {"A=B": "c"})):
+                for cwd in (os.getcwd(), "/"):
+                    with open(os.devnull) as null, self.assertRaises(ValueError):
+                        mf.spawn(argv, {**os.environ, **env}, cwd, (null.fileno(),) * 3)
+
+    def test_the_start_time_is_the_one_that_proc_tells(self):
+        with open(os.devnull) as null:
+            for _ in range(50):
+                process = mf.spawn(["true"], os.environ, os.getcwd(), (null.fileno(),) * 3)
+                self.assertEqual(process.ticks, mf.start_ticks(process.pid))
+                mf.wait_for(process.poll, 20)
+
+    def test_a_program_with_threads_starts_processes_too(self):
+        done = threading.Event()
+        thread = threading.Thread(target=done.wait)
+        thread.start()
+        try:
+            self.assertEqual(self.both("echo", "x"), (0, b"x\n"))
+        finally:
+            done.set()
+            thread.join()
+
+
 @unittest.skipUnless(LINUX, "without /proc nobody can tell whose a process is")
 class T18Orphans(unittest.TestCase):
 
