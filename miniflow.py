@@ -2760,11 +2760,10 @@ def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Op
         now = world.now()
         actions = due(run, now, slots)
         emit([fact(run, action, now) for action in actions])
-        emit([event for action in actions if type(action) in perform
-              for event in perform[type(action)](run, action)])
-        if run.outcome is None:                 # a signal is heard also while there is always something to do
-            more = actions and due(run, world.now(), slots)
-            emit((yield world.now() if more else next_wake(run, slots)))
+        happened = [event for action in actions if type(action) in perform
+                    for event in perform[type(action)](run, action)]
+        if run.outcome is None:                 # after a deed, look what came meanwhile; else wait
+            emit(happened + (yield world.now() if actions else next_wake(run, slots)))
 
 
 # ============================================================================
@@ -4895,7 +4894,7 @@ class Journal:
         began = time.monotonic()
         state = encode_state(run, self.engine, self._seq, self._definition)
         self.disk.put(self.files.state, state, durable)
-        self._dirty, self._rest = False, max(0.2, 20 * (time.monotonic() - began))
+        self._dirty, self._rest = False, max(1.0, 20 * (time.monotonic() - began))
 
     def _error(self, exc: OSError) -> StateError:
         """Return what to tell the user when the disk refuses."""
