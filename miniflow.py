@@ -5243,9 +5243,13 @@ class Watchdog:
 #
 # The child lets Python end as ever: threads are joined, atexit runs, __del__ and finally run, files are
 # flushed.  Two things make that end cheap.  Modules of the standard library that the template has imported
-# are left alone, as tidying them up would copy all of their memory; and once nothing of the script is left
-# the process ends, unless there is compiled code of others that may wait for the very end.  Both are
-# invisible to a script.
+# are left alone, as tidying them up would copy all of their memory, unless one of them holds something of the
+# script that has an end of its own; and once nothing of the script is left the process ends.  Both are
+# invisible to a script.  Where there is more to an end (threads, other streams, compiled code of others that
+# may wait for it) it is left to Python.
+#
+# One frame of this program lies below the script's own.  Its file is named so that `warnings` and `logging`
+# take it for a part of the import system, which they skip.
 #
 # Its arguments and its cookie are written over those that the template was given, so that ps, the watchdog
 # and whoever looks for leftovers see what they would see of any other process.
@@ -5264,16 +5268,17 @@ PRELOAD_PAYS_FROM = 3                          # the same where modules are to b
 ANSWER_S = 20.0                                # how long a template may take to start, or to answer
 _REQUEST_BYTES = 100_000                       # longer ones are not sent
 _COOKIE_ROOM = 400
+_ARGUMENTS_ROOM = 8000
 
 #: What a template interpreter executes.
 TEMPLATE_PROGRAM = r'''
 import sys
 bare = set(sys.modules) - {"linecache"}       # what every start imports, so that no script can hide it
 if not getattr(sys.flags, "safe_path", False):
-    del sys.path[0]                           # the directory we are in: not before anything of the script's
-import atexit, builtins, gc, importlib, importlib.machinery, os, select, socket, time, warnings
+    del sys.path[0]                           # this file's directory: not before anything of the script's
+import _imp, atexit, builtins, gc, importlib, importlib.machinery, os, select, socket, time, warnings
 channel, folder = socket.socket(fileno=int(sys.argv[1])), os.path.realpath(sys.argv[2])
-preload = sys.argv[3:]
+preload = sys.argv[4:]                        # argv[3] is nothing but room for the arguments of scripts
 library = os.path.dirname(os.__file__) + os.sep
 unseen = {"_ctypes", "readline", "_tkinter", "_curses"}       # of the library, but with ends of their own
 hiding = {}                                   # directory of scripts: its mtime, and what is_hidden said of it
@@ -5333,12 +5338,18 @@ class End:
     """Ends the process when all of the script is gone; what Python would do after that nobody sees."""
 
     def __init__(self):
-        self.code, self.streams = code, [sys.__stdout__, sys.__stderr__]
+        self.code = code
 
-    def __del__(self, collect=gc.collect, leave=os._exit):
+    def __del__(self, gc=gc, collect=gc.collect, leave=os._exit, ours=ours):
         try:
             collect()
-            for stream in self.streams:
+            if any(hasattr(type(thing), "__del__") for thing in gc.get_objects() if thing is not self):
+                gc.unfreeze()                 # something of the script lives on in the library
+                for _, module in reversed(ours["kept"]):
+                    vars(module).update(dict.fromkeys(vars(module).keys() - {"__builtins__"}))
+                collect()
+                return
+            for stream in ours["streams"]:
                 stream is None or stream.closed or stream.flush()
         except BaseException:
             return                            # Python goes on and tells of it
@@ -5347,11 +5358,14 @@ class End:
 
 def let_go():
     """Keep the library out of the interpreter's last tidying, which would touch all of its memory."""
+    if (code is None or [getattr(sys, name, None) for name in ("stdout", "stderr")] != streams
+            or len(os.listdir("/proc/self/task")) > 1
+            or any(needs_the_end(*item) for item in list(sys.modules.items()))):
+        return
     for name, module in kept:
         if sys.modules.get(name) is module:
             del sys.modules[name]
-    if code is not None and not any(needs_the_end(*item) for item in list(sys.modules.items())):
-        sys.__miniflow_end__ = End()
+    _imp.__miniflow_end__ = End()             # one of the first modules, and so of the last to be tidied up
 
 
 def serve():
@@ -5409,6 +5423,9 @@ def become(argv, environ, files):
     for name, value in wanted.items():
         if there.get(name) != value:
             os.environb[name] = value
+    if list(os.environb) != list(wanted):
+        os.environb.clear()
+        os.environb.update(wanted)
     if there.get(b"TZ") != wanted.get(b"TZ"):
         time.tzset()
 
@@ -5423,33 +5440,66 @@ def load(argv, place):
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, place)
     main = type(sys)("__main__")
-    main.__file__, main.__builtins__, main.__cached__ = argv[0], builtins, None
     main.__loader__ = importlib.machinery.SourceFileLoader("__main__", argv[0])
     if sys.version_info < (3, 14):
         main.__annotations__ = {}
+    main.__builtins__, main.__file__, main.__cached__ = builtins, argv[0], None
     sys.modules["__main__"] = main
     return program, main.__dict__
 
 
 def flush():
-    for stream in (sys.stderr, sys.stdout):
+    for name in ("stderr", "stdout"):
         try:
-            stream.flush()
+            getattr(sys, name).flush()
         except BaseException:
             pass                              # as Python does it
 
 
-def without_us(hook):
-    """Return an excepthook that passes on what is left of a traceback without the frames of this program."""
-    def pass_on(kind, exc, trace):
-        while trace and trace.tb_frame.f_globals is ours:
-            trace = trace.tb_next
-        sys.last_traceback = exc.__traceback__ = trace
-        hook(kind, exc, trace)
-    return pass_on
+def say(text):
+    try:
+        sys.stderr.write(text)
+    except Exception:
+        os.write(2, text.encode())
+
+
+def strip(exc):
+    """Cut the frames of this program off a traceback; return what sys.excepthook is given."""
+    trace = exc.__traceback__
+    while trace and trace.tb_frame.f_globals is ours:
+        trace = trace.tb_next
+    exc.__traceback__ = trace
+    return type(exc), exc, trace
+
+
+def tell(exc):
+    """Tell of an exception that nobody caught, as Python does; SystemExit of a hook is let through."""
+    told = sys.last_type, sys.last_value, sys.last_traceback = strip(exc)
+    if sys.version_info >= (3, 12):
+        sys.last_exc = exc
+    try:
+        if not hasattr(sys, "excepthook"):
+            say("sys.excepthook is missing\n")
+        getattr(sys, "excepthook", sys.__excepthook__)(*told)
+    except SystemExit:
+        raise
+    except BaseException as failure:
+        again = strip(failure)
+    else:
+        return
+    say("Error in sys.excepthook:\n")
+    sys.__excepthook__(*again)
+    say("\nOriginal exception was:\n")
+    sys.__excepthook__(*told)
+
+
+def plain(exc):
+    """Return the exit code that an exit stands for if that is a plain number."""
+    return exc.code or 0 if exc.code is None or type(exc.code) is int and 0 <= exc.code < 256 else None
 
 
 places = memory_of(b"MINIFLOW_COOKIE")
+own_cookie = os.environb.pop(b"MINIFLOW_COOKIE")
 loaders = [(importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES),
            (importlib.machinery.SourceFileLoader, importlib.machinery.SOURCE_SUFFIXES),
            (importlib.machinery.SourcelessFileLoader, importlib.machinery.BYTECODE_SUFFIXES)]
@@ -5463,11 +5513,13 @@ if unseen & sys.modules.keys():
 tops = {name.partition(".")[0] for name in set(sys.modules) - bare} - set(sys.builtin_module_names)
 local = {name: sys.modules[name].__spec__.origin for name in tops
          if name in sys.modules and file_of(sys.modules[name]).startswith(folder + os.sep)}
-show([os.fsencode(sys.executable), b"(template of miniflow)"], os.environb[b"MINIFLOW_COOKIE"])
+show([os.fsencode(sys.executable), b"(template of miniflow)"], own_cookie)
 if len(os.listdir("/proc/self/task")) > 1 or sys.gettrace() or sys.getprofile():
     sys.exit("something that was imported has started threads or tracing")
+streams = [sys.stdout, sys.stderr]
 kept = [(name, module) for name, module in sys.modules.items()
-        if name not in ("sys", "builtins") and (of_library(file_of(module)) or not file_of(module))]
+        if isinstance(module, type(sys)) and name not in ("sys", "builtins", "_imp", "__main__")
+        and (of_library(file_of(module)) or not file_of(module))]
 atexit.register(let_go)                       # before any of a script's, so that it comes last
 compile("import os\nprint('')\n", "", "exec") # the first one takes a millisecond
 gc.collect()
@@ -5482,21 +5534,28 @@ try:
     script = [load(sys.argv, place)]
 except Exception:
     os.execvp(argv[0], argv)                  # a new interpreter knows best what is wrong
+failure, code = None, 0
 try:
     exec(*script.pop())
-    code = 0
 except SystemExit as exc:
-    if exc.code is None or type(exc.code) is int and 0 <= exc.code < 256:
-        code = exc.code or 0
+    code = plain(exc)
+    flush()
     raise
 except BaseException as exc:
-    if hasattr(sys, "excepthook"):
-        sys.excepthook = without_us(sys.excepthook)
-    if not isinstance(exc, KeyboardInterrupt):
-        code = 1
-    raise
-finally:
-    flush()
+    failure = exc
+flush()
+if failure:
+    code = 1
+    try:
+        tell(failure)
+    except SystemExit as exc:
+        code = plain(exc)
+        raise
+    if type(failure) is KeyboardInterrupt:
+        sys.excepthook, code = lambda *told: None, None       # it is told; Python itself ends by SIGINT
+        raise failure
+    del failure
+    sys.exit(1)
 '''
 
 
@@ -5544,6 +5603,7 @@ class Template:
         self._unsent: List[int] = []
         self._count = 0
         self._said = os.path.join(place, f"template.{os.getpid()}.{id(self)}")
+        self._program = self._said + ".importlib_bootstrap.py"
         outer = setting.environ.get("MINIFLOW_COOKIE")
         cookie = f"{outer}:{setting.token}/" if outer else f"{setting.token}/"
         env = {**setting.environ, "MINIFLOW_COOKIE": cookie.ljust(len(cookie) + _COOKIE_ROOM, ":")}
@@ -5554,7 +5614,11 @@ class Template:
             files.append(os.open(os.devnull, os.O_RDONLY | _CLOEXEC))
             for name in (self._said + ".out", self._said):   # files, as a script's own output is one
                 files.append(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _CLOEXEC, 0o600))
-            argv = [python, "-c", TEMPLATE_PROGRAM, str(theirs.fileno()), setting.tasks_dir, *flow.preload]
+            program = os.open(self._program, os.O_WRONLY | os.O_CREAT | _CLOEXEC, 0o600)
+            files.append(program)
+            os.write(program, TEMPLATE_PROGRAM.encode())
+            argv = [python, self._program, str(theirs.fileno()), setting.tasks_dir, "-" * _ARGUMENTS_ROOM,
+                    *flow.preload]
             self.process = spawn(argv, env, setting.start_dir, (files[0], files[1], files[2]),
                                  [theirs.fileno()])
         except BaseException:
@@ -5668,7 +5732,7 @@ class Template:
         """Send the template home, which has nothing to do any more."""
         self.bury()
         self.socket.close()
-        for name in (self._said, self._said + ".out"):
+        for name in (self._said, self._said + ".out", self._program):
             try:
                 os.unlink(name)
             except OSError:
