@@ -4942,8 +4942,10 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], cwd: str, files: Tuple[in
         try:
             if path and os.getcwd() == cwd:
                 return _posix_spawn(path, argv, env, files, keep)
-        except (FileNotFoundError, NotImplementedError):
-            pass                               # Popen tells better which file it is, or can do it
+        except (OSError, NotImplementedError) as exc:
+            if getattr(exc, "errno", None) not in (errno.ENOENT, errno.EBADF, None):
+                raise
+            # Popen tells better which file it is, or can do it; EBADF: a file that ulimit -n forbids by now
     import subprocess
     process = subprocess.Popen(
         argv, stdin=files[0], stdout=files[1], stderr=files[2], env=env, cwd=cwd, close_fds=True,
@@ -5266,6 +5268,7 @@ class Watchdog:
 FORK_PAYS_FROM = 6                             # scripts; for fewer a template costs more than it saves
 PRELOAD_PAYS_FROM = 3                          # the same where modules are to be imported once
 ANSWER_S = 20.0                                # how long a template may take to start, or to answer
+_LAST_WORDS_S = 2.0                            # how long one that closed its socket may take to end
 _REQUEST_BYTES = 100_000                       # longer ones are not sent
 _COOKIE_ROOM = 400
 _ARGUMENTS_ROOM = 8000
@@ -5276,8 +5279,9 @@ import sys
 bare = set(sys.modules) - {"linecache"}       # what every start imports, so that no script can hide it
 if not getattr(sys.flags, "safe_path", False):
     del sys.path[0]                           # this file's directory: not before anything of the script's
-import _imp, atexit, builtins, gc, importlib, importlib.machinery, os, select, socket, time, warnings
+import _imp, atexit, builtins, errno, gc, importlib, importlib.machinery, os, select, socket, time, warnings
 channel, folder = socket.socket(fileno=int(sys.argv[1])), os.path.realpath(sys.argv[2])
+channel.set_inheritable(False)
 preload = sys.argv[4:]                        # argv[3] is nothing but room for the arguments of scripts
 library = os.path.dirname(os.__file__) + os.sep
 unseen = {"_ctypes", "readline", "_tkinter", "_curses"}       # of the library, but with ends of their own
@@ -5381,7 +5385,7 @@ def serve():
                 os.close(fd)
                 channel.send(b"%d %d" % (number, os.waitpid(pid, 0)[1]))
                 continue
-            request, files, _, _ = socket.recv_fds(channel, 2**18, 3)
+            request, files, flags, _ = socket.recv_fds(channel, 2**18, 3)
             if not request:
                 os._exit(0)
             number, count, *words = request.split(b"\0")
@@ -5391,23 +5395,28 @@ def serve():
                 hidden = is_hidden(place)
             except OSError:
                 hidden = True
-            pid = os.fork()
-            if not pid:
-                for fd in (channel.detach(), *running):
+            try:
+                if flags & socket.MSG_CTRUNC: # no more room for open files
+                    raise OSError(errno.EMFILE, "")
+                pid = os.fork()
+            except OSError as exc:
+                pid = None
+                channel.send(b"%d %d" % (number, -exc.errno))
+            if pid == 0:
+                for fd in running:
                     os.close(fd)
-                return words[:count], words[count:], files, place, hidden
+                return number, words[:count], words[count:], files, place, hidden
             for fd in files:
                 os.close(fd)
-            with open("/proc/%d/stat" % pid, "rb") as file:
-                ticks = file.read().rpartition(b")")[2].split()[19]
+            if not pid:
+                continue
             fd = os.pidfd_open(pid)
             running[fd] = number, pid
             poll.register(fd, select.POLLIN)
-            channel.send(b"%d %d %s" % (number, pid, ticks))
 
 
-def become(argv, environ, files):
-    """Turn into the process of a script, in all but its code."""
+def become(number, argv, environ, files):
+    """Turn into the process of a script, in all but its code, and tell of it."""
     os.setsid()
     for n, fd in enumerate((files[0], files[1], files[1])):
         os.dup2(fd, n)
@@ -5417,6 +5426,13 @@ def become(argv, environ, files):
         os.close(fd)
     wanted = dict(part.split(b"=", 1) for part in environ)
     show(argv, wanted[b"MINIFLOW_COOKIE"])
+    with open("/proc/self/stat", "rb") as file:
+        ticks = file.read().rpartition(b")")[2].split()[19]
+    try:
+        channel.send(b"%d %d %s" % (number, os.getpid(), ticks))
+    except OSError:
+        os._exit(0)                           # the engine is gone
+    channel.close()
     there = dict(os.environb)
     for name in there.keys() - wanted.keys():
         del os.environb[name]
@@ -5504,6 +5520,9 @@ loaders = [(importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSI
            (importlib.machinery.SourceFileLoader, importlib.machinery.SOURCE_SUFFIXES),
            (importlib.machinery.SourcelessFileLoader, importlib.machinery.BYTECODE_SUFFIXES)]
 import datetime, json, re                     # what most scripts import
+for name in set(sys.modules) - bare:
+    if file_of(sys.modules[name]) and not of_library(file_of(sys.modules[name])):
+        sys.exit("%s hides a module of Python" % file_of(sys.modules[name]))
 sys.path.insert(0, folder)
 for name in preload:
     importlib.import_module(name)
@@ -5524,10 +5543,11 @@ atexit.register(let_go)                       # before any of a script's, so tha
 compile("import os\nprint('')\n", "", "exec") # the first one takes a millisecond
 gc.collect()
 gc.freeze()
-argv, environ, files, place, hidden = serve()
-become(argv, environ, files)
-sys.orig_argv = list(map(os.fsdecode, argv))
-sys.argv[:] = sys.orig_argv[1:]
+number, argv, environ, files, place, hidden = serve()
+become(number, argv, environ, files)
+sys.argv[:] = map(os.fsdecode, argv[1:])
+if hasattr(sys, "orig_argv"):
+    sys.orig_argv = list(map(os.fsdecode, argv))
 try:
     if hidden:
         raise ImportError
@@ -5568,7 +5588,8 @@ def _close_all(fds: List[int]) -> None:
 class Forked:
     """The process of a script that a template is asked to fork; it has a number once that has answered."""
 
-    __slots__ = ("task", "request", "fds", "pid", "ticks", "returncode", "asked", "word", "template")
+    __slots__ = ("task", "request", "fds", "pid", "ticks", "returncode", "asked", "word", "template",
+                 "refusal")
 
     def __init__(self, task: str, template: Template, request: List[bytes], fds: List[int]) -> None:
         self.task, self.template, self.request, self.fds = task, template, request, fds
@@ -5577,6 +5598,7 @@ class Forked:
         self.ticks: Optional[int] = None
         self.returncode: Optional[int] = None
         self.word: Optional[str] = None        # the signal that it is to get as soon as it is there
+        self.refusal: Optional[OSError] = None # why there is no such process
 
     def call_off(self, word: str) -> None:
         """Have it end by TERM or KILL before it has begun, or as soon as it has."""
@@ -5607,6 +5629,9 @@ class Template:
         outer = setting.environ.get("MINIFLOW_COOKIE")
         cookie = f"{outer}:{setting.token}/" if outer else f"{setting.token}/"
         env = {**setting.environ, "MINIFLOW_COOKIE": cookie.ljust(len(cookie) + _COOKIE_ROOM, ":")}
+        self._cookie_room, self._start_dir = len(os.fsencode(env["MINIFLOW_COOKIE"])), setting.start_dir
+        python_path = setting.environ.get("PYTHONPATH")
+        self._is_same_anywhere = not python_path or all(map(os.path.isabs, python_path.split(os.pathsep)))
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         files: List[int] = []
         try:
@@ -5632,7 +5657,9 @@ class Template:
     def fork(self, task: str, invocation: Invocation, stdin: int, log: int) -> Optional[Forked]:
         """Ask for a process; None if it has to be started in another way."""
         words = [*invocation.argv, *(f"{name}={value}" for name, value in invocation.env.items())]
-        if self.is_dead or any("\0" in word for word in words):
+        if (self.is_dead or any("\0" in word for word in words)
+                or len(os.fsencode(invocation.env["MINIFLOW_COOKIE"])) > self._cookie_room
+                or not self._is_same_anywhere and invocation.cwd != self._start_dir):
             return None
         request = [b"%d" % len(invocation.argv), *map(os.fsencode, words)]
         if sum(map(len, request)) + len(request) > _REQUEST_BYTES:
@@ -5662,21 +5689,27 @@ class Template:
             except BlockingIOError:
                 return                         # the next answer makes room
             except OSError:
-                self.is_dead = True
-                return
+                return                         # it is dead: what it has told before is to be read first
             del self._unsent[0]
             _close_all(forked.fds)
 
     def news(self) -> List[Tuple[Forked, bool]]:
-        """Take in what the template has told; return the processes that have begun (True) or ended since."""
+        """Take in what the template has told; return the processes that have begun (True) or ended since.
+
+        A process tells itself that it has begun, before it is anything of a script's, so that a template that
+        dies loses none; only then are all gone who can write to the socket, and it is at its end.
+        """
         told: List[Tuple[Forked, bool]] = []
         if not self.patience():
             self.is_dead = True                # it hangs
+            self.process.kill()
         while not self.is_dead:
             try:
                 numbers = self.socket.recv(1000).split()
             except BlockingIOError:
                 break
+            except ConnectionResetError:       # it died before it read all; what it had told follows
+                continue
             except OSError:
                 numbers = []
             if not numbers:
@@ -5690,9 +5723,13 @@ class Template:
         return told
 
     def _take(self, number: int, first: int, ticks: Optional[int] = None) -> Tuple[Forked, bool]:
-        """Take in that a process has begun (its pid and ticks), or ended (its wait status)."""
+        """Take in that a process has begun (its pid and ticks), ended (its wait status) or can't be."""
         forked = self._forked[number]
-        if ticks is None:
+        if first < 0:
+            forked.refusal = OSError(-first, os.strerror(-first))
+            forked.returncode = -getattr(signal, "SIG" + forked.word) if forked.word else None
+            del self._forked[number]
+        elif ticks is None:
             forked.returncode = os.waitstatus_to_exitcode(first)
             del self._forked[number]
         else:
@@ -5716,6 +5753,8 @@ class Template:
 
     def bury(self) -> Tuple[List[Forked], str]:
         """Return what was asked of a dead template and not begun, and why it has died, in its words."""
+        if self.is_dead:                       # and may have something to say yet
+            wait_for(self.process.poll, _LAST_WORDS_S)
         self.is_dead = True
         self.process.kill()
         wait_for(self.process.poll, UNKILLABLE_S)
@@ -5739,9 +5778,19 @@ class Template:
                 pass                           # somebody tidied up
 
 
+def is_binary(program: str, env: Mapping[str, str]) -> bool:
+    """Tell whether a program is none that another one interprets: a shell script may set variables."""
+    path = _program(program, env)
+    try:
+        return bool(path) and read_file(path or "", 4) == b"\x7fELF"
+    except OSError:
+        return False
+
+
 #: With one of these Python, or a package, does something at its start or its end that a fork would not do.
 _FORBIDDING = ("PYTHONINSPECT", "PYTHONMALLOCSTATS", "PYTHONPROFILEIMPORTTIME", "PYTHONDUMPREFS",
-               "PYTHONDUMPREFSFILE", "COVERAGE_PROCESS_START")
+               "PYTHONDUMPREFSFILE", "PYTHONVERBOSE", "PYTHONTRACEMALLOC", "PYTHONPERFSUPPORT",
+               "COVERAGE_PROCESS_START")
 
 
 class Templates:
@@ -5768,7 +5817,7 @@ class Templates:
                 counts[python] = counts.get(python, 0) + 1
         pays_from = PRELOAD_PAYS_FROM if run.plan.flow.preload else FORK_PAYS_FROM
         for python, count in counts.items():
-            if self.can_be and count >= pays_from:
+            if self.can_be and count >= pays_from and is_binary(python, self._setting.environ):
                 try:
                     template = Template(python, run.plan.flow, self._setting, self._place)
                 except (OSError, ValueError):
@@ -6080,6 +6129,24 @@ class Exchange:
         return parse_output(content)
 
 
+class Need:
+    """Since when the system has no means for any attempt, while nothing runs that could give some back."""
+
+    def __init__(self, place: str) -> None:
+        self.since: Optional[float] = None
+        self._place = place
+
+    def bear(self, exc: OSError, run: Run, now: float, is_idle: bool) -> None:
+        """Raise StateError if this has gone on for too long, or if it is another trouble."""
+        if exc.errno in PRESSURE_ERRORS | FULL_ERRORS:
+            if not is_idle or self.since is None:
+                self.since = now
+            if now - self.since < STALL_S:
+                return
+        raise StateError(f"{exc.filename or self._place}: no attempt can be started: {exc.strerror}; "
+                         f"what was recorded before is safe: miniflow resume {run.id}") from None
+
+
 class Processes:
     """The real World: attempts are processes of this machine.  To be used as a context manager."""
 
@@ -6094,7 +6161,7 @@ class Processes:
         self._children: Dict[str, Child] = {}
         self._by_fd: Dict[int, Child] = {}
         self._reap_at = 0.0
-        self._in_need_since: Optional[float] = None  # since when nothing runs and nothing can be started
+        self._need = Need(store.path)
         self.note: Callable[[str], None] = lambda text: None # is told what a user should know
         self._waiter = Waiter(take_signals)
         self.templates = Templates(self._setting, self._exchange.work, self._waiter.listen)
@@ -6135,7 +6202,7 @@ class Processes:
             child = Child(action.task, process, pidfd, output, context,
                           attempt_cookie(setting.token, action.task, action.attempt))
         except OSError as exc:
-            self._bear(exc, run)
+            self._need.bear(exc, run, self.now(), not self._children)
             if log is not None:
                 self._store.disk.unlink(self._exchange.log_path(action))
             return [AttemptDeferred(self.now(), action.task, action.attempt, f"can't start yet: {exc}")]
@@ -6144,7 +6211,7 @@ class Processes:
                 os.close(log)
             if context and not child:
                 context.users -= 1
-        self._in_need_since = None
+        self._need.since = None
         self._children[action.task] = child
         if isinstance(process, Forked):
             return []                          # its template will tell
@@ -6182,17 +6249,6 @@ class Processes:
             return attempt_unstartable(run, action.task, self.now(), f"cannot start: {exc}", code)
         finally:
             os.close(source)
-
-    def _bear(self, exc: OSError, run: Run) -> None:
-        """Raise StateError if the system had no means for any attempt too long, or has another trouble."""
-        now = self.now()
-        if exc.errno in PRESSURE_ERRORS | FULL_ERRORS:
-            if self._children or self._in_need_since is None:
-                self._in_need_since = now
-            if now - self._in_need_since < STALL_S:
-                return
-        raise StateError(f"{exc.filename or self._store.path}: no attempt can be started: {exc.strerror}; "
-                         f"what was recorded before is safe: miniflow resume {run.id}") from None
 
     def _invocation(self, run: Run, task_id: str, setting: Setting) -> Invocation:
         """Return what is executed for a task."""
@@ -6254,7 +6310,10 @@ class Processes:
         events: List[Event] = []
         for forked, has_begun in template.news():
             child = self._children[forked.task]
-            if has_begun:
+            if forked.refusal and not forked.word:
+                self._need.bear(forked.refusal, run, self.now(), len(self._children) == 1)
+                events.append(self._put_back(run, child, f"can't start yet: {forked.refusal}"))
+            elif has_begun:
                 events.append(self._spawned(run, child, forked.ticks))
                 if forked.word:
                     self.stop(run, Stop(child.task, run.tasks[child.task].attempt, "", forked.word))
@@ -6279,11 +6338,15 @@ class Processes:
             elif child.cookie in begun:
                 forked.returncode = LOST_EXIT
             else:
-                self._forget(child)
-                self._store.disk.unlink(os.path.join(self._store.path, task_run.attempts[-1].log or ""))
-                events.append(AttemptDeferred(self.now(), child.task, task_run.attempt,
-                                              "its template interpreter has died"))
+                events.append(self._put_back(run, child, "its template interpreter has died"))
         return events
+
+    def _put_back(self, run: Run, child: Child, why: str) -> AttemptDeferred:
+        """Forget an attempt that has not begun."""
+        task_run = run.tasks[child.task]
+        self._forget(child)
+        self._store.disk.unlink(os.path.join(self._store.path, task_run.attempts[-1].log or ""))
+        return AttemptDeferred(self.now(), child.task, task_run.attempt, why)
 
     def _look_at(self, run: Run, child: Child) -> List[Event]:
         """Return the end of an attempt, if its leader and all of its group have ended.

@@ -2995,7 +2995,7 @@ FOUND = {
         print(sys.meta_path, sys.path_hooks, sys.gettrace(), sys.getprofile(), sys.getfilesystemencoding())
         print(sys.excepthook is sys.__excepthook__, sys.displayhook, sys.breakpointhook, sys.unraisablehook)
         """, vague="0x[0-9a-f]+"),
-    "names_in_sys": row("import builtins, sys; print(sorted({*vars(sys), 'orig_argv'}), sorted(vars(builtins)))"),
+    "names_in_sys": row("import builtins, sys; print(sorted(vars(sys)), sorted(vars(builtins)))"),
     "process": row("""
         import os, threading
         print(os.getpgrp() == os.getpid() == os.getsid(0) == threading.get_native_id(), os.get_blocking(0))
@@ -3752,6 +3752,308 @@ class T19TemplateInterpreter(unittest.TestCase):
 
     def test_a_script_is_compiled_and_imports_as_by_hand(self):
         self.check(IMPORTS)
+
+    def several(self, text, count=6, first="", scripts=None, **fields):
+        """Return a Project whose tasks t0, t1, … run one script, t0 another one if told so."""
+        tasks = [task(f"t{n}", script="first.py" if first and not n else "s.py", args=[str(n)]) for n in range(count)]
+        return one(*tasks, scripts={"s.py": text, "first.py": first, **(scripts or {})}, **fields)
+
+    def forked(self, project, run_id="r"):
+        """Return which attempts of a run were forked, in the order of the tasks."""
+        return [attempt.get("forked", False) for state in project.state(run_id)["tasks"].values()
+                for attempt in state["attempts"] if state["log"]]
+
+    def run_cli(self, project, *args, code=0, **options):
+        """Run the flow f as run r; return what it wrote to stderr."""
+        done = project.cli("run", "f", "--run-id", "r", *args, **options)
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done.stderr
+
+    def template_of(self, engine):
+        """Return the process of an engine's template."""
+        return [pid for pid in children(engine) if b"(template of miniflow)" in mf.read_file(f"/proc/{pid}/cmdline")]
+
+    COUNTED = "import os\nfd = os.open('imports', os.O_WRONLY | os.O_CREAT | os.O_APPEND)\nos.write(fd, b'imported\\n')"
+
+    def test_what_is_preloaded_is_imported_once_for_all_scripts(self):
+        for args, count in (([], 1), (["--no-fork"], 6)):
+            with self.subTest(args), self.several(
+                    "import counted; print(counted.__file__)", preload=["counted", "json"],
+                    scripts={"counted.py": self.COUNTED}) as project:
+                self.run_cli(project, *args)
+                self.assertEqual(project.lines("imports"), ["imported"] * count)
+                self.assertEqual({project.log("r", f"t{n}") for n in range(6)},
+                                 {os.fsencode(project.at("tasks/counted.py")) + b"\n"})
+                self.assertEqual(self.forked(project), [not args] * 6)
+
+    def test_three_scripts_are_enough_for_a_template_where_something_is_preloaded(self):
+        for count, preload, forked in ((2, ["json"], False), (3, ["json"], True), (5, [], False), (6, [], True)):
+            with self.subTest(count=count), self.several("", count, preload=preload) as project:
+                self.run_cli(project)
+                self.assertEqual(self.forked(project), [forked] * count)
+
+    def test_where_a_module_cannot_be_preloaded_a_note_says_so_once_and_scripts_run_anew(self):
+        thread = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
+        for text, part in (
+                (None, "ModuleNotFoundError: No module named 'broken'"), ("1/0", "ZeroDivisionError: division by zero"),
+                (thread, "something that was imported has started threads or tracing"),
+                ("import sys; sys.settrace(print)", "threads or tracing"), ("import sys; sys.exit(3)", "exit 3"),
+                ("import os; os._exit(0)", "exit 0"), ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
+                ("x = = 1", "SyntaxError: invalid syntax"), ("import os; os.closerange(3, 99)", "")):
+            with self.subTest(text), self.several("print('done')", preload=["broken"],
+                                                  scripts={"broken.py": text} if text else {}) as project:
+                said = self.run_cli(project)
+                self.assertEqual(said.count("scripts are started without a template of "), 1, said)
+                self.assertIn(part, said)
+                self.assertEqual(self.forked(project), [False] * 6)
+                self.assertEqual({project.log("r", f"t{n}") for n in range(6)}, {b"done\n"})
+
+    def test_what_a_preloaded_module_prints_is_in_nobodys_log(self):
+        with self.several("print('mine')", preload=["loud"], scripts={
+                "loud.py": "import atexit\nprint('loud')\natexit.register(print, 'at the end of each')"}) as project:
+            self.run_cli(project)
+            self.assertEqual({project.log("r", f"t{n}") for n in range(6)}, {b"mine\nat the end of each\n"})
+
+    def test_scripts_draw_different_random_numbers_where_the_module_is_preloaded(self):
+        with self.several("import random, uuid, tempfile; print(random.random(), uuid.uuid4(), tempfile.mktemp())",
+                          preload=["random", "uuid", "tempfile"]) as project:
+            self.run_cli(project)
+            drawn = [project.log("r", f"t{n}").split() for n in range(6)]
+            self.assertEqual([len(set(column)) for column in zip(*drawn)], [6, 6, 6])
+
+    def test_variables_that_python_reads_when_it_starts_keep_a_script_from_being_forked(self):
+        names = ["PYTHONUTF8", "PYTHONX", "LD_LIBRARY_PATH", "LC_TIME", "LANG", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES",
+                 "HOME", "COVERAGE_RCFILE"]
+        tasks = [*[task(name, script="s.py", env={name: "1"}) for name in names],
+                 *[task(f"t{n}", script="s.py", env={"OTHER": "1", "TZ": "UTC", "PATH": "/bin"}) for n in range(6)]]
+        with one(*tasks, scripts={"s.py": ""}) as project:
+            self.run_cli(project)
+            self.assertEqual(self.forked(project), [False] * len(names) + [True] * 6)
+        with self.several("", env={"PYTHONHASHSEED": "1"}) as project:
+            self.run_cli(project)
+            self.assertEqual(self.forked(project), [False] * 6)
+
+    def test_arguments_that_are_too_long_for_a_request_arrive(self):
+        lengths = [10, 9_000, 90_000, 100_000, 131_000, 50]
+        with one(*[task(f"t{n}", script="s.py", args=["x" * length, "é"]) for n, length in enumerate(lengths)],
+                 scripts={"s.py": "import sys; print(len(sys.argv[1]), sys.argv[2])"}) as project:
+            self.run_cli(project)
+            self.assertEqual(self.forked(project), [True, True, True, False, False, True])
+            self.assertEqual([project.log("r", f"t{n}").decode() for n in range(6)],
+                             [f"{length} é\n" for length in lengths])
+
+    def test_forking_can_be_switched_off_and_show_tells_how_a_process_began(self):
+        for args, value, forked in (([], "", True), ([], "0", True), ([], "1", False), (["--no-fork"], "", False)):
+            with self.subTest(args, value=value), self.several("") as project:
+                self.run_cli(project, *args, env={**os.environ, "MINIFLOW_NO_FORK": value})
+                self.assertEqual(self.forked(project), [forked] * 6)
+                shown = project.main("show", "r")[1]
+                self.assertEqual((shown.count("forked\n"), shown.count("started\n")), (6, 0) if forked else (0, 6))
+
+    KILL_IT = """
+        import os, signal, time
+        while '"pid":%%d' %% os.getpid() not in open("miniflow_output/runs/r.jsonl").read().replace(" ", ""):
+            time.sleep(0.01)                   # until the engine has heard of us
+        with open(f"/proc/{os.getppid()}/cmdline") as file:
+            assert "(template of miniflow)" in file.read()
+        os.kill(os.getppid(), signal.SIG%s)
+        """
+
+    def test_a_template_that_is_killed_costs_the_exit_code_of_what_runs_and_no_more(self):
+        wait = "while os.getppid() == parent: time.sleep(0.01)\nopen('went on', 'w').close()"
+        first = "import os\nparent = os.getppid()" + textwrap.dedent(self.KILL_IT % "KILL") + wait
+        with self.several("print('done')", first=first, max_parallel=1) as project:
+            said = self.run_cli(project, code=1)
+            self.assertEqual(said.count("scripts are started without a template of "), 1, said)
+            self.assertIn("killed by signal 9", said)
+            states = list(project.state("r")["tasks"].values())
+            self.assertEqual([state["status"] for state in states], ["failed"] + ["success"] * 5)
+            self.assertIn("exit code lost", states[0]["reason"])
+            self.assertTrue(os.path.exists(project.at("went on")))
+            self.assertEqual(self.forked(project), [True] + [False] * 5)
+
+    def test_a_template_that_is_killed_while_many_are_asked_for_loses_none_of_them(self):
+        """What it had been asked for and had not told of runs all the same, once."""
+        with self.several("import os; os.write(os.open('ran', os.O_WRONLY | os.O_APPEND | os.O_CREAT), b'x')", 40,
+                          first=self.KILL_IT % "KILL", max_parallel=20) as project:
+            self.run_cli(project, code=1)
+            states = project.state("r")["tasks"]
+            lost = [name for name, state in states.items() if state["status"] == "failed"]
+            self.assertEqual({states[name]["reason"].split(":")[0] for name in lost}, {"exit code lost"})
+            self.assertGreaterEqual(len(project.read("ran")), 39 - len(lost))
+            self.assertLessEqual(len(project.read("ran")), 39)
+
+    def test_a_template_that_hangs_is_given_up(self):
+        saved = mf.ANSWER_S
+        self.addCleanup(setattr, mf, "ANSWER_S", saved)
+        mf.ANSWER_S = 4.0                      # no start takes so long
+        stop = 'kill -STOP $(cat template)'
+        first = "import os\nopen('template', 'w').write(str(os.getppid()))" + textwrap.dedent(self.KILL_IT % "CONT")
+        with one(task("first", script="first.py"), task("stop", "first", command=stop),
+                 *[task(f"t{n}", "stop", script="s.py") for n in range(5)],
+                 scripts={"s.py": "print('done')", "first.py": first}) as project:
+            code, _, said = project.main("run", "f", "--run-id", "r")
+            self.assertEqual(code, 0, said)
+            self.assertEqual(said.count("scripts are started without a template of "), 1, said)
+            self.assertEqual(self.forked(project), [True] + [False] * 6)
+            self.assertFalse(alive(int(project.read("template"))))
+
+    def test_an_interpreter_that_is_no_python_is_run_as_it_is(self):
+        for program, output in (("/bin/echo", None), ("/bin/true", b""), ("/bin/cat", b"print('done')")):
+            tasks = [task(f"t{n}", script="s.py", python=program) for n in range(6)]
+            with self.subTest(program), one(*tasks, scripts={"s.py": "print('done')"}) as project:
+                said = self.run_cli(project)
+                self.assertIn(f"scripts are started without a template of {program}: ", said)
+                self.assertEqual({project.log("r", f"t{n}") for n in range(6)},
+                                 {os.fsencode(project.at("tasks/s.py")) + b"\n" if output is None else output})
+        with one(*[task(f"t{n}", script="s.py", python="/no/such/python") for n in range(6)],
+                 scripts={"s.py": ""}) as project:
+            self.run_cli(project, code=1)
+            self.assertIn("cannot start: ", project.state("r")["tasks"]["t0"]["reason"])
+
+    def test_each_interpreter_has_a_template_of_its_own_unless_it_is_a_script(self):
+        text = "import sys; print(sys.flags, sys.executable, sys.prefix, getattr(sys, 'orig_argv', 0), sys.warnoptions)"
+        pythons = {"t": sys.executable, "link": "./bin/python", "script": "bin/wrapper", "named": "python-of-mine"}
+        tasks = [task(f"{name}{n}", script="s.py", python=python) for name, python in pythons.items() for n in range(6)]
+        with one(*tasks, scripts={"s.py": text}) as project:
+            project.write("bin/wrapper", f'#!/bin/sh\nexport WRAPPED=1\nexec {sys.executable} -X dev -W error "$@"\n')
+            os.chmod(project.at("bin/wrapper"), 0o755)
+            for name in "python", "python-of-mine":
+                os.symlink(os.path.realpath(sys.executable), project.at("bin", name))
+            env = {**os.environ, "PATH": project.at("bin") + ":" + os.environ["PATH"]}
+            self.run_cli(project, env=env)
+            self.assertEqual(self.forked(project), [True] * 12 + [False] * 6 + [True] * 6)
+            for name, python in pythons.items():
+                python = os.path.normpath(project.at(python)) if python[1:4] == "/bi" or name == "script" else python
+                python = project.at("./bin/python") if name == "link" else python
+                by_hand = subprocess.check_output([python, project.at("tasks/s.py")], env=env)
+                self.assertEqual({project.log("r", f"{name}{n}") for n in range(6)}, {by_hand})
+
+    def test_what_a_template_has_no_means_for_is_made_later(self):
+        """A preloaded module stands for a system that can't fork, or has no room for files, now and then."""
+        fork = """
+            import errno, os
+            real, calls = os.fork, []
+            def fork():
+                calls.append(0)
+                if len(calls) % 3 == 2: raise BlockingIOError(errno.EAGAIN, "no")
+                return real()
+            os.fork = fork
+            """
+        files = """
+            import os, socket
+            real, calls = socket.recv_fds, []
+            def recv_fds(*args):
+                text, fds, flags, address = real(*args)
+                calls.append(0)
+                if text and len(calls) % 3 == 2:
+                    os.close(fds.pop())
+                    flags |= socket.MSG_CTRUNC
+                return text, fds, flags, address
+            socket.recv_fds = recv_fds
+            """
+        for text, why in ((fork, "Resource temporarily unavailable"), (files, "Too many open files")):
+            with self.subTest(why), self.several("print('done')", preload=["failing"], max_parallel=3,
+                                                 scripts={"failing.py": text}) as project:
+                said = self.run_cli(project)
+                self.assertIn(why, said)
+                self.assertEqual({project.log("r", f"t{n}") for n in range(6)}, {b"done\n"})
+                self.assertEqual(self.forked(project), [True] * 6)
+
+    def test_a_python_path_that_hides_the_library_or_is_relative_is_seen_as_by_hand(self):
+        env = {**os.environ, "PYTHONPATH": "mine"}
+        with self.several("import datetime; print(datetime.__file__)") as project:
+            project.write("mine/datetime.py", "from _datetime import *")
+            said = self.run_cli(project, env=env)
+            self.assertIn("mine/datetime.py hides a module of Python", said)
+            self.assertEqual({project.log("r", f"t{n}") for n in range(6)},
+                             {os.fsencode(project.at("mine/datetime.py")) + b"\n"})
+        tasks = [task(f"t{n}", script="s.py", **({"cwd": "sub"} if n % 2 else {})) for n in range(6)]
+        with one(*tasks, scripts={"s.py": "import which; print(which.__file__)"}) as project:
+            project.write("mine/which.py", "")
+            project.write("sub/mine/which.py", "")
+            self.run_cli(project, env=env)
+            self.assertEqual(self.forked(project), [True, False] * 3)
+            self.assertEqual([project.log("r", f"t{n}").decode() for n in range(6)],
+                             [project.at("mine/which.py") + "\n", project.at("sub/mine/which.py") + "\n"] * 3)
+
+    def test_a_forked_script_is_ended_by_its_timeout(self):
+        wait = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
+        tasks = [task("slow", script="first.py", timeout_s=0.5, grace_s=0.1), *[
+            task(f"t{n}", script="s.py") for n in range(5)]]
+        with one(*tasks, scripts={"s.py": "", "first.py": wait}) as project:
+            self.run_cli(project, code=1)
+            self.assertEqual(project.state("r")["tasks"]["slow"]["reason"], "timeout after 0.5 s")
+            self.assertEqual(self.forked(project), [True] * 6)
+
+    def leaving(self, project):
+        """Start a flow of which the first script leaves things behind; return engine, template and the rest."""
+        engine = project.start("run", "f", "--run-id", "r")
+        wait_for(lambda: os.path.exists(project.at("pids")) and len(project.lines("pids")) == 3, "three processes")
+        wait_for(lambda: '"attempt_spawned"' in project.read("miniflow_output/runs/r.jsonl"), "the record")
+        return engine, self.template_of(engine.pid), [int(line) for line in project.lines("pids")]
+
+    def stubborn(self):
+        return self.several("", first=T18Orphans.STUBBORN.replace("len(sys.argv) == 1", "sys.argv[1] == '0'"))
+
+    def test_a_cancelled_run_leaves_neither_template_nor_scripts_nor_what_left_their_group(self):
+        with self.stubborn() as project:
+            flow = json.loads(project.read("flows/f.json"))
+            flow["tasks"][0]["grace_s"] = 0.2
+            project.write("flows/f.json", json.dumps(flow))
+            engine, template, pids = self.leaving(project)
+            self.assertEqual(len(template), 1)
+            engine.terminate()
+            engine.communicate(timeout=60)
+            self.assertEqual(engine.returncode, 143)
+            self.assertEqual([pid for pid in template + pids if alive(pid)], [])
+
+    def test_a_killed_engine_leaves_neither_template_nor_scripts(self):
+        with self.stubborn() as project:
+            engine, template, pids = self.leaving(project)
+            engine.kill()
+            engine.communicate()
+            wait_for(lambda: not any(map(alive, template + pids)), "the end of all of them", 10)
+
+    def test_resume_finds_a_forked_script_that_outlived_engine_watchdog_and_template(self):
+        text = """
+            import os, time
+            open("pids", "a").write("1\\n2\\n%d\\n" % os.getpid())
+            time.sleep(0 if os.path.exists("go") else 60)
+            """
+        with self.several("", first=text) as project:
+            engine, template, pids = self.leaving(project)
+            for pid in [*(pid for pid in children(engine.pid) if pid not in template), *template, engine.pid]:
+                os.kill(pid, signal.SIGKILL)
+            engine.communicate()
+            project.write("go", "")
+            self.assertTrue(alive(pids[-1]))
+            code, _, err = project.main("resume", "r", "--on-orphan", "fail")
+            self.assertEqual(code, 4)
+            self.assertIn(f"task t0 still runs, though its engine is gone: it is process {pids[-1]}", err)
+            self.assertEqual(project.main("resume", "r")[0], 0)
+            self.assertFalse(alive(pids[-1]))
+
+    def test_a_run_within_a_forked_script_marks_its_tasks_for_both(self):
+        """The inner engine is a process of its own, or the forked script itself."""
+        inner = """
+            import os
+            cookie = os.environb[b"MINIFLOW_COOKIE"]
+            with open("/proc/self/environ", "rb") as file:
+                assert b"\\0MINIFLOW_COOKIE=%s\\0" % cookie in b"\\0" + file.read()
+            os.write(os.open("cookies", os.O_WRONLY | os.O_APPEND | os.O_CREAT), cookie + b"\\n")
+            """
+        outer = [f"import subprocess as s, sys\ns.run([sys.executable, {ENGINE!r}, 'run', 'inner'], check=True)",
+                 f"import sys\nsys.path.insert(0, {HERE!r})\nimport miniflow as m\nassert m.MiniFlow().run('inner').ok"]
+        flows = {"f": flow_json(*[task(f"t{n}", script=f"outer{n % 2}.py") for n in range(6)], max_parallel=1),
+                 "inner": flow_json(*[task(f"i{n}" * 30, script="inner.py") for n in range(6)])}
+        with Project(flows, {"inner.py": inner, "outer0.py": outer[0], "outer1.py": outer[1]}) as project:
+            self.run_cli(project)
+            self.assertEqual(self.forked(project), [True] * 6)
+            cookies = [line.split(":") for line in project.lines("cookies")]
+            self.assertEqual({len(parts) for parts in cookies}, {2})
+            self.assertEqual({outer.split("/")[1] for outer, _ in cookies}, {f"t{n}" for n in range(6)})
+            self.assertEqual({inner.split("/")[1] for _, inner in cookies}, {f"i{n}" * 30 for n in range(6)})
 
 
 class T20Processes(unittest.TestCase):
