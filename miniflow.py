@@ -5360,11 +5360,19 @@ class End:
         leave(self.code)
 
 
+def ends_plainly():
+    """Tell whether nothing of this process's end is for Python alone to do."""
+    return (code is not None and [getattr(sys, name, None) for name in ("stdout", "stderr")] == streams
+            and len(os.listdir("/proc/self/task")) == 1
+            and not any(needs_the_end(*item) for item in list(sys.modules.items())))
+
+
 def let_go():
     """Keep the library out of the interpreter's last tidying, which would touch all of its memory."""
-    if (code is None or [getattr(sys, name, None) for name in ("stdout", "stderr")] != streams
-            or len(os.listdir("/proc/self/task")) > 1
-            or any(needs_the_end(*item) for item in list(sys.modules.items()))):
+    try:
+        if not ends_plainly():
+            return
+    except Exception:                         # a script may replace even the builtins
         return
     for name, module in kept:
         if sys.modules.get(name) is module:

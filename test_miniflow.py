@@ -3622,6 +3622,17 @@ IMPORTS = {
                 print(re.compile("[x-z]+").findall("axyz"), socket.AF_UNIX, functools.reduce(max, [1, 2]))
         loud = Loud(); loud.me = loud
         """),
+    "modules_cleared": row("import json, sys\njson.file = open('a', 'w'); json.file.write('a')\nprint(1)\n"
+                           "sys.modules.clear()", cwd=True),
+    "builtins_replaced": row("import builtins\nprint(1)\nbuiltins.any = builtins.list = builtins.getattr = None"),
+    "a_library_module_replaced": row("import json, sys, types\nsys.modules['json'] = types.ModuleType('json')\n"
+                                     "import json as other; print(other is json, json.dumps([1]))"),
+    "working_directory_changed": row("import os; os.chdir('/'); import chdir_helper",
+                                     beside={"chdir_helper.py": "import os; print(os.getcwd(), __file__)"}),
+    "exit_in_del": row("import sys\nclass Loud:\n    def __del__(self): sys.exit(5)\nx = Loud(); del x\n"
+                       "y = Loud()", vague="0x[0-9a-f]+"),
+    "collector_that_keeps_all": row("import gc; gc.set_debug(gc.DEBUG_SAVEALL); gc.disable(); gc.unfreeze()\n"
+                                    "class Loud:\n    def __del__(self): print('del')\nx = Loud(); x.me = x; del x"),
     "lru_cache": row("""
         import functools
         class Loud:
@@ -3705,21 +3716,21 @@ class T19TemplateInterpreter(unittest.TestCase):
         return json.dumps(flow_json(*[task(name, **fields(name, row)) for name, row in rows.items()],
                                     params={"way": "hand"}))
 
-    def check(self, rows):
-        """Run scripts by hand, forked, and started anew; all has to be the same."""
+    def check(self, rows, *ways):
+        """Run scripts by hand, forked, and maybe started anew; all has to be the same."""
         from concurrent.futures import ThreadPoolExecutor
         rows = {name: row for name, row in rows.items() if sys.version_info >= row["since"]}
         with Project({"f": self.flow(rows)}) as project:
-            for way in ("hand", "fork", "none"):
+            for way in ("hand", *ways):
                 for name in rows:
                     os.makedirs(project.at(way, name))
             self.lay_out(project, rows)
             with ThreadPoolExecutor(4) as pool:
                 by_hand = dict(zip(rows, pool.map(lambda name: self.by_hand(project, name, rows[name]), rows)))
-            for way, options in (("fork", ["-j", "3"]), ("none", ["-j", "3", "--no-fork"])):
+            for way in ways:
                 self.lay_out(project, rows)
-                done = project.cli("run", "f", "--run-id", way, "--param", f"way={way}", "--output", "quiet", *options,
-                                   env=self.ENV)
+                done = project.cli("run", "f", "--run-id", way, "--param", f"way={way}", "--output", "quiet", "-j", "3",
+                                   *(["--no-fork"] if way == "none" else []), env=self.ENV)
                 self.assertFalse(done.stderr.startswith("error"), done.stderr)
                 tasks = project.state(way)["tasks"]
                 for name, row in rows.items():
@@ -3742,16 +3753,16 @@ class T19TemplateInterpreter(unittest.TestCase):
         self.assertIs(attempt.get("forked", False), way == "fork" and row["forked"])
 
     def test_a_script_finds_what_it_would_find_by_hand(self):
-        self.check(FOUND)
+        self.check(FOUND, "fork", "none")
 
     def test_a_script_ends_as_it_would_by_hand(self):
-        self.check(ENDS)
+        self.check(ENDS, "fork")
 
     def test_a_script_does_what_it_would_do_by_hand(self):
-        self.check(DOES)
+        self.check(DOES, "fork", "none")
 
     def test_a_script_is_compiled_and_imports_as_by_hand(self):
-        self.check(IMPORTS)
+        self.check(IMPORTS, "fork")
 
     def several(self, text, count=6, first="", scripts=None, **fields):
         """Return a Project whose tasks t0, t1, … run one script, t0 another one if told so."""
@@ -3764,10 +3775,14 @@ class T19TemplateInterpreter(unittest.TestCase):
                 for attempt in state["attempts"] if state["log"]]
 
     def run_cli(self, project, *args, code=0, **options):
-        """Run the flow f as run r; return what it wrote to stderr."""
-        done = project.cli("run", "f", "--run-id", "r", *args, **options)
-        self.assertEqual(done.returncode, code, done.stderr)
-        return done.stderr
+        """Run the flow f as run r, in a process of its own if there are options; return what it wrote to stderr."""
+        if options:
+            done = project.cli("run", "f", "--run-id", "r", *args, **options)
+            returned, said = done.returncode, done.stderr
+        else:
+            returned, _, said = project.main("run", "f", "--run-id", "r", *args)
+        self.assertEqual(returned, code, said)
+        return said
 
     def template_of(self, engine):
         """Return the process of an engine's template."""
@@ -3800,13 +3815,21 @@ class T19TemplateInterpreter(unittest.TestCase):
                 ("import sys; sys.settrace(print)", "threads or tracing"), ("import sys; sys.exit(3)", "exit 3"),
                 ("import os; os._exit(0)", "exit 0"), ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
                 ("x = = 1", "SyntaxError: invalid syntax"), ("import os; os.closerange(3, 99)", "")):
-            with self.subTest(text), self.several("print('done')", preload=["broken"],
+            with self.subTest(text), self.several("print('done')", 3, preload=["broken"],
                                                   scripts={"broken.py": text} if text else {}) as project:
                 said = self.run_cli(project)
                 self.assertEqual(said.count("scripts are started without a template of "), 1, said)
                 self.assertIn(part, said)
-                self.assertEqual(self.forked(project), [False] * 6)
-                self.assertEqual({project.log("r", f"t{n}") for n in range(6)}, {b"done\n"})
+                self.assertEqual(self.forked(project), [False] * 3)
+                self.assertEqual({project.log("r", f"t{n}") for n in range(3)}, {b"done\n"})
+
+    def test_site_packages_that_start_threads_are_noted_and_scripts_run_anew(self):
+        with self.several("print('done')") as project:
+            project.write("site/sitecustomize.py", "import threading\nthreading.Thread("
+                                                   "target=threading.Event().wait, daemon=True).start()\n")
+            said = self.run_cli(project, env={**os.environ, "PYTHONPATH": project.at("site")})
+            self.assertIn("has started threads or tracing", said)
+            self.assertEqual(self.forked(project), [False] * 6)
 
     def test_what_a_preloaded_module_prints_is_in_nobodys_log(self):
         with self.several("print('mine')", preload=["loud"], scripts={
@@ -3979,11 +4002,11 @@ class T19TemplateInterpreter(unittest.TestCase):
 
     def test_a_forked_script_is_ended_by_its_timeout(self):
         wait = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
-        tasks = [task("slow", script="first.py", timeout_s=0.5, grace_s=0.1), *[
-            task(f"t{n}", script="s.py") for n in range(5)]]
+        tasks = [*[task(f"t{n}", script="s.py") for n in range(5)],
+                 task("slow", "t0", script="first.py", timeout_s=1, grace_s=0.1)]
         with one(*tasks, scripts={"s.py": "", "first.py": wait}) as project:
             self.run_cli(project, code=1)
-            self.assertEqual(project.state("r")["tasks"]["slow"]["reason"], "timeout after 0.5 s")
+            self.assertEqual(project.state("r")["tasks"]["slow"]["reason"], "timeout after 1 s")
             self.assertEqual(self.forked(project), [True] * 6)
 
     def leaving(self, project):
