@@ -3983,6 +3983,18 @@ class T19TemplateInterpreter(unittest.TestCase):
                 self.assertEqual({project.log("r", f"t{n}") for n in range(6)}, {b"done\n"})
                 self.assertEqual(self.forked(project), [True] * 6)
 
+    def test_few_open_files_are_enough_for_many_scripts(self):
+        """One that the engine has itself lies above the limit."""
+        with self.several("print('done')", 60, max_parallel=50) as project, open(os.devnull) as null:
+            high = os.dup2(null.fileno(), 200)
+            done = subprocess.run(["/bin/sh", "-c", 'ulimit -n 24; exec "$@"', "sh", sys.executable, ENGINE, "run", "f",
+                                   "--run-id", "r"], cwd=project.path, pass_fds=[high],
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            os.close(high)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(self.forked(project), [True] * 60)
+            self.assertEqual({project.log("r", f"t{n}") for n in range(60)}, {b"done\n"})
+
     def test_a_python_path_that_hides_the_library_or_is_relative_is_seen_as_by_hand(self):
         env = {**os.environ, "PYTHONPATH": "mine"}
         with self.several("import datetime; print(datetime.__file__)") as project:
@@ -4046,7 +4058,8 @@ class T19TemplateInterpreter(unittest.TestCase):
             """
         with self.several("", first=text) as project:
             engine, template, pids = self.leaving(project)
-            for pid in [*(pid for pid in children(engine.pid) if pid not in template), *template, engine.pid]:
+            os.kill(engine.pid, signal.SIGSTOP)              # or it would start another watchdog
+            for pid in {*children(engine.pid), *template, engine.pid}:
                 os.kill(pid, signal.SIGKILL)
             engine.communicate()
             project.write("go", "")
