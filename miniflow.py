@@ -5075,6 +5075,14 @@ def inheritable_fds() -> List[int]:
     return found
 
 
+def program_path(name: str, env: Mapping[str, str]) -> Optional[str]:
+    """Return the path of the program that `name` means to a process with `env`; None if there is none."""
+    if "/" in name:
+        return name
+    paths = [os.path.join(folder, name) for folder in os.get_exec_path(env)]
+    return next((path for path in paths if os.access(path, os.X_OK) and not os.path.isdir(path)), None)
+
+
 def _boot_ticks() -> int:
     """Return the time since the system was started as /proc/PID/stat tells it (Linux)."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
@@ -5112,8 +5120,10 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], cwd: str, files: Tuple[in
         try:
             if os.getcwd() == cwd:
                 return _posix_spawn(argv, env, files, keep, inherited)
-        except (FileNotFoundError, NotImplementedError):
-            pass                               # Popen tells better which file it is, or can do it
+        except (OSError, NotImplementedError) as exc:
+            if getattr(exc, "errno", None) not in (errno.ENOENT, errno.EBADF, None):
+                raise
+            # Popen tells better which file it is, or can do it; EBADF: a file that ulimit -n forbids by now
     import subprocess
     process = subprocess.Popen(
         argv, stdin=files[0], stdout=files[1], stderr=files[2], env=env, cwd=cwd, close_fds=True,
@@ -5413,9 +5423,13 @@ class Watchdog:
 #
 # The child lets Python end as ever: threads are joined, atexit runs, __del__ and finally run, files are
 # flushed.  Two things make that end cheap.  Modules of the standard library that the template has imported
-# are left alone, as tidying them up would copy all of their memory; and once nothing of the script is left
-# the process ends, unless there is compiled code of others that may wait for the very end.  Both are
-# invisible to a script.
+# are left alone, as tidying them up would copy all of their memory, unless one of them holds something of the
+# script that has an end of its own; and once nothing of the script is left the process ends.  Both are
+# invisible to a script.  Where there is more to an end (threads, other streams, compiled code of others that
+# may wait for it) it is left to Python.
+#
+# One frame of this program lies below the script's own.  Its file is named so that `warnings` and `logging`
+# take it for a part of the import system, which they skip.
 #
 # Its arguments and its cookie are written over those that the template was given, so that ps, the watchdog
 # and whoever looks for leftovers see what they would see of any other process.
@@ -5432,22 +5446,25 @@ class Watchdog:
 FORK_PAYS_FROM = 6                             # scripts; for fewer a template costs more than it saves
 PRELOAD_PAYS_FROM = 3                          # the same where modules are to be imported once
 ANSWER_S = 20.0                                # how long a template may take to start, or to answer
+_LAST_WORDS_S = 2.0                            # how long one that closed its socket may take to end
 _REQUEST_BYTES = 100_000                       # longer ones are not sent
 _COOKIE_ROOM = 400
+_ARGUMENTS_ROOM = 8000
 
 #: How a template interpreter begins.  Of what Python compiles by itself it keeps the tree to the end, and
 #: every child would free a copy of it.
-_BOOTSTRAP = "import sys; exec(compile(sys.argv.pop(1), '<template>', 'exec'))"
+_BOOTSTRAP = "exec(compile(%r, __file__, 'exec'))\n"
 
 #: What a template interpreter executes.
 TEMPLATE_PROGRAM = r'''
 import sys
 bare = set(sys.modules) - {"linecache"}       # what every start imports, so that no script can hide it
 if not getattr(sys.flags, "safe_path", False):
-    del sys.path[0]                           # the directory we are in: not before anything of the script's
-import atexit, builtins, gc, importlib, importlib.machinery, os, select, socket, time, warnings
+    del sys.path[0]                           # this file's directory: not before anything of the script's
+import _imp, atexit, builtins, errno, gc, importlib, importlib.machinery, os, select, socket, time, warnings
 channel, folder = socket.socket(fileno=int(sys.argv[1])), os.path.realpath(sys.argv[2])
-preload = sys.argv[3:]
+channel.set_inheritable(False)
+preload = sys.argv[4:]                        # argv[3] is nothing but room for the arguments of scripts
 library = os.path.dirname(os.__file__) + os.sep
 unseen = {"_ctypes", "readline", "_tkinter", "_curses"}       # of the library, but with ends of their own
 hiding = {}                                   # directory of scripts: its mtime, and what is_hidden said of it
@@ -5510,25 +5527,42 @@ class End:
     """Ends the process when all of the script is gone; what Python would do after that nobody sees."""
 
     def __init__(self):
-        self.code, self.streams = code, [sys.__stdout__, sys.__stderr__]
+        self.code = code
 
-    def __del__(self, collect=gc.collect, leave=os._exit):
+    def __del__(self, gc=gc, collect=gc.collect, leave=os._exit, ours=ours):
         try:
             collect()
-            for stream in self.streams:
+            if any(hasattr(type(thing), "__del__") for thing in gc.get_objects() if thing is not self):
+                gc.unfreeze()                 # something of the script lives on in the library
+                for _, module in reversed(ours["kept"]):
+                    vars(module).update(dict.fromkeys(vars(module).keys() - {"__builtins__"}))
+                collect()
+                return
+            for stream in ours["streams"]:
                 stream is None or stream.closed or stream.flush()
         except BaseException:
             return                            # Python goes on and tells of it
         leave(self.code)
 
 
+def ends_plainly():
+    """Tell whether nothing of this process's end is for Python alone to do."""
+    return (code is not None and [getattr(sys, name, None) for name in ("stdout", "stderr")] == streams
+            and len(os.listdir("/proc/self/task")) == 1
+            and not any(needs_the_end(*item) for item in list(sys.modules.items())))
+
+
 def let_go():
     """Keep the library out of the interpreter's last tidying, which would touch all of its memory."""
+    try:
+        if not ends_plainly():
+            return
+    except Exception:                         # a script may replace even the builtins
+        return
     for name, module in kept:
         if sys.modules.get(name) is module:
             del sys.modules[name]
-    if code is not None and not any(needs_the_end(*item) for item in list(sys.modules.items())):
-        sys.__miniflow_end__ = End()
+    _imp.__miniflow_end__ = End()             # one of the first modules, and so of the last to be tidied up
 
 
 def serve():
@@ -5544,7 +5578,7 @@ def serve():
                 os.close(fd)
                 channel.send(b"%d %d" % (number, os.waitpid(pid, 0)[1]))
                 continue
-            request, files, _, _ = socket.recv_fds(channel, 2**18, 3)
+            request, files, flags, _ = socket.recv_fds(channel, 2**18, 3)
             if not request:
                 os._exit(0)
             number, count, *words = request.split(b"\0")
@@ -5554,23 +5588,28 @@ def serve():
                 hidden = is_hidden(place)
             except OSError:
                 hidden = True
-            pid = os.fork()
-            if not pid:
-                for fd in (channel.detach(), *running):
+            try:
+                if flags & socket.MSG_CTRUNC: # no more room for open files
+                    raise OSError(errno.EMFILE, "")
+                pid = os.fork()
+            except OSError as exc:
+                pid = None
+                channel.send(b"%d %d" % (number, -exc.errno))
+            if pid == 0:
+                for fd in running:
                     os.close(fd)
-                return words[:count], words[count:], files, place, hidden
+                return number, words[:count], words[count:], files, place, hidden
             for fd in files:
                 os.close(fd)
-            with open("/proc/%d/stat" % pid, "rb") as file:
-                ticks = file.read().rpartition(b")")[2].split()[19]
+            if not pid:
+                continue
             fd = os.pidfd_open(pid)
             running[fd] = number, pid
             poll.register(fd, select.POLLIN)
-            channel.send(b"%d %d %s" % (number, pid, ticks))
 
 
-def become(argv, environ, files):
-    """Turn into the process of a script, in all but its code."""
+def become(number, argv, environ, files):
+    """Turn into the process of a script, in all but its code, and tell of it."""
     os.setsid()
     for n, fd in enumerate((files[0], files[1], files[1])):
         os.dup2(fd, n)
@@ -5580,12 +5619,22 @@ def become(argv, environ, files):
         os.close(fd)
     wanted = dict(part.split(b"=", 1) for part in environ)
     show(argv, wanted[b"MINIFLOW_COOKIE"])
+    with open("/proc/self/stat", "rb") as file:
+        ticks = file.read().rpartition(b")")[2].split()[19]
+    try:
+        channel.send(b"%d %d %s" % (number, os.getpid(), ticks))
+    except OSError:
+        os._exit(0)                           # the engine is gone
+    channel.close()
     there = dict(os.environb)
     for name in there.keys() - wanted.keys():
         del os.environb[name]
     for name, value in wanted.items():
         if there.get(name) != value:
             os.environb[name] = value
+    if list(os.environb) != list(wanted):
+        os.environb.clear()
+        os.environb.update(wanted)
     if there.get(b"TZ") != wanted.get(b"TZ"):
         time.tzset()
 
@@ -5600,38 +5649,74 @@ def load(argv, place):
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, place)
     main = type(sys)("__main__")
-    main.__file__, main.__builtins__, main.__cached__ = argv[0], builtins, None
     main.__loader__ = importlib.machinery.SourceFileLoader("__main__", argv[0])
     if sys.version_info < (3, 14):
         main.__annotations__ = {}
+    main.__builtins__, main.__file__, main.__cached__ = builtins, argv[0], None
     sys.modules["__main__"] = main
     return program, main.__dict__
 
 
 def flush():
-    for stream in (sys.stderr, sys.stdout):
+    for name in ("stderr", "stdout"):
         try:
-            stream.flush()
+            getattr(sys, name).flush()
         except BaseException:
             pass                              # as Python does it
 
 
-def without_us(hook):
-    """Return an excepthook that passes on what is left of a traceback without the frames of this program."""
-    def pass_on(kind, exc, trace):
-        while trace and trace.tb_frame.f_globals is ours:
-            trace = trace.tb_next
-        sys.last_traceback = exc.__traceback__ = trace
-        hook(kind, exc, trace)
-    return pass_on
+def say(text):
+    try:
+        sys.stderr.write(text)
+    except Exception:
+        os.write(2, text.encode())
+
+
+def strip(exc):
+    """Cut the frames of this program off a traceback; return what sys.excepthook is given."""
+    trace = exc.__traceback__
+    while trace and trace.tb_frame.f_globals is ours:
+        trace = trace.tb_next
+    exc.__traceback__ = trace
+    return type(exc), exc, trace
+
+
+def tell(exc):
+    """Tell of an exception that nobody caught, as Python does; SystemExit of a hook is let through."""
+    told = sys.last_type, sys.last_value, sys.last_traceback = strip(exc)
+    if sys.version_info >= (3, 12):
+        sys.last_exc = exc
+    try:
+        if not hasattr(sys, "excepthook"):
+            say("sys.excepthook is missing\n")
+        getattr(sys, "excepthook", sys.__excepthook__)(*told)
+    except SystemExit:
+        raise
+    except BaseException as failure:
+        again = strip(failure)
+    else:
+        return
+    say("Error in sys.excepthook:\n")
+    sys.__excepthook__(*again)
+    say("\nOriginal exception was:\n")
+    sys.__excepthook__(*told)
+
+
+def plain(exc):
+    """Return the exit code that an exit stands for if that is a plain number."""
+    return exc.code or 0 if exc.code is None or type(exc.code) is int and 0 <= exc.code < 256 else None
 
 
 places = memory_of(b"MINIFLOW_COOKIE")
+own_cookie = os.environb.pop(b"MINIFLOW_COOKIE")
 loaders = [(importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES),
            (importlib.machinery.SourceFileLoader, importlib.machinery.SOURCE_SUFFIXES),
            (importlib.machinery.SourcelessFileLoader, importlib.machinery.BYTECODE_SUFFIXES)]
 for name in ("datetime", "json", "re"):       # what most scripts import
     importlib.import_module(name)
+for name in set(sys.modules) - bare:
+    if file_of(sys.modules[name]) and not of_library(file_of(sys.modules[name])):
+        sys.exit("%s hides a module of Python" % file_of(sys.modules[name]))
 sys.path.insert(0, folder)
 for name in preload:
     importlib.import_module(name)
@@ -5641,40 +5726,50 @@ if unseen & sys.modules.keys():
 tops = {name.partition(".")[0] for name in set(sys.modules) - bare} - set(sys.builtin_module_names)
 local = {name: sys.modules[name].__spec__.origin for name in tops
          if name in sys.modules and file_of(sys.modules[name]).startswith(folder + os.sep)}
-show([os.fsencode(sys.executable), *TEMPLATE], os.environb[b"MINIFLOW_COOKIE"])
+show([os.fsencode(sys.executable), *TEMPLATE], own_cookie)
 if len(os.listdir("/proc/self/task")) > 1 or sys.gettrace() or sys.getprofile():
     sys.exit("something that was imported has started threads or tracing")
+streams = [sys.stdout, sys.stderr]
 kept = [(name, module) for name, module in sys.modules.items()
-        if name not in ("sys", "builtins") and (of_library(file_of(module)) or not file_of(module))]
+        if isinstance(module, type(sys)) and name not in ("sys", "builtins", "_imp", "__main__")
+        and (of_library(file_of(module)) or not file_of(module))]
 atexit.register(let_go)                       # before any of a script's, so that it comes last
 compile("import os\nprint('')\n", "", "exec") # the first one takes a millisecond
 gc.collect()
 gc.freeze()
-argv, environ, files, place, hidden = serve()
-become(argv, environ, files)
-sys.orig_argv = list(map(os.fsdecode, argv))
-sys.argv[:] = sys.orig_argv[1:]
+number, argv, environ, files, place, hidden = serve()
+become(number, argv, environ, files)
+sys.argv[:] = map(os.fsdecode, argv[1:])
+if hasattr(sys, "orig_argv"):
+    sys.orig_argv = list(map(os.fsdecode, argv))
 try:
     if hidden:
         raise ImportError
     script = [load(sys.argv, place)]
 except Exception:
     os.execvp(argv[0], argv)                  # a new interpreter knows best what is wrong
+failure, code = None, 0
 try:
     exec(*script.pop())
-    code = 0
 except SystemExit as exc:
-    if exc.code is None or type(exc.code) is int and 0 <= exc.code < 256:
-        code = exc.code or 0
+    code = plain(exc)
+    flush()
     raise
 except BaseException as exc:
-    if hasattr(sys, "excepthook"):
-        sys.excepthook = without_us(sys.excepthook)
-    if not isinstance(exc, KeyboardInterrupt):
-        code = 1
-    raise
-finally:
-    flush()
+    failure = exc
+flush()
+if failure:
+    code = 1
+    try:
+        tell(failure)
+    except SystemExit as exc:
+        code = plain(exc)
+        raise
+    if type(failure) is KeyboardInterrupt:
+        sys.excepthook, code = lambda *told: None, None       # it is told; Python itself ends by SIGINT
+        raise failure
+    del failure
+    sys.exit(1)
 '''
 
 
@@ -5687,7 +5782,8 @@ def _close_all(fds: List[int]) -> None:
 class Forked:
     """The process of a script that a template is asked to fork; it has a number once that has answered."""
 
-    __slots__ = ("task", "request", "fds", "pid", "ticks", "returncode", "asked", "word", "template")
+    __slots__ = ("task", "request", "fds", "pid", "ticks", "returncode", "asked", "word", "template",
+                 "refusal")
 
     def __init__(self, task: str, template: Any, request: List[bytes], fds: List[int]) -> None:
         self.task, self.template, self.request, self.fds = task, template, request, fds      # of its Template
@@ -5696,6 +5792,7 @@ class Forked:
         self.ticks: Optional[int] = None
         self.returncode: Optional[int] = None
         self.word: Optional[str] = None        # the signal that it is to get as soon as it is there
+        self.refusal: Optional[OSError] = None # why there is no such process
 
     def call_off(self, word: str) -> None:
         """Have it end by TERM or KILL before it has begun, or as soon as it has."""
@@ -5722,9 +5819,13 @@ class Template:
         self._unsent: List[int] = []
         self._count = 0
         self._said = os.path.join(place, f"template.{os.getpid()}.{id(self)}")
+        self._program = self._said + ".importlib_bootstrap.py"
         outer = setting.environ.get("MINIFLOW_COOKIE")
         cookie = f"{outer}:{setting.token}/" if outer else f"{setting.token}/"
         env = {**setting.environ, "MINIFLOW_COOKIE": cookie.ljust(len(cookie) + _COOKIE_ROOM, ":")}
+        self._cookie_room, self._start_dir = len(os.fsencode(env["MINIFLOW_COOKIE"])), setting.start_dir
+        python_path = setting.environ.get("PYTHONPATH")
+        self._is_same_anywhere = not python_path or all(map(os.path.isabs, python_path.split(os.pathsep)))
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         files: List[int] = []
         try:
@@ -5732,9 +5833,13 @@ class Template:
             files.append(os.open(os.devnull, os.O_RDONLY | _CLOEXEC))
             for name in (self._said + ".out", self._said):   # files, as a script's own output is one
                 files.append(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _CLOEXEC, 0o600))
-            argv = [python, "-c", _BOOTSTRAP, TEMPLATE_PROGRAM, str(theirs.fileno()), setting.tasks_dir]
-            self.process = spawn([*argv, *flow.preload], env, setting.start_dir,
-                                 (files[0], files[1], files[2]), [theirs.fileno()])
+            program = os.open(self._program, os.O_WRONLY | os.O_CREAT | _CLOEXEC, 0o600)
+            files.append(program)
+            os.write(program, (_BOOTSTRAP % TEMPLATE_PROGRAM).encode())
+            argv = [python, self._program, str(theirs.fileno()), setting.tasks_dir, "-" * _ARGUMENTS_ROOM,
+                    *flow.preload]
+            self.process = spawn(argv, env, setting.start_dir, (files[0], files[1], files[2]),
+                                 [theirs.fileno()])
         except BaseException:
             self.socket.close()
             raise
@@ -5746,7 +5851,9 @@ class Template:
     def fork(self, task: str, invocation: Invocation, stdin: int, log: int) -> Optional[Forked]:
         """Ask for a process; None if it has to be started in another way."""
         words = [*invocation.argv, *(f"{name}={value}" for name, value in invocation.env.items())]
-        if self.is_dead or any("\0" in word for word in words):
+        if (self.is_dead or any("\0" in word for word in words)
+                or len(os.fsencode(invocation.env["MINIFLOW_COOKIE"])) > self._cookie_room
+                or not self._is_same_anywhere and invocation.cwd != self._start_dir):
             return None
         request = [b"%d" % len(invocation.argv), *map(os.fsencode, words)]
         if sum(map(len, request)) + len(request) > _REQUEST_BYTES:
@@ -5776,21 +5883,27 @@ class Template:
             except BlockingIOError:
                 return                         # the next answer makes room
             except OSError:
-                self.is_dead = True
-                return
+                return                         # it is dead: what it has told before is to be read first
             del self._unsent[0]
             _close_all(forked.fds)
 
     def news(self) -> List[Tuple[Forked, bool]]:
-        """Take in what the template has told; return the processes that have begun (True) or ended since."""
+        """Take in what the template has told; return the processes that have begun (True) or ended since.
+
+        A process tells itself that it has begun, before it is anything of a script's, so that a template that
+        dies loses none; only then are all gone who can write to the socket, and it is at its end.
+        """
         told: List[Tuple[Forked, bool]] = []
         if not self.patience():
             self.is_dead = True                # it hangs
+            self.process.kill()
         while not self.is_dead:
             try:
                 numbers = self.socket.recv(1000).split()
             except BlockingIOError:
                 break
+            except ConnectionResetError:       # it died before it read all; what it had told follows
+                continue
             except OSError:
                 numbers = []
             if not numbers:
@@ -5804,9 +5917,13 @@ class Template:
         return told
 
     def _take(self, number: int, first: int, ticks: Optional[int] = None) -> Tuple[Forked, bool]:
-        """Take in that a process has begun (its pid and ticks), or ended (its wait status)."""
+        """Take in that a process has begun (its pid and ticks), ended (its wait status) or can't be."""
         forked = self._forked[number]
-        if ticks is None:
+        if first < 0:
+            forked.refusal = OSError(-first, os.strerror(-first))
+            forked.returncode = -getattr(signal, "SIG" + forked.word) if forked.word else None
+            del self._forked[number]
+        elif ticks is None:
             forked.returncode = os.waitstatus_to_exitcode(first)
             del self._forked[number]
         else:
@@ -5830,6 +5947,8 @@ class Template:
 
     def bury(self) -> Tuple[List[Forked], str]:
         """Return what was asked of a dead template and not begun, and why it has died, in its words."""
+        if self.is_dead:                       # and may have something to say yet
+            wait_for(self.process.poll, _LAST_WORDS_S)
         self.is_dead = True
         self.process.kill()
         wait_for(self.process.poll, UNKILLABLE_S)
@@ -5846,16 +5965,26 @@ class Template:
         """Send the template home, which has nothing to do any more."""
         self.bury()
         self.socket.close()
-        for name in (self._said, self._said + ".out"):
+        for name in (self._said, self._said + ".out", self._program):
             try:
                 os.unlink(name)
             except OSError:
                 pass                           # somebody tidied up
 
 
+def is_binary(program: str, env: Mapping[str, str]) -> bool:
+    """Tell whether a program is none that another one interprets: a shell script may set variables."""
+    path = program_path(program, env)
+    try:
+        return bool(path) and read_file(path or "", 4) == b"\x7fELF"
+    except OSError:
+        return False
+
+
 #: With one of these Python, or a package, does something at its start or its end that a fork would not do.
 _FORBIDDING = ("PYTHONINSPECT", "PYTHONMALLOCSTATS", "PYTHONPROFILEIMPORTTIME", "PYTHONDUMPREFS",
-               "PYTHONDUMPREFSFILE", "COVERAGE_PROCESS_START")
+               "PYTHONDUMPREFSFILE", "PYTHONVERBOSE", "PYTHONTRACEMALLOC", "PYTHONPERFSUPPORT",
+               "COVERAGE_PROCESS_START")
 
 
 class Templates:
@@ -5882,7 +6011,7 @@ class Templates:
                 counts[python] = counts.get(python, 0) + 1
         pays_from = PRELOAD_PAYS_FROM if run.plan.flow.preload else FORK_PAYS_FROM
         for python, count in counts.items():
-            if self.can_be and count >= pays_from:
+            if self.can_be and count >= pays_from and is_binary(python, self._setting.environ):
                 try:
                     template = Template(python, run.plan.flow, self._setting, self._place)
                 except (OSError, ValueError):
@@ -6198,6 +6327,24 @@ class Exchange:
         return parse_output(content)
 
 
+class Need:
+    """Since when the system has no means for any attempt, while nothing runs that could give some back."""
+
+    def __init__(self, place: str) -> None:
+        self.since: Optional[float] = None
+        self._place = place
+
+    def bear(self, exc: OSError, run: Run, now: float, is_idle: bool) -> None:
+        """Raise StateError if this has gone on for too long, or if it is another trouble."""
+        if exc.errno in PRESSURE_ERRORS | FULL_ERRORS:
+            if not is_idle or self.since is None:
+                self.since = now
+            if now - self.since < STALL_S:
+                return
+        raise StateError(f"{exc.filename or self._place}: no attempt can be started: {exc.strerror}; "
+                         f"what was recorded before is safe: miniflow resume {run.id}") from None
+
+
 class Processes:
     """The real World: attempts are processes of this machine.  To be used as a context manager."""
 
@@ -6213,7 +6360,7 @@ class Processes:
         self._children: Dict[str, Child] = {}
         self._by_fd: Dict[int, Child] = {}
         self._reap_at = 0.0
-        self._in_need_since: Optional[float] = None  # since when nothing runs and nothing can be started
+        self._need = Need(store.path)
         self.note: Callable[[str], None] = lambda text: None # is told what a user should know
         self._waiter = Waiter(take_signals)
         self.templates = Templates(self._setting, self._exchange.work, self._waiter.listen)
@@ -6251,7 +6398,7 @@ class Processes:
             child = Child(action.task, process, pidfd, output, context,
                           attempt_cookie(setting.token, action.task, action.attempt))
         except OSError as exc:
-            self._bear(exc, run)
+            self._need.bear(exc, run, self.now(), not self._children)
             if log is not None:
                 self._store.disk.unlink(self._exchange.log_path(action))
             return [AttemptDeferred(self.now(), action.task, action.attempt, f"can't start yet: {exc}")]
@@ -6260,7 +6407,7 @@ class Processes:
                 os.close(log)
             if context and not child:
                 context.users -= 1
-        self._in_need_since = None
+        self._need.since = None
         self._children[action.task] = child
         if isinstance(process, Forked):
             return []                          # its template will tell
@@ -6300,17 +6447,6 @@ class Processes:
         finally:
             if source != self._exchange.null:
                 os.close(source)
-
-    def _bear(self, exc: OSError, run: Run) -> None:
-        """Raise StateError if the system had no means for any attempt too long, or has another trouble."""
-        now = self.now()
-        if exc.errno in PRESSURE_ERRORS | FULL_ERRORS:
-            if self._children or self._in_need_since is None:
-                self._in_need_since = now
-            if now - self._in_need_since < STALL_S:
-                return
-        raise StateError(f"{exc.filename or self._store.path}: no attempt can be started: {exc.strerror}; "
-                         f"what was recorded before is safe: miniflow resume {run.id}") from None
 
     def _invocation(self, run: Run, task_id: str, setting: Setting) -> Invocation:
         """Return what is executed for a task."""
@@ -6372,7 +6508,10 @@ class Processes:
         events: List[Event] = []
         for forked, has_begun in template.news():
             child = self._children[forked.task]
-            if has_begun:
+            if forked.refusal and not forked.word:
+                self._need.bear(forked.refusal, run, self.now(), len(self._children) == 1)
+                events.append(self._put_back(run, child, f"can't start yet: {forked.refusal}"))
+            elif has_begun:
                 events.append(self._spawned(run, child))
                 if forked.word:
                     self.stop(run, Stop(child.task, run.tasks[child.task].attempt, "", forked.word))
@@ -6397,11 +6536,15 @@ class Processes:
             elif child.cookie in begun:
                 forked.returncode = LOST_EXIT
             else:
-                self._forget(child)
-                self._store.disk.unlink(os.path.join(self._store.path, task_run.attempts[-1].log or ""))
-                events.append(AttemptDeferred(self.now(), child.task, task_run.attempt,
-                                              "its template interpreter has died"))
+                events.append(self._put_back(run, child, "its template interpreter has died"))
         return events
+
+    def _put_back(self, run: Run, child: Child, why: str) -> AttemptDeferred:
+        """Forget an attempt that has not begun."""
+        task_run = run.tasks[child.task]
+        self._forget(child)
+        self._store.disk.unlink(os.path.join(self._store.path, task_run.attempts[-1].log or ""))
+        return AttemptDeferred(self.now(), child.task, task_run.attempt, why)
 
     def _look_at(self, run: Run, child: Child) -> List[Event]:
         """Return the end of an attempt, if its leader and all of its group have ended.

@@ -26,6 +26,7 @@ import threading
 import time
 import tokenize
 import unittest
+import zipfile
 import zlib
 
 import miniflow as mf
@@ -3090,6 +3091,1146 @@ class T18Orphans(unittest.TestCase):
         self.assertEqual(mf.due(run, 9, 1), [mf.Settle("b", "upstream_failed", "upstream a failed")])
         again = mf.reopen(run, flow)
         self.assertEqual(mf.due(again, 9, 1), [mf.Start("a", 4)])
+
+# -- scripts, for the template interpreter --
+
+def row(text, code=0, **options):
+    """Return a script and the exit code that it has; None: that is told by Python alone."""
+    text = text if isinstance(text, bytes) else textwrap.dedent(text).lstrip("\n").encode()
+    return dict({"args": [], "env": {}, "stdin": None, "cwd": False, "beside": {}, "at": None, "link": None,
+                 "forked": True, "vague": None, "since": (3, 9)}, text=text, code=code, **options)
+
+
+def zipped(**files):
+    """Return a zip file."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for name, text in files.items():
+            file.writestr(name + ".py", text)
+    return content.getvalue()
+
+
+# What a script finds.
+FOUND = {
+    "main": row("""
+        'the doc'
+        import __main__, sys
+        print(__name__, __file__, __spec__, __doc__, __package__, __builtins__, __main__.__dict__ is globals())
+        print(type(__loader__), __loader__.name, __loader__.path, __loader__.get_source("__main__"))
+        print(sys.modules["__main__"], sys.modules["__main__"] is __main__)
+        """),
+    "globals": row("def f(): pass\nx: int = 1\nprint(list(globals()), dir(), __annotations__)"),
+    "no_annotations": row("print(list(globals()), globals().get('__annotations__', 0))"),
+    "name_is_main": row("def main(): print('main')\nif __name__ == '__main__': main()"),
+    "argv": row("import sys; print(ascii(sys.argv), type(sys.argv))",
+                args=["", " ", "-x", "--", "*", "é\n\t\\", "${HOME}", "a=b", "-c"]),
+    "orig_argv": row("import sys; print(sys.orig_argv)", args=["-v", "x y"], since=(3, 10)),
+    "path": row("import sys; print(sys.path)"),
+    "path_of_a_link": row("import sys; print(sys.path[0], __file__)", link="elsewhere/real.py"),
+    "link_finds_helpers_beside_the_real_file": row("import link_helper", link="elsewhere/real2.py",
+                                                   beside={"elsewhere/link_helper.py": "print(__file__)"}),
+    "flags": row("""
+        import sys
+        print(sys.flags, sys.warnoptions, sys._xoptions, sys.executable, sys.prefix, sys.exec_prefix)
+        print(sys.dont_write_bytecode, sys.getrecursionlimit(), sys.getswitchinterval(), sys.pycache_prefix)
+        print(sys.meta_path, sys.path_hooks, sys.gettrace(), sys.getprofile(), sys.getfilesystemencoding())
+        print(sys.excepthook is sys.__excepthook__, sys.displayhook, sys.breakpointhook, sys.unraisablehook)
+        """, vague="0x[0-9a-f]+"),
+    "names_in_sys": row("import builtins, sys; print(sorted(vars(sys)), sorted(vars(builtins)))"),
+    "process": row("""
+        import os, threading
+        print(os.getpgrp() == os.getpid() == os.getsid(0) == threading.get_native_id(), os.get_blocking(0))
+        try: open("/dev/tty")
+        except OSError as exc: print(exc)
+        print(os.umask(0o22), os.path.basename(os.getcwd()), os.nice(0), os.sched_getaffinity(0))
+        import fcntl, resource
+        print([resource.getrlimit(n) for n in range(16)], resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime)
+        print([(fcntl.fcntl(fd, fcntl.F_GETFD), hex(fcntl.fcntl(fd, fcntl.F_GETFL))) for fd in (0, 1, 2)])
+        wanted = "Umask:", "Threads:", "SigB", "SigP", "SigC", "Shd", "Cap", "NoNewPrivs:", "Seccomp", "Name:"
+        print(*[line for line in open("/proc/self/status") if line.startswith(wanted)])
+        print(open("/proc/self/cmdline").read().rstrip("\\0").replace("\\0", " "), os.readlink("/proc/self/exe"))
+        print(open("/proc/self/comm").read(), open("/proc/self/oom_score_adj").read())
+        """, args=["a b", "c"]),
+    "open_files": row("""
+        import os
+        print(sorted(os.listdir("/proc/self/fd")), os.readlink("/proc/self/fd/0"))
+        print([os.get_inheritable(fd) for fd in range(3)], os.path.samestat(os.fstat(1), os.fstat(2)))
+        """),
+    "working_directory": row("import os; print(os.path.basename(os.getcwd()), os.listdir())", cwd=True),
+    "streams": row("""
+        import sys
+        for file in sys.stdin, sys.stdout, sys.stderr:
+            print(file.name, file.mode, file.encoding, file.errors, file.line_buffering, file.write_through,
+                  file.fileno(), file.isatty(), file.newlines, file.buffer, file.closed)
+        print(sys.stdout is sys.__stdout__, sys.stdin.buffer.raw)
+        """),
+    "threads": row("""
+        import threading
+        print(threading.main_thread(), threading.current_thread().ident == threading.main_thread().ident)
+        print(threading.active_count(), threading.enumerate())
+        """, vague=r"\d{9,}"),
+    "signals": row("""
+        import faulthandler, signal
+        print([(n, signal.getsignal(n)) for n in sorted(signal.valid_signals())], signal.sigpending())
+        print(signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getitimer(0), signal.set_wakeup_fd(-1))
+        print(faulthandler.is_enabled())
+        """),
+    "gc": row("import gc; print(gc.isenabled(), gc.get_threshold(), gc.get_debug(), gc.garbage, gc.callbacks)"),
+
+    "environment": row("""
+        import os
+        print([(k, os.environ[k]) for k in os.environ if not k.startswith(("MINIFLOW_", "GITHUB_OUTPUT", "TMP_DIR"))])
+        print(list(os.environ) == list(map(os.fsdecode, os.environb)), ascii(os.environ["ODD"]))
+        """, env={"AAA": "1", "ZED": "é"}),
+    "order_of_the_environment": row("import os; print(list(os.environ))", env={"MY": "1"}),
+    "environment_of_a_child": row("import os; os.system('/usr/bin/env -0 | tr \"\\\\0\" \"\\\\n\" | cut -d= -f1')",
+                                  env={"MY": "1"}, vague="(?m)^_$"),
+    "environment_of_an_executed_program": row("""
+        import os, sys
+        os.execv(sys.executable, [sys.executable, "-c", "import os; print(list(os.environ), os.environ['MY'])"])
+        """, env={"MY": "1"}),
+    "cookie": row("""
+        import os
+        cookie = os.environb[b"MINIFLOW_COOKIE"]
+        print(cookie.split(b"/")[1:], (b"\\0MINIFLOW_COOKIE=%s\\0" % cookie) in open("/proc/self/environ", "rb").read())
+        """),
+    "own_variables": row("""
+        import os
+        print(os.environ["MINIFLOW_TASK"], os.environ["MINIFLOW_ATTEMPT"], os.path.exists(os.environ["TMP_DIR"]))
+        """),
+    "time_zone": row("import time; print(time.tzname, time.timezone, time.localtime(0))", env={"TZ": "Asia/Tokyo"}),
+    "no_time_zone": row("import time; print(time.tzname, time.timezone, time.localtime(0))"),
+    "python_variables": row("import sys; print(sys.flags.optimize)", env={"PYTHONOPTIMIZE": "2"}, forked=False),
+    "locale": row("""
+        import locale
+        print(locale.setlocale(locale.LC_ALL), locale.getpreferredencoding(), locale.localeconv())
+        """),
+    "other_locale": row("import sys; print(sys.stdout.encoding)", env={"LC_ALL": "C"}, forked=False),
+}
+
+# How it ends.
+ENDS = {
+    **{f"exit_{n}": row(f"import sys; sys.exit({code})", expected) for n, (code, expected) in enumerate([
+        ("", 0), ("None", 0), ("0", 0), ("3", 3), ("255", 255), ("256", 0), ("257", 1), ("-1", 255), ("True", 1),
+        ("False", 0), ("''", 1), ("'ünïcode text'", 1), ("object", 1), ("(1, 2)", 1), ("2.5", 1), ("b'x'", 1),
+        ("2**31", None), ("2**63", None), ("-2**70", None), ("[]", 1), ("'\\udc80'", 1)])},
+    "raise_exit": row("raise SystemExit", 0),
+    "raise_exit_of_several": row("raise SystemExit(1, 2)", 1),
+    "raise_an_exit_of_ones_own": row("""
+        class Leave(SystemExit):
+            def __str__(self): return "leaving"
+        raise Leave(7)
+        """, 7),
+    "exit_whose_text_fails": row("""
+        class Bad:
+            def __str__(self): raise ValueError("no text")
+        raise SystemExit(Bad())
+        """, 1),
+    "exit_by_an_int_of_ones_own": row("""
+        class Code(int): pass
+        raise SystemExit(Code(4))
+        """, 4),
+    "exit_of_site": row("exit(6)", 6),
+    "quit_of_site": row("quit('bye')", 1),
+    "exit_within_finally": row("""
+        import sys
+        def f():
+            try: sys.exit(5)
+            finally: print("finally")
+        f()
+        """, 5),
+    "exit_at_once": row("import os; print('lost'); os._exit(9)", 9),
+    "an_exception": row("def f(x):\n    return 1 / x\n\nprint('before')\nf(\n  0)\n", 1),
+    "a_chained_exception": row("""
+        try:
+            try: {}["key"]
+            except KeyError as exc: raise ValueError("second\\nline") from exc
+        except ValueError:
+            raise RuntimeError("third")
+        """, 1),
+    "an_exception_from_none": row("try: 1/0\nexcept Exception: raise OSError(2, 'no', 'file') from None", 1),
+    "an_exception_with_notes": row("e = ValueError('x'); e.add_note('a note'); raise e", 1, since=(3, 11)),
+    "a_group": row("raise ExceptionGroup('g', [ValueError(1), TypeError(2)])", 1, since=(3, 11)),
+    "an_exception_with_a_text_of_its_own": row("""
+        class Mine(Exception):
+            def __str__(self): return "mine: %s" % (self.args,)
+        raise Mine(1)
+        """, 1),
+    "an_exception_without_text": row("""
+        class Mine(Exception):
+            def __str__(self): raise RuntimeError
+        raise Mine(1)
+        """, 1),
+    "an_exception_from_deep": row("def f(n): f(n - 1) if n else nil\nf(50)", 1),
+    "too_deep": row("def f(): f()\nf()", 1, vague=r"repeated \d+"),
+    "a_hint": row("import sys\nvalue = 1\nprint(valeu)", 1),
+    "a_hint_of_an_attribute": row("import json\njson.dmups", 1),
+    "a_missing_module": row("import no_such_module", 1),
+    "an_exception_in_a_library": row("import json\njson.loads('[')", 1),
+    "an_exception_in_a_helper": row("import helping\nhelping.f()", 1, beside={"helping.py": "def f():\n    1/0"}),
+    "an_exception_at_import": row("import failing", 1, beside={"failing.py": "1/0"}),
+    "a_syntax_error_in_a_helper": row("import wrong", 1, beside={"wrong.py": "x = = 1"}),
+    "an_exception_in_text": row("exec('x = 1\\n1/0')", 1),
+    "an_exception_in_code_of_text": row("exec(compile('1/0', 'text', 'exec'))", 1),
+    "a_syntax_error_in_code_of_text": row("eval('1 +')", 1),
+    "an_exception_without_traceback": row("import sys\nsys.tracebacklimit = 0\n1/0", 1),
+    "an_exception_with_another_traceback": row("""
+        def f():
+            try: 1/0
+            except Exception as exc: return exc
+        e = f()
+        raise e.with_traceback(None)
+        """, 1),
+    "a_system_error_text": row("assert 1 == 2, 'ünequal \\udc80'", 1),
+    "last_exception": row("""
+        import atexit, sys, traceback
+        def tell():
+            print(sys.last_type, sys.last_value, getattr(sys, "last_exc", 0))
+            traceback.print_tb(sys.last_traceback)
+            traceback.print_exception(sys.last_type, sys.last_value, sys.last_value.__traceback__)
+        atexit.register(tell)
+        1/0
+        """, 1),
+    "a_hook": row("""
+        import sys, traceback
+        def hook(kind, exc, trace):
+            print("hook", kind, exc, trace is exc.__traceback__)
+            traceback.print_tb(trace)
+            while trace: print(trace.tb_lineno, trace.tb_frame.f_code.co_name); trace = trace.tb_next
+        sys.excepthook = hook
+        def f(): 1/0
+        f()
+        """, 1),
+    "a_hook_that_passes_on": row("""
+        import sys
+        sys.excepthook = lambda *args: (print("hook", flush=True), sys.__excepthook__(*args))
+        1/0
+        """, 1),
+    "a_hook_that_fails": row("""
+        import sys
+        def hook(*args): raise ValueError("hook")
+        sys.excepthook = hook
+        1/0
+        """, 1),
+    "a_hook_that_exits": row("""
+        import sys
+        def hook(*args): sys.exit(5)
+        sys.excepthook = hook
+        1/0
+        """, 5),
+    "no_hook": row("import sys\ndel sys.excepthook\n1/0", 1),
+    "a_hook_that_is_none": row("import sys\nsys.excepthook = None\n1/0", 1),
+    "a_hook_and_an_exit": row("import sys\nsys.excepthook = print\nsys.exit(3)", 3),
+    "a_hook_and_an_interrupt": row("import sys\nsys.excepthook = lambda *a: print(a[0])\nraise KeyboardInterrupt", -2),
+    "an_interrupt": row("raise KeyboardInterrupt", -2),
+    "an_interrupt_of_its_own": row("class Mine(KeyboardInterrupt): pass\nraise Mine('x')", 1),
+    "interrupted": row("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)", -2),
+    "interrupted_and_caught": row("""
+        import os, signal, time
+        try: os.kill(os.getpid(), signal.SIGINT); time.sleep(30)
+        except KeyboardInterrupt: print("caught")
+        """),
+    "interrupted_with_atexit": row("""
+        import atexit, os, signal, time
+        atexit.register(print, "atexit")
+        os.kill(os.getpid(), signal.SIGINT); time.sleep(30)
+        """, -2),
+    **{f"killed_by_{name}": row(f"import os, signal, sys; print('out', flush=True); sys.stdout.write('lost')\n"
+                                f"os.kill(os.getpid(), signal.{name})", -getattr(signal, name))
+       for name in ("SIGTERM", "SIGKILL", "SIGSEGV", "SIGHUP", "SIGUSR1", "SIGALRM", "SIGXCPU")},
+    "aborted": row("import os; os.abort()", -6),
+    "a_handler": row("""
+        import os, signal
+        signal.signal(signal.SIGTERM, lambda number, frame: print(number, frame.f_lineno))
+        os.kill(os.getpid(), signal.SIGTERM)
+        """),
+    "a_broken_pipe": row("""
+        import os
+        reader, writer = os.pipe(); os.close(reader)
+        os.write(writer, b"x")
+        """, 1),
+    "atexit": row("""
+        import atexit
+        @atexit.register
+        def first(): print("first")
+        atexit.register(print, "second")
+        @atexit.register
+        def third(): atexit.register(print, "registered late"); 1/0
+        atexit.unregister(print); atexit.register(print, "last")
+        """, vague="0x[0-9a-f]+"),
+    "atexit_that_leaves": row("import atexit, os\natexit.register(os._exit, 7)\nprint('lost')", 7),
+    "atexit_that_exits": row("import atexit, sys\natexit.register(sys.exit, 7)\nprint('kept')"),
+    "atexit_after_a_failure": row("import atexit\natexit.register(print, 'atexit')\n1/0", 1),
+    "atexit_cleared": row("import atexit\natexit.register(print, 'never')\natexit._clear()"),
+    "atexit_that_imports": row("""
+        import atexit
+        @atexit.register
+        def end():
+            import decimal, json, sys
+            print(json.dumps([1]), decimal.Decimal(1), "json" in sys.modules, "os" in sys.modules)
+        """),
+    "del_of_globals": row("""
+        class Loud:
+            def __init__(self, name): self.name = name
+            def __del__(self): print("del", self.name)
+        a, b = Loud("a"), Loud("b")
+        _c = Loud("_c")
+        Loud.shared = Loud("of the class")
+        """),
+    "del_of_circles": row("""
+        class Loud:
+            def __init__(self, name): self.name, self.me = name, self
+            def __del__(self): print("del", self.name)
+        a = Loud("a")
+        Loud("b")
+        """),
+    "del_that_imports": row("""
+        class Loud:
+            def __del__(self):
+                import json, os, sys
+                print(json.dumps([1]), os.getpid() > 0, sys.modules.get("json") is J, json is J)
+        import json as J
+        x = Loud()
+        """, vague="0x[0-9a-f]+"),
+    "del_after_an_exit": row("""
+        import sys
+        class Loud:
+            def __del__(self): print("del")
+        x = Loud()
+        sys.exit(4)
+        """, 4),
+    "del_of_a_frame_that_exits": row("""
+        import sys
+        class Loud:
+            def __del__(self): print("del")
+        def f():
+            x = Loud()
+            sys.exit(4)
+        f()
+        """, 4),
+    "del_after_a_failure": row("""
+        class Loud:
+            def __del__(self): print("del")
+        def f():
+            x = Loud()
+            1/0
+        f()
+        """, 1),
+    "del_that_fails": row("class Loud:\n    def __del__(self): 1/0\nx = Loud()", vague="0x[0-9a-f]+"),
+    "del_in_a_library": row("""
+        import json, os, sys
+        class Loud:
+            def __init__(self, name): self.name = name
+            def __del__(self): print("del", self.name)
+        json.loud, os.environ.loud, sys.loud = Loud("json"), Loud("environ"), Loud("sys")
+        """),
+    "del_in_modules_of_its_own": row("""
+        import sys, types
+        class Loud:
+            def __init__(self, name): self.name = name
+            def __del__(self): print("del", self.name)
+        module = types.ModuleType("mine"); module.x = Loud("in a module")
+        sys.modules["mine"] = module
+        del module, Loud
+        """),
+    "finalize": row("""
+        import weakref
+        class Thing: pass
+        thing = Thing()
+        weakref.finalize(thing, print, "finalized")
+        """),
+    "unflushed_files": row("""
+        import builtins, json, keeping, os, sys
+        a = open("a", "w"); a.write("a")
+        keeping.file = open("b", "w"); keeping.file.write("b")
+        json.file = open("c", "w"); json.file.write("c")
+        class Thing: file = open("d", "w")
+        Thing.file.write("d")
+        def f(file=open("e", "w")): pass
+        f.__defaults__[0].write("e"); f.me = f
+        sys.file = open("f", "w"); sys.file.write("f")
+        builtins.file = open("g", "w"); builtins.file.write("g")
+        os.path.file = open("h", "wb"); os.path.file.write(b"h")
+        json.decoder.JSONDecoder.file = open("i", "w"); json.decoder.JSONDecoder.file.write("i")
+        """, cwd=True, beside={"keeping.py": ""}),
+    "unflushed_files_after_a_failure": row("a = open('a', 'w'); a.write('a')\ndef f():\n  b = open('b', 'w'); "
+                                           "b.write('b'); 1/0\nf()", 1, cwd=True),
+    "a_generator": row("""
+        def f():
+            try: yield 1
+            finally: print("finally")
+        g = f(); next(g)
+        import json
+        json.g = f(); next(json.g)
+        """),
+    "a_coroutine_that_nobody_awaits": row("async def f(): pass\nx = f()\nf()"),
+    "threads_that_go_on": row("""
+        import threading, time
+        def f(): time.sleep(0.05); print("thread", threading.main_thread().is_alive())
+        threading.Thread(target=f).start()
+        print("main")
+        """),
+    "threads_that_do_not": row("""
+        import threading, time
+        def f():
+            try: time.sleep(30)
+            finally: print("never")
+        threading.Thread(target=f, daemon=True).start()
+        """),
+    "a_thread_that_fails": row("import threading\nt = threading.Thread(target=lambda: 1/0); t.start(); t.join()"),
+    "a_thread_that_exits": row("import sys, threading\nthreading.Thread(target=sys.exit, args=(3,)).start()"),
+    "a_thread_with_a_hook": row("""
+        import threading
+        threading.excepthook = lambda args: print(args.exc_type, args.thread.name)
+        threading.Thread(target=lambda: 1/0, name="t").start()
+        """),
+    "a_thread_after_a_failure": row("""
+        import threading, time
+        threading.Thread(target=lambda: (time.sleep(0.05), print("thread"))).start()
+        1/0
+        """, 1),
+    "an_interrupt_while_threads_are_joined": row("""
+        import os, signal, threading, time
+        def f(): time.sleep(0.05); os.kill(os.getpid(), signal.SIGINT); time.sleep(0.05)
+        threading.Thread(target=f).start()
+        """, None),
+}
+
+# What it writes and reads, and the processes that it makes.
+DOES = {
+    "order_of_the_streams": row("""
+        import os, sys
+        print("1"); print("2", file=sys.stderr); print("3", flush=True); os.write(1, b"4\\n"); print("5")
+        sys.stderr.write("6"); os.system("echo 7")
+        """),
+    "much_output": row("import sys\nfor n in range(30000): print('line', n)\nsys.stderr.write('x' * 100000)"),
+    "binary_output": row("import sys; sys.stdout.buffer.write(bytes(range(256)))"),
+    "output_that_cannot_be_encoded": row("print('\\udc80')", None),
+    "stdout_closed": row("import sys\nprint(1); sys.stdout.close()"),
+    "stdout_closed_then_used": row("import sys\nsys.stdout.close()\nprint(1)", 1),
+    "stderr_closed": row("import sys\nsys.stderr.close()\n1/0", 1, vague="(address|refcount|type) +: .*"),
+    "no_stderr": row("import sys\nsys.stderr = None\n1/0", 1, vague="(address|refcount|type) +: .*"),
+    "no_stdout": row("import sys\nsys.stdout = None\nprint(1)"),
+    "stdout_deleted": row("import sys\ndel sys.stdout, sys.stderr\n1/0", 1,
+                          vague="(address|refcount|type) +: .*"),
+    "stdout_replaced": row("import io, sys\nsys.stdout = io.StringIO()\nprint(1)"),
+    "stdout_replaced_by_a_file": row("import sys\nsys.stdout = open('a', 'w')\nprint(1)", cwd=True),
+    "stdout_that_fails": row("""
+        import sys
+        class Out:
+            def write(self, text): return len(text)
+            def flush(self): raise OSError("no flush")
+        sys.stdout = Out()
+        """, None, vague="0x[0-9a-f]+"),
+    "fd_1_closed": row("import os\nprint(1); os.close(1)", 120),
+    "fds_closed": row("import os\nos.closerange(0, 9)\nprint(1)", 120),
+    "a_full_device": row("import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\nprint(1)", 120),
+    "a_full_device_and_an_exit": row("import os, sys\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\nprint(1)\n"
+                                     "sys.exit(3)", 120),
+    "a_full_device_and_a_failure": row("import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\nprint(1)\n1/0",
+                                       None),
+    "a_full_device_for_messages": row("import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n1/0", None),
+    "no_input": row("import sys; print(repr(sys.stdin.read()), sys.stdin.isatty(), sys.stdin.name)"),
+    "input_at_its_end": row("print('before')\ninput('prompt ')", 1),
+    "some_input": row("import os, sys; print(input('prompt ')); print(sys.stdin.readline()); print(os.read(0, 9))\n"
+                      "print(list(sys.stdin))", stdin="one\ntwo\nthree\n"),
+    "binary_input": row("import sys; print(sys.stdin.buffer.read(3), sys.stdin.buffer.read())", stdin="é\n\x01x"),
+    "input_of_a_child": row("import subprocess\nsubprocess.run('cat')", stdin="passed on\n"),
+    "stdin_closed": row("import sys\nsys.stdin.close()\nprint(sys.stdin.closed)\ninput()", 1),
+    "fork": row("""
+        import os
+        print("before")
+        pid = os.fork()
+        if pid: print(os.waitpid(pid, 0)[1])
+        print("parent" if pid else "child")
+        """),
+    "fork_with_atexit": row("""
+        import atexit, os, sys
+        atexit.register(lambda: print("atexit", "parent" if pid else "child"))
+        class Loud:
+            def __del__(self): print("del")
+        loud = Loud()
+        pid = os.fork()
+        if pid: print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        else: sys.exit(3)
+        """),
+    "fork_and_a_failure": row("""
+        import os, sys
+        sys.stderr.flush()
+        pid = os.fork()
+        if not pid: 1/0
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        """),
+    "fork_and_a_signal": row("""
+        import os
+        pid = os.fork()
+        if not pid: raise KeyboardInterrupt
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        """),
+    "fork_in_a_thread": row("""
+        import os, threading, warnings
+        warnings.simplefilter("ignore")
+        def f():
+            pid = os.fork()
+            if not pid: print("child", threading.main_thread() is threading.current_thread()); os._exit(0)
+            os.waitpid(pid, 0)
+        thread = threading.Thread(target=f); thread.start(); thread.join()
+        """),
+    "subprocess": row("""
+        import subprocess, sys
+        print(subprocess.run([sys.executable, "-c", "import sys; print(sys.argv, sys.path[0], input())", "x"],
+                             input="in\\n", stdout=subprocess.PIPE, encoding="utf-8"))
+        subprocess.run("echo to the log; exit 3", shell=True, check=True)
+        """, 1),
+    "ignored_signals_of_a_child": row("import os; os.system('grep -E ^Sig[BPC].*: /proc/self/status')"),
+    "itself_again": row("import os, sys\nif len(sys.argv) < 3: os.execv(sys.executable, [sys.executable, *sys.argv, "
+                        "'again'])\nprint(sys.argv[1:])", args=["x"]),
+    **{f"multiprocessing_{method}": row(f"""
+        import multiprocessing, os, sys
+        class Thing:
+            def __init__(self, n): self.n = n
+        def work(thing):
+            return __name__, Thing(thing.n + 1), multiprocessing.current_process().name[:5]
+        def fail(): raise ValueError("in a child")
+        if __name__ == "__main__":
+            context = multiprocessing.get_context({method!r})
+            with context.Pool(1) as pool:
+                for name, thing, process in pool.map(work, [Thing(1), Thing(2)]): print(name, thing.n, process)
+            child = context.Process(target=sys.exit, args=(5,)); child.start(); child.join()
+            print(child.exitcode, multiprocessing.parent_process())
+        """) for method in ("fork", "spawn", "forkserver")},
+    "multiprocessing_that_fails": row("""
+        import multiprocessing
+        def fail(): raise ValueError("in a child")
+        if __name__ == "__main__":
+            child = multiprocessing.get_context("fork").Process(target=fail); child.start(); child.join()
+            queue = multiprocessing.SimpleQueue(); queue.put(child.exitcode); print(queue.get())
+        """),
+    "pools": row("""
+        import concurrent.futures, multiprocessing
+        def square(n): return n * n
+        if __name__ == "__main__":
+            with concurrent.futures.ThreadPoolExecutor() as pool: print(list(pool.map(square, range(4))))
+            context = multiprocessing.get_context("fork")
+            with concurrent.futures.ProcessPoolExecutor(1, context) as pool: print(list(pool.map(square, range(4))))
+            concurrent.futures.ThreadPoolExecutor(1).submit(print, "not waited for")
+        """),
+}
+
+# Its text, and what it imports.
+IMPORTS = {
+    "source": row("""
+        import inspect, linecache, sys
+        def f(x):
+            'doc'
+            return x                           # and a comment
+        class C: pass
+        print(inspect.getsource(f), inspect.getfile(f), inspect.getsourcelines(f)[1], inspect.getmodule(f))
+        print(inspect.getfile(sys.modules["__main__"]), linecache.getline(__file__, 1), f.__code__.co_filename)
+        print(inspect.currentframe().f_lineno, inspect.currentframe().f_globals is globals())
+        """),
+    "deletes_itself": row("import os\nos.unlink(__file__)\nprint(__file__)\ndef f(): 1/0\nf()", 1),
+    "syntax_error": row("print('never')\nx = = 1\n", 1),
+    "indentation": row("if 1:\n    x = 1\n  y = 2\n", 1),
+    "tabs": row("if 1:\n\tx = 1\n        y = 2\n", 1),
+    "old_print": row("print 'x'", 1),
+    "unclosed": row("print(", 1),
+    "return_outside": row("return 1", 1),
+    "syntax_warning": row("x = 1 is 1\nprint(x)"),
+    "invalid_escape": row("print('\\d')"),
+    "empty": row(""),
+    "comment_alone": row("# nothing"),
+    "no_newline_at_the_end": row("print(1)\n# end"),
+    "windows_lines": row(b"print(1)\r\nprint('''a\r\nb''')\r\n1/0\r\n", 1),
+    "form_feed": row("\x0cprint(1)\n"),
+    "shebang": row("#!/usr/bin/env python3\nprint(1)"),
+    "bom": row(b"\xef\xbb\xbfprint('\xc3\xa9')\n1/0", 1),
+    "bom_and_another_cookie": row(b"\xef\xbb\xbf# coding: latin-1\nprint(1)", 1),
+    "latin_1": row(b"# coding: latin-1\nx = '\xe9'\nprint(ascii(x)); raise ValueError('\xe9') # \xe9\n", 1),
+    "unknown_encoding": row(b"# coding: no-such\nprint(1)", 1),
+    "bad_utf_8": row(b"print('before')\nx = '\xe9'\n", 1),
+    "a_nul": row(b"print(1)\0\nprint(2)", None),
+    "a_nul_in_a_text": row(b"x = '\0'", None),
+    "binary": row(bytes(range(256)), 1),
+    "a_future": row("from __future__ import annotations\ndef f(x: no_such): pass\nprint(f.__annotations__)"),
+    "no_future_of_the_template": row("def f(x: int): pass\nprint(f.__annotations__, f.__code__.co_flags)"),
+    "helpers": row("""
+        import helper_a, package_a.inner, helper_a as again
+        from package_a import *
+        print(helper_a.__file__, package_a.inner.__name__, again is helper_a)
+        """, beside={"helper_a.py": "import sys; print(__name__, sys.argv)", "package_a/__init__.py": "",
+                     "package_a/inner.py": "from . import __path__; print(len(__path__))"}),
+    "relative_import": row("from . import x", 1),
+    "resources": row("""
+        import importlib.resources
+        print(importlib.resources.files("with_data").joinpath("data.txt").read_text())
+        """, beside={"with_data/__init__.py": "", "with_data/data.txt": "some data"}),
+    **{f"hidden_{name}": row(f"import {name}; print({name}.__file__)\nimport logging, email.utils", 0,
+                             beside={f"{name}.py": f"print('mine'); from {other} import *"},
+                             at=f"in_{name}/main.py")
+       for name, other in (("decimal", "_pydecimal"), ("heapq", "_heapq"), ("linecache", "traceback"))},
+    "hidden_json": row("import json; print(json.mine)", beside={"json.py": "mine = 1"},
+                       at="in_json/main.py"),
+    "hidden_re": row("import re; print(re.__file__)", beside={"re/__init__.py": "mine = 1"},
+                     at="in_re/main.py"),
+    "hidden_datetime": row("import datetime", 1, beside={"datetime.py": "1/0"},
+                           at="in_datetime/main.py"),
+    "not_hidden_json": row("import json; print(json.__file__)", beside={"json/data.txt": ""},
+                           at="in_none/main.py"),
+    "hidden_os": row("import os; print(os.__file__)", beside={"os.py": "1/0"}, at="in_os/main.py"),
+    "reload": row("import importlib, json, os; print(importlib.reload(json) is json, importlib.reload(os) is os)"),
+    "itself_as_a_module": row("import sys, os\nif __name__ == '__main__':\n  import itself_as_a_module\n"
+                              "print(__name__)", at="itself_as_a_module.py"),
+    "run_path": row("import runpy; print(runpy.run_path(__file__.replace('run_path', 'empty')).keys())"),
+    "pickle": row("""
+        import collections, dataclasses, enum, pickle
+        @dataclasses.dataclass
+        class Thing: n: int
+        class Colour(enum.Enum): RED = 1
+        Pair = collections.namedtuple("Pair", "a b")
+        print(pickle.loads(pickle.dumps([Thing(1), Colour.RED, Pair(1, 2)])), Thing.__module__, Pair.__module__)
+        print(pickle.dumps(Thing(1)))
+        """),
+    "warnings": row("""
+        import warnings
+        print(warnings.filters)
+        def old(): warnings.warn("old", DeprecationWarning)
+        for _ in range(2): old()
+        warnings.warn("mine"); warnings.warn("pending", PendingDeprecationWarning)
+        warnings.warn("above", DeprecationWarning, stacklevel=2)
+        import warning_helper
+        """, beside={"warning_helper.py": "import warnings; warnings.warn('hidden', DeprecationWarning)\n"
+                                          "warnings.warn('of the importer', DeprecationWarning, stacklevel=2)"}),
+    "warnings_above": row("import warnings; warnings.warn('above', stacklevel=2); warnings.warn('x', stacklevel=9)"),
+    "warnings_as_errors": row("import warnings\nwarnings.simplefilter('error')\nwarnings.warn('x')", 1),
+    "resource_warning": row("import warnings\nwarnings.simplefilter('always')\nopen('/dev/null')"),
+    "logging": row("""
+        import logging
+        logging.basicConfig(level="INFO", format="%(levelname)s %(module)s %(lineno)d %(funcName)s %(message)s")
+        logging.info("told"); logging.getLogger("x").warning("too")
+        try: 1/0
+        except Exception: logging.exception("failed")
+        handler = logging.FileHandler("a.log"); logging.getLogger().addHandler(handler); logging.error("kept")
+        """, cwd=True),
+    "memory_handler": row("""
+        import logging.handlers
+        target = logging.StreamHandler()
+        handler = logging.handlers.MemoryHandler(100, target=target)
+        logging.getLogger().addHandler(handler); logging.error("at the end")
+        """),
+    "asyncio": row("""
+        import asyncio, signal, sys
+        async def main():
+            process = await asyncio.create_subprocess_exec(sys.executable, "-c", "print(1)", stdout=-1)
+            print(await process.communicate(), process.returncode)
+            print(await asyncio.gather(asyncio.sleep(0.01, "a"), asyncio.to_thread(str, 5)))
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, print, "signal")
+            signal.raise_signal(signal.SIGUSR1); await asyncio.sleep(0)
+        asyncio.run(main())
+        async def fail(): 1/0
+        asyncio.run(fail())
+        """, 1),
+    "sqlite": row("""
+        import sqlite3
+        with sqlite3.connect("a.db") as db: db.execute("create table t (x)"); db.execute("insert into t values (1)")
+        print(db.execute("select * from t").fetchall())
+        """, cwd=True),
+    "decimal": row("import decimal; print(decimal.getcontext(), decimal.Decimal(1) / 3)"),
+    "argparse": row("import argparse; argparse.ArgumentParser().parse_args()", 2, args=["--no-such"]),
+    "unittest": row("""
+        import unittest
+        class T(unittest.TestCase):
+            def test(self): self.assertEqual(1, 2)
+        unittest.main()
+        """, 1, vague="[0-9.]+s"),
+    "doctest": row("'''\n>>> 1 + 1\n3\n'''\nimport doctest; print(doctest.testmod())"),
+    "tempfile": row("""
+        import os, tempfile
+        with tempfile.NamedTemporaryFile() as file: print(os.path.exists(file.name), tempfile.gettempdir())
+        kept = tempfile.TemporaryDirectory(); open(kept.name + "/x", "w").close()
+        """, vague=r"/tmp\w{8}'|id='\w+"),
+    "uuid": row("import uuid; print(uuid.uuid1().version, uuid.uuid4().version, uuid.uuid3(uuid.NAMESPACE_DNS, 'x'))"),
+    "ctypes": row("import ctypes; print(ctypes.CDLL(None).getpid() == __import__('os').getpid())"),
+    "sockets": row("import socket; print(socket.getdefaulttimeout(), socket.socketpair())", vague=r"fd=\d+"),
+    "profile": row("import cProfile; cProfile.run('sum([1])')", vague=r"[0-9.]+"),
+    "faulthandler": row("import faulthandler, os; faulthandler.enable(); print(faulthandler.is_enabled())"),
+    "frames": row("import sys; print(sys._getframe().f_lineno, sys._getframe().f_code.co_name)"),
+    "modules_that_are_let_go": row("""
+        import collections, datetime, functools, json, re, select, socket, sys
+        class Loud:
+            def __del__(self):
+                print(re.sub("a", "b", "a"), json.dumps({"x": 1}), datetime.date(2020, 1, 2), sys.path is not None)
+                print(re.compile("[x-z]+").findall("axyz"), socket.AF_UNIX, functools.reduce(max, [1, 2]))
+        loud = Loud(); loud.me = loud
+        """),
+    "modules_cleared": row("import json, sys\njson.file = open('a', 'w'); json.file.write('a')\nprint(1)\n"
+                           "sys.modules.clear()", cwd=True),
+    "builtins_replaced": row("import builtins\nprint(1)\nbuiltins.any = builtins.list = builtins.getattr = None"),
+    "a_library_module_replaced": row("import json, sys, types\nsys.modules['json'] = types.ModuleType('json')\n"
+                                     "import json as other; print(other is json, json.dumps([1]))"),
+    "working_directory_changed": row("import os; os.chdir('/'); import chdir_helper",
+                                     beside={"chdir_helper.py": "import os; print(os.getcwd(), __file__)"}),
+    "exit_in_del": row("import sys\nclass Loud:\n    def __del__(self): sys.exit(5)\nx = Loud(); del x\n"
+                       "y = Loud()", vague="0x[0-9a-f]+"),
+    "collector_that_keeps_all": row("import gc; gc.set_debug(gc.DEBUG_SAVEALL); gc.disable(); gc.unfreeze()\n"
+                                    "class Loud:\n    def __del__(self): print('del')\nx = Loud(); x.me = x; del x"),
+    "lru_cache": row("""
+        import functools
+        class Loud:
+            def __del__(self): print("del")
+        @functools.lru_cache(None)
+        def f(): return Loud()
+        f()
+        """),
+    "thread_local": row("""
+        import contextvars, threading
+        class Loud:
+            def __init__(self, name): self.name = name
+            def __del__(self): print("del", self.name)
+        local = threading.local(); local.x = Loud("local")
+        var = contextvars.ContextVar("v"); var.set(Loud("var"))
+        """),
+    "zip": row(zipped(__main__="import zipped_helper; print(__name__, __file__)", zipped_helper="print(1)")),
+}
+
+
+@unittest.skipUnless(LINUX, "scripts are forked on Linux alone")
+class T19TemplateInterpreter(unittest.TestCase):
+
+    #: The environment of all, which has something that no flow can set.
+    ENV = {**{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+           "ODD": "\udcff =\n", "EMPTY": ""}
+
+    def path_of(self, name, row):
+        """Return where a script lies; no other imports it by mistake."""
+        return row["at"] or f"{name}-script.py"
+
+    def lay_out(self, project, rows):
+        """Write the scripts, as they are before one of them runs."""
+        for name, row in rows.items():
+            project.write(f"tasks/{row['link'] or self.path_of(name, row)}", row["text"])
+            if row["link"] and not os.path.islink(project.at("tasks", self.path_of(name, row))):
+                os.symlink(row["link"], project.at("tasks", self.path_of(name, row)))
+            for helper, text in row["beside"].items():
+                project.write(os.path.join("tasks", os.path.dirname(row["at"] or ""), helper), text)
+
+    def by_hand(self, project, name, row):
+        """Run a script as a user would: its exit code and its output."""
+        env = {**self.ENV, **row["env"], "MINIFLOW_PARAM_WAY": "hand", "MINIFLOW_COOKIE": f"token/{name}/1"}
+        for variable, value in (("RUN_ID", "hand"), ("FLOW", "f"), ("TASK", name), ("ATTEMPT", "1"),
+                                ("CONTEXT", "none"), ("OUTPUT", "none")):
+            env["MINIFLOW_" + variable] = value
+        env.update(GITHUB_OUTPUT="none", TMP_DIR=project.path)
+        script = project.at("tasks", self.path_of(name, row))
+        def append(path, flags):
+            return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+        with tempfile.TemporaryFile() as source, open(os.devnull, "rb") as null, open(
+                project.at("hand." + name), "ab", opener=append) as log:
+            source.write(os.fsencode(row["stdin"] or ""))
+            source.seek(0)
+            process = subprocess.Popen(
+                [sys.executable, script, *row["args"]], env=env, start_new_session=True, stdout=log, stderr=log,
+                stdin=source if row["stdin"] else null,
+                cwd=project.at("hand", name) if row["cwd"] else project.path)
+            code = process.wait(timeout=60)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            return code, mf.read_file(log.name)
+
+    def files(self, folder):
+        """Return the content of all files of a directory."""
+        found = {}
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            with open(os.path.join(folder, name), "rb") as file:
+                found[name] = file.read()
+        return found
+
+    def flow(self, rows):
+        """Return a flow with a task for each script."""
+        def fields(name, row):
+            found = {"script": self.path_of(name, row), "args": row["args"], "env": row["env"]}
+            if row["stdin"]:
+                found["stdin"] = row["stdin"]
+            return {**found, "cwd": f"${{{{ params.way }}}}/{name}"} if row["cwd"] else found
+
+        return json.dumps(flow_json(*[task(name, **fields(name, row)) for name, row in rows.items()],
+                                    params={"way": "hand"}))
+
+    def check(self, rows, *ways):
+        """Run scripts by hand, forked, and maybe started anew; all has to be the same."""
+        from concurrent.futures import ThreadPoolExecutor
+        rows = {name: row for name, row in rows.items() if sys.version_info >= row["since"]}
+        with Project({"f": self.flow(rows)}) as project:
+            for way in ("hand", *ways):
+                for name in rows:
+                    os.makedirs(project.at(way, name))
+            self.lay_out(project, rows)
+            with ThreadPoolExecutor(4) as pool:
+                by_hand = dict(zip(rows, pool.map(lambda name: self.by_hand(project, name, rows[name]), rows)))
+            for way in ways:
+                self.lay_out(project, rows)
+                done = project.cli("run", "f", "--run-id", way, "--param", f"way={way}", "--output", "quiet", "-j", "3",
+                                   *(["--no-fork"] if way == "none" else []), env=self.ENV)
+                self.assertFalse(done.stderr.startswith("error"), done.stderr)
+                tasks = project.state(way)["tasks"]
+                for name, row in rows.items():
+                    with self.subTest(name, way=way):
+                        self.compare(project, name, row, way, tasks[name], by_hand[name])
+
+    def compare(self, project, name, row, way, state, by_hand):
+        """Hold what a task did against what its script did by hand."""
+        def clear(output):
+            output = output.decode("utf-8", "backslashreplace")
+            return re.sub(row["vague"], "*", output) if row["vague"] else output
+
+        code, output = by_hand
+        if row["code"] is not None:
+            self.assertEqual(code, row["code"], output)
+        self.assertEqual(clear(project.log(way, name)), clear(output))
+        self.assertEqual(state["reason"], mf.describe_exit(code)[0] if code else None)
+        self.assertEqual(self.files(project.at(way, name)), self.files(project.at("hand", name)))
+        attempt, = state["attempts"]
+        self.assertIs(attempt.get("forked", False), way == "fork" and row["forked"])
+
+    def test_a_script_finds_what_it_would_find_by_hand(self):
+        self.check(FOUND, "fork", "none")
+
+    def test_a_script_ends_as_it_would_by_hand(self):
+        self.check(ENDS, "fork")
+
+    def test_a_script_does_what_it_would_do_by_hand(self):
+        self.check(DOES, "fork", "none")
+
+    def test_a_script_is_compiled_and_imports_as_by_hand(self):
+        self.check(IMPORTS, "fork")
+
+    def several(self, text, count=6, first="", scripts=None, **fields):
+        """Return a Project whose tasks t0, t1, … run one script, t0 another one if told so."""
+        tasks = [task(f"t{n}", script="first.py" if first and not n else "s.py", args=[str(n)]) for n in range(count)]
+        return one(*tasks, scripts={"s.py": text, "first.py": first, **(scripts or {})}, **fields)
+
+    def forked(self, project, run_id="r"):
+        """Return which attempts of a run were forked, in the order of the tasks."""
+        return [attempt.get("forked", False) for state in project.state(run_id)["tasks"].values()
+                for attempt in state["attempts"] if state["log"]]
+
+    def run_cli(self, project, *args, code=0, **options):
+        """Run the flow f as run r, in a process of its own if there are options; return what it wrote to stderr."""
+        if options:
+            done = project.cli("run", "f", "--run-id", "r", *args, **options)
+            returned, said = done.returncode, done.stderr
+        else:
+            returned, _, said = project.main("run", "f", "--run-id", "r", *args)
+        self.assertEqual(returned, code, said)
+        return said
+
+    def template_of(self, engine):
+        """Return the process of an engine's template."""
+        return [pid for pid in children(engine) if b"(template of miniflow)" in mf.read_file(f"/proc/{pid}/cmdline")]
+
+    COUNTED = "import os\nfd = os.open('imports', os.O_WRONLY | os.O_CREAT | os.O_APPEND)\nos.write(fd, b'imported\\n')"
+
+    def test_what_is_preloaded_is_imported_once_for_all_scripts(self):
+        for args, count in (([], 1), (["--no-fork"], 6)):
+            with self.subTest(args), self.several(
+                    "import counted; print(counted.__file__)", preload=["counted", "json"],
+                    scripts={"counted.py": self.COUNTED}) as project:
+                self.run_cli(project, *args)
+                self.assertEqual(project.lines("imports"), ["imported"] * count)
+                self.assertEqual({project.log("r", f"t{n}") for n in range(6)},
+                                 {os.fsencode(project.at("tasks/counted.py")) + b"\n"})
+                self.assertEqual(self.forked(project), [not args] * 6)
+
+    def test_three_scripts_are_enough_for_a_template_where_something_is_preloaded(self):
+        for count, preload, forked in ((2, ["json"], False), (3, ["json"], True), (5, [], False), (6, [], True)):
+            with self.subTest(count=count), self.several("", count, preload=preload) as project:
+                self.run_cli(project)
+                self.assertEqual(self.forked(project), [forked] * count)
+
+    def test_where_a_module_cannot_be_preloaded_a_note_says_so_once_and_scripts_run_anew(self):
+        thread = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
+        for text, part in (
+                (None, "ModuleNotFoundError: No module named 'broken'"), ("1/0", "ZeroDivisionError: division by zero"),
+                (thread, "something that was imported has started threads or tracing"),
+                ("import sys; sys.settrace(print)", "threads or tracing"), ("import sys; sys.exit(3)", "exit 3"),
+                ("import os; os._exit(0)", "exit 0"), ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
+                ("x = = 1", "SyntaxError: invalid syntax"), ("import os; os.closerange(3, 99)", "")):
+            with self.subTest(text), self.several("print('done')", 3, preload=["broken"],
+                                                  scripts={"broken.py": text} if text else {}) as project:
+                said = self.run_cli(project)
+                self.assertEqual(said.count("scripts are started without a template of "), 1, said)
+                self.assertIn(part, said)
+                self.assertEqual(self.forked(project), [False] * 3)
+                self.assertEqual({project.log("r", f"t{n}") for n in range(3)}, {b"done\n"})
+
+    def test_site_packages_that_start_threads_are_noted_and_scripts_run_anew(self):
+        with self.several("print('done')") as project:
+            project.write("site/sitecustomize.py", "import threading\nthreading.Thread("
+                                                   "target=threading.Event().wait, daemon=True).start()\n")
+            said = self.run_cli(project, env={**os.environ, "PYTHONPATH": project.at("site")})
+            self.assertIn("has started threads or tracing", said)
+            self.assertEqual(self.forked(project), [False] * 6)
+
+    def test_what_a_preloaded_module_prints_is_in_nobodys_log(self):
+        with self.several("print('mine')", preload=["loud"], scripts={
+                "loud.py": "import atexit\nprint('loud')\natexit.register(print, 'at the end of each')"}) as project:
+            self.run_cli(project)
+            self.assertEqual({project.log("r", f"t{n}") for n in range(6)}, {b"mine\nat the end of each\n"})
+
+    def test_scripts_draw_different_random_numbers_where_the_module_is_preloaded(self):
+        with self.several("import random, uuid, tempfile; print(random.random(), uuid.uuid4(), tempfile.mktemp())",
+                          preload=["random", "uuid", "tempfile"]) as project:
+            self.run_cli(project)
+            drawn = [project.log("r", f"t{n}").split() for n in range(6)]
+            self.assertEqual([len(set(column)) for column in zip(*drawn)], [6, 6, 6])
+
+    def test_variables_that_python_reads_when_it_starts_keep_a_script_from_being_forked(self):
+        names = ["PYTHONUTF8", "PYTHONX", "LD_LIBRARY_PATH", "LC_TIME", "LANG", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES",
+                 "HOME", "COVERAGE_RCFILE"]
+        tasks = [*[task(name, script="s.py", env={name: "1"}) for name in names],
+                 *[task(f"t{n}", script="s.py", env={"OTHER": "1", "TZ": "UTC", "PATH": "/bin"}) for n in range(6)]]
+        with one(*tasks, scripts={"s.py": ""}) as project:
+            self.run_cli(project)
+            self.assertEqual(self.forked(project), [False] * len(names) + [True] * 6)
+        with self.several("", env={"PYTHONHASHSEED": "1"}) as project:
+            self.run_cli(project)
+            self.assertEqual(self.forked(project), [False] * 6)
+
+    def test_arguments_that_are_too_long_for_a_request_arrive(self):
+        lengths = [10, 9_000, 90_000, 100_000, 131_000, 50]
+        with one(*[task(f"t{n}", script="s.py", args=["x" * length, "é"]) for n, length in enumerate(lengths)],
+                 scripts={"s.py": "import sys; print(len(sys.argv[1]), sys.argv[2])"}) as project:
+            self.run_cli(project)
+            self.assertEqual(self.forked(project), [True, True, True, False, False, True])
+            self.assertEqual([project.log("r", f"t{n}").decode() for n in range(6)],
+                             [f"{length} é\n" for length in lengths])
+
+    def test_forking_can_be_switched_off_and_show_tells_how_a_process_began(self):
+        for args, value, forked in (([], "", True), ([], "0", True), ([], "1", False), (["--no-fork"], "", False)):
+            with self.subTest(args, value=value), self.several("") as project:
+                self.run_cli(project, *args, env={**os.environ, "MINIFLOW_NO_FORK": value})
+                self.assertEqual(self.forked(project), [forked] * 6)
+                shown = project.main("show", "r")[1]
+                self.assertEqual((shown.count("forked\n"), shown.count("started\n")), (6, 0) if forked else (0, 6))
+
+    KILL_IT = """
+        import os, signal, time
+        while '"pid":%%d' %% os.getpid() not in open("miniflow_output/runs/r.jsonl").read().replace(" ", ""):
+            time.sleep(0.01)                   # until the engine has heard of us
+        with open(f"/proc/{os.getppid()}/cmdline") as file:
+            assert "(template of miniflow)" in file.read()
+        os.kill(os.getppid(), signal.SIG%s)
+        """
+
+    def test_a_template_that_is_killed_costs_the_exit_code_of_what_runs_and_no_more(self):
+        wait = "while os.getppid() == parent: time.sleep(0.01)\nopen('went on', 'w').close()"
+        first = "import os\nparent = os.getppid()" + textwrap.dedent(self.KILL_IT % "KILL") + wait
+        with self.several("print('done')", first=first, max_parallel=1) as project:
+            said = self.run_cli(project, code=1)
+            self.assertEqual(said.count("scripts are started without a template of "), 1, said)
+            self.assertIn("killed by signal 9", said)
+            states = list(project.state("r")["tasks"].values())
+            self.assertEqual([state["status"] for state in states], ["failed"] + ["success"] * 5)
+            self.assertIn("exit code lost", states[0]["reason"])
+            self.assertTrue(os.path.exists(project.at("went on")))
+            self.assertEqual(self.forked(project), [True] + [False] * 5)
+
+    def test_a_template_that_is_killed_while_many_are_asked_for_loses_none_of_them(self):
+        """What it had been asked for and had not told of runs all the same, once."""
+        with self.several("import os; os.write(os.open('ran', os.O_WRONLY | os.O_APPEND | os.O_CREAT), b'x')", 40,
+                          first=self.KILL_IT % "KILL", max_parallel=20) as project:
+            self.run_cli(project, code=1)
+            states = project.state("r")["tasks"]
+            lost = [name for name, state in states.items() if state["status"] == "failed"]
+            self.assertEqual({states[name]["reason"].split(":")[0] for name in lost}, {"exit code lost"})
+            self.assertGreaterEqual(len(project.read("ran")), 39 - len(lost))
+            self.assertLessEqual(len(project.read("ran")), 39)
+
+    def test_a_template_that_hangs_is_given_up(self):
+        saved = mf.ANSWER_S
+        self.addCleanup(setattr, mf, "ANSWER_S", saved)
+        mf.ANSWER_S = 4.0                      # no start takes so long
+        stop = 'kill -STOP $(cat template)'
+        first = "import os\nopen('template', 'w').write(str(os.getppid()))" + textwrap.dedent(self.KILL_IT % "CONT")
+        with one(task("first", script="first.py"), task("stop", "first", command=stop),
+                 *[task(f"t{n}", "stop", script="s.py") for n in range(5)],
+                 scripts={"s.py": "print('done')", "first.py": first}) as project:
+            code, _, said = project.main("run", "f", "--run-id", "r")
+            self.assertEqual(code, 0, said)
+            self.assertEqual(said.count("scripts are started without a template of "), 1, said)
+            self.assertEqual(self.forked(project), [True] + [False] * 6)
+            self.assertFalse(alive(int(project.read("template"))))
+
+    def test_an_interpreter_that_is_no_python_is_run_as_it_is(self):
+        for program, output in (("/bin/echo", None), ("/bin/true", b""), ("/bin/cat", b"print('done')")):
+            tasks = [task(f"t{n}", script="s.py", python=program) for n in range(6)]
+            with self.subTest(program), one(*tasks, scripts={"s.py": "print('done')"}) as project:
+                said = self.run_cli(project)
+                self.assertIn(f"scripts are started without a template of {program}: ", said)
+                self.assertEqual({project.log("r", f"t{n}") for n in range(6)},
+                                 {os.fsencode(project.at("tasks/s.py")) + b"\n" if output is None else output})
+        with one(*[task(f"t{n}", script="s.py", python="/no/such/python") for n in range(6)],
+                 scripts={"s.py": ""}) as project:
+            self.run_cli(project, code=1)
+            self.assertIn("cannot start: ", project.state("r")["tasks"]["t0"]["reason"])
+
+    def test_each_interpreter_has_a_template_of_its_own_unless_it_is_a_script(self):
+        text = "import sys; print(sys.flags, sys.executable, sys.prefix, getattr(sys, 'orig_argv', 0), sys.warnoptions)"
+        pythons = {"t": sys.executable, "link": "./bin/python", "script": "bin/wrapper", "named": "python-of-mine"}
+        tasks = [task(f"{name}{n}", script="s.py", python=python) for name, python in pythons.items() for n in range(6)]
+        with one(*tasks, scripts={"s.py": text}) as project:
+            project.write("bin/wrapper", f'#!/bin/sh\nexport WRAPPED=1\nexec {sys.executable} -X dev -W error "$@"\n')
+            os.chmod(project.at("bin/wrapper"), 0o755)
+            for name in "python", "python-of-mine":
+                os.symlink(os.path.realpath(sys.executable), project.at("bin", name))
+            env = {**os.environ, "PATH": project.at("bin") + ":" + os.environ["PATH"]}
+            self.run_cli(project, env=env)
+            self.assertEqual(self.forked(project), [True] * 12 + [False] * 6 + [True] * 6)
+            for name, python in pythons.items():
+                python = os.path.normpath(project.at(python)) if python[1:4] == "/bi" or name == "script" else python
+                python = project.at("./bin/python") if name == "link" else python
+                by_hand = subprocess.check_output([python, project.at("tasks/s.py")], env=env)
+                self.assertEqual({project.log("r", f"{name}{n}") for n in range(6)}, {by_hand})
+
+    def test_what_a_template_has_no_means_for_is_made_later(self):
+        """A preloaded module stands for a system that can't fork, or has no room for files, now and then."""
+        fork = """
+            import errno, os
+            real, calls = os.fork, []
+            def fork():
+                calls.append(0)
+                if len(calls) % 3 == 2: raise BlockingIOError(errno.EAGAIN, "no")
+                return real()
+            os.fork = fork
+            """
+        files = """
+            import os, socket
+            real, calls = socket.recv_fds, []
+            def recv_fds(*args):
+                text, fds, flags, address = real(*args)
+                calls.append(0)
+                if text and len(calls) % 3 == 2:
+                    os.close(fds.pop())
+                    flags |= socket.MSG_CTRUNC
+                return text, fds, flags, address
+            socket.recv_fds = recv_fds
+            """
+        for text, why in ((fork, "Resource temporarily unavailable"), (files, "Too many open files")):
+            with self.subTest(why), self.several("print('done')", preload=["failing"], max_parallel=3,
+                                                 scripts={"failing.py": text}) as project:
+                said = self.run_cli(project)
+                self.assertIn(why, said)
+                self.assertEqual({project.log("r", f"t{n}") for n in range(6)}, {b"done\n"})
+                self.assertEqual(self.forked(project), [True] * 6)
+
+    def test_few_open_files_are_enough_for_many_scripts(self):
+        """One that the engine has itself lies above the limit."""
+        with self.several("print('done')", 60, max_parallel=50) as project, open(os.devnull) as null:
+            high = os.dup2(null.fileno(), 200)
+            done = subprocess.run(["/bin/sh", "-c", 'ulimit -n 24; exec "$@"', "sh", sys.executable, ENGINE, "run", "f",
+                                   "--run-id", "r"], cwd=project.path, pass_fds=[high],
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            os.close(high)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(self.forked(project), [True] * 60)
+            self.assertEqual({project.log("r", f"t{n}") for n in range(60)}, {b"done\n"})
+
+    def test_a_python_path_that_hides_the_library_or_is_relative_is_seen_as_by_hand(self):
+        env = {**os.environ, "PYTHONPATH": "mine"}
+        with self.several("import datetime; print(datetime.__file__)") as project:
+            project.write("mine/datetime.py", "from _datetime import *")
+            said = self.run_cli(project, env=env)
+            self.assertIn("mine/datetime.py hides a module of Python", said)
+            self.assertEqual({project.log("r", f"t{n}") for n in range(6)},
+                             {os.fsencode(project.at("mine/datetime.py")) + b"\n"})
+        tasks = [task(f"t{n}", script="s.py", **({"cwd": "sub"} if n % 2 else {})) for n in range(6)]
+        with one(*tasks, scripts={"s.py": "import which; print(which.__file__)"}) as project:
+            project.write("mine/which.py", "")
+            project.write("sub/mine/which.py", "")
+            self.run_cli(project, env=env)
+            self.assertEqual(self.forked(project), [True, False] * 3)
+            self.assertEqual([project.log("r", f"t{n}").decode() for n in range(6)],
+                             [project.at("mine/which.py") + "\n", project.at("sub/mine/which.py") + "\n"] * 3)
+
+    def test_a_forked_script_is_ended_by_its_timeout(self):
+        wait = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
+        tasks = [*[task(f"t{n}", script="s.py") for n in range(5)],
+                 task("slow", "t0", script="first.py", timeout_s=1, grace_s=0.1)]
+        with one(*tasks, scripts={"s.py": "", "first.py": wait}) as project:
+            self.run_cli(project, code=1)
+            self.assertEqual(project.state("r")["tasks"]["slow"]["reason"], "timeout after 1 s")
+            self.assertEqual(self.forked(project), [True] * 6)
+
+    def leaving(self, project):
+        """Start a flow of which the first script leaves things behind; return engine, template and the rest."""
+        engine = project.start("run", "f", "--run-id", "r")
+        wait_for(lambda: os.path.exists(project.at("pids")) and len(project.lines("pids")) == 3, "three processes")
+        wait_for(lambda: '"attempt_spawned"' in project.read("miniflow_output/runs/r.jsonl"), "the record")
+        return engine, self.template_of(engine.pid), [int(line) for line in project.lines("pids")]
+
+    def stubborn(self):
+        return self.several("", first=T18Orphans.STUBBORN.replace("len(sys.argv) == 1", "sys.argv[1] == '0'"))
+
+    def test_a_cancelled_run_leaves_neither_template_nor_scripts_nor_what_left_their_group(self):
+        with self.stubborn() as project:
+            flow = json.loads(project.read("flows/f.json"))
+            flow["tasks"][0]["grace_s"] = 0.2
+            project.write("flows/f.json", json.dumps(flow))
+            engine, template, pids = self.leaving(project)
+            self.assertEqual(len(template), 1)
+            engine.terminate()
+            engine.communicate(timeout=60)
+            self.assertEqual(engine.returncode, 143)
+            self.assertEqual([pid for pid in template + pids if alive(pid)], [])
+
+    def test_a_killed_engine_leaves_neither_template_nor_scripts(self):
+        with self.stubborn() as project:
+            engine, template, pids = self.leaving(project)
+            engine.kill()
+            engine.communicate()
+            wait_for(lambda: not any(map(alive, template + pids)), "the end of all of them", 10)
+
+    def test_resume_finds_a_forked_script_that_outlived_engine_watchdog_and_template(self):
+        text = """
+            import os, time
+            open("pids", "a").write("1\\n2\\n%d\\n" % os.getpid())
+            time.sleep(0 if os.path.exists("go") else 60)
+            """
+        with self.several("", first=text) as project:
+            engine, template, pids = self.leaving(project)
+            os.kill(engine.pid, signal.SIGSTOP)              # or it would start another watchdog
+            for pid in {*children(engine.pid), *template, engine.pid}:
+                os.kill(pid, signal.SIGKILL)
+            engine.communicate()
+            project.write("go", "")
+            self.assertTrue(alive(pids[-1]))
+            code, _, err = project.main("resume", "r", "--on-orphan", "fail")
+            self.assertEqual(code, 4)
+            self.assertIn(f"task t0 still runs, though its engine is gone: it is process {pids[-1]}", err)
+            self.assertEqual(project.main("resume", "r")[0], 0)
+            self.assertFalse(alive(pids[-1]))
+
+    def test_a_run_within_a_forked_script_marks_its_tasks_for_both(self):
+        """The inner engine is a process of its own, or the forked script itself."""
+        inner = """
+            import os
+            cookie = os.environb[b"MINIFLOW_COOKIE"]
+            with open("/proc/self/environ", "rb") as file:
+                assert b"\\0MINIFLOW_COOKIE=%s\\0" % cookie in b"\\0" + file.read()
+            os.write(os.open("cookies", os.O_WRONLY | os.O_APPEND | os.O_CREAT), cookie + b"\\n")
+            """
+        outer = [f"import subprocess as s, sys\ns.run([sys.executable, {ENGINE!r}, 'run', 'inner'], check=True)",
+                 f"import sys\nsys.path.insert(0, {HERE!r})\nimport miniflow as m\nassert m.MiniFlow().run('inner').ok"]
+        flows = {"f": flow_json(*[task(f"t{n}", script=f"outer{n % 2}.py") for n in range(6)], max_parallel=1),
+                 "inner": flow_json(*[task(f"i{n}" * 30, script="inner.py") for n in range(6)])}
+        with Project(flows, {"inner.py": inner, "outer0.py": outer[0], "outer1.py": outer[1]}) as project:
+            self.run_cli(project)
+            self.assertEqual(self.forked(project), [True] * 6)
+            cookies = [line.split(":") for line in project.lines("cookies")]
+            self.assertEqual({len(parts) for parts in cookies}, {2})
+            self.assertEqual({outer.split("/")[1] for outer, _ in cookies}, {f"t{n}" for n in range(6)})
+            self.assertEqual({inner.split("/")[1] for _, inner in cookies}, {f"i{n}" * 30 for n in range(6)})
 
 
 class T20Processes(unittest.TestCase):
