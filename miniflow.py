@@ -5617,32 +5617,27 @@ def become(number, argv, environ, files):
         os.fchdir(files[2])
     for fd in files:
         os.close(fd)
-    wanted = dict(part.split(b"=", 1) for part in environ)
-    show(argv, wanted[b"MINIFLOW_COOKIE"])
-    with open("/proc/self/stat", "rb") as file:
-        ticks = file.read().rpartition(b")")[2].split()[19]
+    for part in environ:
+        name, _, value = part.partition(b"=")
+        os.environb[name] = value
+        if name == b"TZ":
+            time.tzset()
+    show(argv, os.environb[b"MINIFLOW_COOKIE"])
+    stat = os.open("/proc/self/stat", os.O_RDONLY)
+    ticks = os.read(stat, 4096).rpartition(b")")[2].split()[19]
+    os.close(stat)
     try:
         channel.send(b"%d %d %s" % (number, os.getpid(), ticks))
     except OSError:
         os._exit(0)                           # the engine is gone
     channel.close()
-    there = dict(os.environb)
-    for name in there.keys() - wanted.keys():
-        del os.environb[name]
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            os.environb[name] = value
-    if list(os.environb) != list(wanted):
-        os.environb.clear()
-        os.environb.update(wanted)
-    if there.get(b"TZ") != wanted.get(b"TZ"):
-        time.tzset()
 
 
 def load(argv, place):
     """Return a script's code and its namespace; raise whatever shows that it is not a plain one."""
-    with open(argv[0], "rb") as file:
-        text = file.read()
+    file = os.open(argv[0], os.O_RDONLY)
+    text = b"".join(iter(lambda: os.read(file, 2**20), b""))
+    os.close(file)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         program = compile(text, argv[0], "exec", dont_inherit=True)
@@ -5708,7 +5703,9 @@ def plain(exc):
 
 
 places = memory_of(b"MINIFLOW_COOKIE")
-own_cookie = os.environb.pop(b"MINIFLOW_COOKIE")
+own_cookie = os.environb[b"MINIFLOW_COOKIE"]
+if b":" not in own_cookie.rstrip(b":"):       # no run around ours has given us one: a script gets it last
+    del os.environb[b"MINIFLOW_COOKIE"]
 loaders = [(importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES),
            (importlib.machinery.SourceFileLoader, importlib.machinery.SOURCE_SUFFIXES),
            (importlib.machinery.SourcelessFileLoader, importlib.machinery.BYTECODE_SUFFIXES)]
@@ -5825,6 +5822,7 @@ class Template:
         env = {**setting.environ, "MINIFLOW_COOKIE": cookie.ljust(len(cookie) + _COOKIE_ROOM, ":")}
         self._cookie_room, self._start_dir = len(os.fsencode(env["MINIFLOW_COOKIE"])), setting.start_dir
         python_path = setting.environ.get("PYTHONPATH")
+        self._environ = setting.environ        # which a script's process has already
         self._is_same_anywhere = not python_path or all(map(os.path.isabs, python_path.split(os.pathsep)))
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         files: List[int] = []
@@ -5850,7 +5848,8 @@ class Template:
 
     def fork(self, task: str, invocation: Invocation, stdin: int, log: int) -> Optional[Forked]:
         """Ask for a process; None if it has to be started in another way."""
-        words = [*invocation.argv, *(f"{name}={value}" for name, value in invocation.env.items())]
+        words = [*invocation.argv, *(f"{name}={value}" for name, value in invocation.env.items()
+                                     if self._environ.get(name) != value)]
         if (self.is_dead or any("\0" in word for word in words)
                 or len(os.fsencode(invocation.env["MINIFLOW_COOKIE"])) > self._cookie_room
                 or not self._is_same_anywhere and invocation.cwd != self._start_dir):
