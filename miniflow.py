@@ -5441,7 +5441,7 @@ class Watchdog:
 # Tried and rejected: ending by os._exit (loses what is not flushed); a fork of the engine (has its modules,
 # its open files and maybe threads); JSON for requests (half a millisecond in a young child); reading the
 # script and compiling it in the template (a script that runs long would have to be read again to see a
-# change).
+# change); a child forked before it is asked for (no faster: two scripts at a time leave no core idle for it).
 
 FORK_PAYS_FROM = 6                             # scripts; for fewer a template costs more than it saves
 PRELOAD_PAYS_FROM = 3                          # the same where modules are to be imported once

@@ -31,6 +31,8 @@ import zlib
 
 import miniflow as mf
 
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job would ignore it
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ENGINE = os.path.join(HERE, "miniflow.py")
 CASES = os.path.join(os.path.dirname(HERE), "shared", "cases", "flows")  # real graphs, where they are at hand
