@@ -31,7 +31,10 @@ import zlib
 
 import miniflow as mf
 
-signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job would ignore it
+# A shell has its background jobs ignore these two.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGQUIT"):
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ENGINE = os.path.join(HERE, "miniflow.py")
