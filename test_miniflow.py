@@ -4199,8 +4199,9 @@ class T19TemplateInterpreter(unittest.TestCase):
     def test_resume_finds_a_forked_script_that_outlived_engine_watchdog_and_template(self):
         text = """
             import os, time
+            again = os.path.exists("go")
             open("pids", "a").write("1\\n2\\n%d\\n" % os.getpid())
-            time.sleep(0 if os.path.exists("go") else 60)
+            time.sleep(0 if again else 60)
             """
         with self.several("", first=text) as project:
             engine, template, pids = self.leaving(project)
