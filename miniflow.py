@@ -5857,13 +5857,15 @@ class Template:
         request = [b"%d" % len(invocation.argv), *map(os.fsencode, words)]
         if sum(map(len, request)) + len(request) > _REQUEST_BYTES:
             return None
-        fds = [os.dup(stdin), os.dup(log)]
-        if invocation.cwd != os.getcwd():
-            try:
-                fds.append(os.open(invocation.cwd, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC))
-            except OSError:                    # the other way tells what is wrong with it
-                _close_all(fds)
-                return None
+        fds: List[int] = []
+        try:
+            fds += [os.dup(stdin)]
+            fds += [os.dup(log)]
+            if invocation.cwd != os.getcwd():
+                fds += [os.open(invocation.cwd, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)]
+        except OSError:                        # the other way tells what is wrong
+            _close_all(fds)
+            return None
         self._count += 1
         forked = self._forked[self._count] = Forked(task, self, request, fds)
         self._unsent.append(self._count)

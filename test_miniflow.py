@@ -41,7 +41,7 @@ ENGINE = os.path.join(HERE, "miniflow.py")
 CASES = os.path.join(os.path.dirname(HERE), "shared", "cases", "flows")  # real graphs, where they are at hand
 LINUX = sys.platform == "linux"
 
-# The shortest and the longest time, in seconds, that published traces of those graphs give for a kind of task.
+# From how many to how many seconds each kind of task in those graphs takes here, after published traces.
 KINDS = {
     "blastall": (9, 10.2), "cat": (0.01, 0.02), "cat_blast": (0.03, 17), "split_fasta": (0.05, 3.2),
     "chr21": (2.1, 120), "fast2bfq": (0.03, 11), "fastqSplit": (1.3, 880), "filterContams": (0.07, 47),
