@@ -5534,8 +5534,9 @@ class End:
             collect()
             if any(hasattr(type(thing), "__del__") for thing in gc.get_objects() if thing is not self):
                 gc.unfreeze()                 # something of the script lives on in the library
-                for _, module in reversed(ours["kept"]):
+                for module in reversed(list(ours["kept"].values())):
                     vars(module).update(dict.fromkeys(vars(module).keys() - {"__builtins__"}))
+                ours["limbo"].clear()
                 collect()
                 return
             for stream in ours["streams"]:
@@ -5547,21 +5548,30 @@ class End:
 
 def ends_plainly():
     """Tell whether nothing of this process's end is for Python alone to do."""
-    return (code is not None and [getattr(sys, name, None) for name in ("stdout", "stderr")] == streams
+    newest = reversed(modules)
+    added = [next(newest) for _ in range(len(modules) - count)]
+    return (not for_python and code is not None and next(newest) == last
+            and [getattr(sys, name, None) for name in ("stdout", "stderr")] == streams
             and len(os.listdir("/proc/self/task")) == 1
-            and not any(needs_the_end(*item) for item in list(sys.modules.items())))
+            and not any(needs_the_end(name, modules[name]) for name in added))
 
 
 def let_go():
-    """Keep the library out of the interpreter's last tidying, which would touch all of its memory."""
+    """Keep the library out of the interpreter's last tidying, which would touch all of its memory.
+
+    popitem() hands modules over without touching them, so those that nobody has used stay shared with the
+    template.  What the script has imported comes after all that was there before.
+    """
     try:
         if not ends_plainly():
             return
     except Exception:                         # a script may replace even the builtins
         return
-    for name, module in kept:
-        if sys.modules.get(name) is module:
-            del sys.modules[name]
+    added = [modules.popitem() for _ in range(len(modules) - count)]
+    added.append(("__main__", modules.pop("__main__")))
+    limbo.extend([modules.popitem() for _ in range(count - 1)])
+    modules.update(left)
+    modules.update(reversed(added))
     _imp.__miniflow_end__ = End()             # one of the first modules, and so of the last to be tidied up
 
 
@@ -5727,9 +5737,13 @@ show([os.fsencode(sys.executable), *TEMPLATE], own_cookie)
 if len(os.listdir("/proc/self/task")) > 1 or sys.gettrace() or sys.getprofile():
     sys.exit("something that was imported has started threads or tracing")
 streams = [sys.stdout, sys.stderr]
-kept = [(name, module) for name, module in sys.modules.items()
+modules, count, last = sys.modules, len(sys.modules), next(reversed(sys.modules))
+limbo = [sys.path_importer_cache]
+kept = {name: module for name, module in modules.items()
         if isinstance(module, type(sys)) and name not in ("sys", "builtins", "_imp", "__main__")
-        and (of_library(file_of(module)) or not file_of(module))]
+        and (of_library(file_of(module)) or not file_of(module))}
+left = {name: module for name, module in modules.items() if name not in kept and name != "__main__"}
+for_python = any(needs_the_end(*item) for item in modules.items())
 atexit.register(let_go)                       # before any of a script's, so that it comes last
 compile("import os\nprint('')\n", "", "exec") # the first one takes a millisecond
 gc.collect()
