@@ -85,7 +85,7 @@ DEALINGS IN THE SOFTWARE.
 from __future__ import annotations
 
 # What everything uses.
-from collections import namedtuple
+from collections import deque, namedtuple
 from collections.abc import Mapping
 from itertools import chain, islice
 
@@ -110,7 +110,7 @@ if TYPE_CHECKING:
     import signal
     import zlib
     from typing import (
-        IO, Any, Callable, Collection, Coroutine, Dict, FrozenSet, Generator, Iterable, Iterator, List,
+        IO, Any, Callable, Collection, Coroutine, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List,
         NamedTuple, Optional, Sequence, Set, Tuple, Type, Union, overload,
     )
 else:
@@ -2738,32 +2738,35 @@ def fact(run: Run, action: Due, now: float) -> Event:
     return RunFinished(now, action.status, action.reason)
 
 
-def drive(run: Run, world: Any, record: Callable[[List[Event]], None], slots: Optional[int] = None,
+def drive(run: Run, world: Any, record: Callable[[List[Event], int], None], slots: Optional[int] = None,
           observe: Callable[[Event], None] = lambda event: None,
           ) -> Generator[Optional[float], List[Event], None]:
     """Drive `run` to its end.
 
     Yields when to wake up (None: when something happens) and is sent the new events.
 
-    `world` has now(), start(run, action) and stop(run, action), both of which return events that came of it;
-    `record` puts events on disk before they are true, `observe` is told each one afterwards.
+    `world` has now(), start(run, action) and stop(run, action), both of which return events that came of it.
+    `record` puts the events of one turn on disk, and is told how many of them the run has taken in already;
+    only then is anything done, and `observe` told of each of them.
     """
-    def emit(events: List[Event]) -> None:
-        if events:
-            record(events)                      # durable first …
-        for event in events:
-            run.apply(event)                    # … then true …
-            observe(event)                      # … then shown
-
     perform = {Start: world.start, Stop: world.stop}
+    events: List[Event] = []
     while run.outcome is None:
-        now = world.now()
+        for event in events:
+            run.apply(event)                    # what has happened …
+        now, happened = world.now(), len(events)
         actions = due(run, now, slots)
-        emit([fact(run, action, now) for action in actions])
-        happened = [event for action in actions if type(action) in perform
-                    for event in perform[type(action)](run, action)]
+        events += [fact(run, action, now) for action in actions]
+        if events:
+            record(events, happened)            # … is durable, with what follows of it …
+        for n, event in enumerate(events):      # … then it is shown and done
+            if n >= happened:
+                run.apply(event)
+            observe(event)
+        events = [event for action in actions if type(action) in perform
+                  for event in perform[type(action)](run, action)]
         if run.outcome is None:                 # after a deed, look what came meanwhile; else wait
-            emit(happened + (yield world.now() if actions else next_wake(run, slots)))
+            events += yield world.now() if actions else next_wake(run, slots)
 
 
 # ============================================================================
@@ -4466,6 +4469,7 @@ _DEVICES = r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]"
 STALL_S = 60.0                                 # how long a full disk is waited for
 _RECENT = 16                                   # of so many runs the newest one is asked how long tasks take
 _CHECK_S = 2.0  # how often an idle engine sees if the run is still its own
+_TRUST_S = 0.005                               # so soon after having seen it, a busy one takes it for granted
 DURABILITIES = ("full", "normal", "off")
 
 
@@ -4728,7 +4732,7 @@ class Journal:
         self._seq = self._good = 0
         self._definition = b""
         self._dirty = self._unsynced = self._stalled = False
-        self._next_sync = self._next_check = 0.0
+        self._next_sync = self._next_check = self._checked = 0.0
         self._next_view: Optional[float] = None
         self._rest = 0.0                                               # between two views
         self.note: Callable[[str], None] = lambda text: None           # is told what a user should know
@@ -4770,10 +4774,14 @@ class Journal:
             self.disk.close(self._fd)
         self._run, self._fd, self._seq, self._good = run, fd, self._seq + 1, os.fstat(fd).st_size
 
-    def append(self, events: List[Event]) -> None:
-        """Write events down, all or none; raise StateError if that can't be done."""
-        self._check_ownership()
+    def append(self, events: List[Event], happened: int = 0) -> None:
+        """Write events down, all or none; raise StateError if that can't be done.
+
+        The first `happened` of them are a part of the state of the run already.
+        """
         began, renewed = time.monotonic(), False
+        if began >= self._checked + _TRUST_S:
+            self._check_ownership()
         while True:
             content = b"".join(encode_record(event_to_json(event), self._seq + n)
                                for n, event in enumerate(events, 1))
@@ -4787,7 +4795,7 @@ class Journal:
                     raise self._error(exc) from None
                 else:
                     self._renew(exc)
-                    renewed = True
+                    events, renewed = events[happened:], True
         self._seq += len(events)
         self._good += len(content)
         self._dirty = self._unsynced = True
@@ -4853,6 +4861,7 @@ class Journal:
     def _check_ownership(self) -> None:
         """Raise StateError if lock or journal are not ours any more: another engine took the run over."""
         assert self._fd is not None and self._lock
+        self._checked = time.monotonic()
         try:
             ours = os.path.samestat(os.fstat(self._fd), os.stat(self.files.journal, follow_symlinks=False))
         except OSError:
@@ -4995,7 +5004,7 @@ class MemoryJournal:
         """Keep the run as it stands."""
         self.store.save(run, self.engine)
 
-    def append(self, events: List[Event]) -> None:
+    def append(self, events: List[Event], happened: int = 0) -> None:
         """Nothing is written down: the Run itself has it all."""
 
     def idle(self, run: Run, now: float) -> Optional[float]:
@@ -5083,6 +5092,20 @@ def program_path(name: str, env: Mapping[str, str]) -> Optional[str]:
     return next((path for path in paths if os.access(path, os.X_OK) and not os.path.isdir(path)), None)
 
 
+#: Where programs were found, by name and PATH: looking for one takes a fifth of the time of a start.
+_known_paths: Dict[Tuple[str, Optional[str]], str] = {}
+
+
+def _known_path(name: str, env: Mapping[str, str]) -> str:
+    """Return what program_path() says or has said, as a shell remembers it; raise FileNotFoundError."""
+    path = _known_paths.get((name, env.get("PATH"))) or program_path(name, env)
+    if path is None or not os.access(path, os.X_OK):
+        _known_paths.pop((name, env.get("PATH")), None)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    _known_paths[name, env.get("PATH")] = path
+    return path
+
+
 def _boot_ticks() -> int:
     """Return the time since the system was started as /proc/PID/stat tells it (Linux)."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
@@ -5098,8 +5121,8 @@ def _posix_spawn(argv: Sequence[str], env: Mapping[str, str], files: Tuple[int, 
         for fd in keep:
             os.set_inheritable(fd, True)
         before = _boot_ticks()
-        pid = os.posix_spawnp(argv[0], list(argv), env, file_actions=actions, setsid=True,
-                              setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))
+        pid = os.posix_spawn(_known_path(argv[0], env), list(argv), env, file_actions=actions, setsid=True,
+                             setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))
         return Spawned(pid, before if before == _boot_ticks() else start_ticks(pid))
     finally:
         for fd in keep:
@@ -5114,8 +5137,8 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], cwd: str, files: Tuple[in
     what inheritable_fds() has said before.
     Returns a Spawned, on Windows a Popen.  Raises OSError, and ValueError for a NUL in an argument.
     """
-    import threading
-    if (sys.platform == "linux" and threading.active_count() == 1 and min(files) > 2
+    threading = sys.modules.get("threading")   # without it there is one thread
+    if (sys.platform == "linux" and (not threading or threading.active_count() == 1) and min(files) > 2
             and ("/" in argv[0] or env.get("PATH") == os.environ.get("PATH"))):
         try:
             if os.getcwd() == cwd:
@@ -6610,16 +6633,20 @@ class Processes:
 # == 21. FUNCTIONS: how are Python functions called, and what becomes of what they return?
 # ============================================================================
 # The World of a Python flow.  Async functions run on the loop of whoever started the run, plain ones in
-# threads of daemons, and those with process=True as processes like any other, whose answer is JSON.
-# Everything ends on the loop: there one queue of ended calls and one future to wake the run are enough.
+# threads of daemons, and those with process=True as processes like any other, whose answer is JSON.  All that
+# ends goes into one queue, and a run goes on in turns, one after another, each of which takes in what has
+# ended.  The turns of async functions and processes are taken on the loop, whose they are.
 #
 # A task gets a context of its own, copied by marshal, the fastest copy of plain values there is; what JSON
 # can't hold stays here in memory and is handed on as the object that it is.  An async call that does not heed
 # its cancellation within grace_s, and a thread at once, as nothing can stop it, are given up by name.
 #
-# What a plain function costs is the way to its thread and back, four or five switches between threads; waking
-# the loop only when it sleeps did not lessen it.  A timer that is set stays set as long as it is soon enough:
-# a new one for each wait was a tenth of the time.
+# The way to a thread and back is four or five switches between threads, which cost more than all the rest of
+# a short call.  So where all functions are plain, whoever ends a call takes the next turn of the run itself,
+# and goes on with the first call that becomes of it; a thread that finds another one at it leaves its end
+# there and rests.  The loop is woken for the clock, for signals and for the end.  Waking it only when it
+# sleeps, and all turns on it, was no faster.  A timer that is set stays set as long as it is soon enough: a
+# new one for each wait was a tenth of the time.
 
 TRACEBACK_CHARS = 8000                         # what is kept of a traceback: its end
 
@@ -6807,10 +6834,16 @@ class Threads:
         import queue
         self._jobs: Any = queue.SimpleQueue()
         self._idle = self._all = 0
+        self.is_ours = False                   # one of the threads is submitting, and could do the next job
+        self._next: Optional[Callable[[], Any]] = None
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Call `job` in a thread; rested() has to follow when it has ended."""
+    def submit(self, job: Callable[[], Any]) -> None:
+        """Call `job` in a thread, and then what it returns; rested() has to follow when it has ended."""
         import threading
+        if self._idle and self.is_ours and self._next is None:
+            self._idle -= 1
+            self._next = job
+            return
         if self._idle:
             self._idle -= 1
         else:
@@ -6820,11 +6853,17 @@ class Threads:
 
     def _work(self) -> None:
         for job in iter(self._jobs.get, None):
-            job()
+            while job:
+                job = job()
 
     def rested(self) -> None:
         """A job has ended, and its thread is idle."""
         self._idle += 1
+
+    def take_next(self) -> Optional[Callable[[], Any]]:
+        """Return the job that was kept for the thread that submitted it."""
+        job, self._next = self._next, None
+        return job
 
     def close(self) -> None:
         """Let the threads end, those that are busy when they are not any more."""
@@ -6835,13 +6874,38 @@ class Threads:
 class Call:
     """A running call of a function."""
 
-    __slots__ = ("task", "ctx", "future", "value", "error")
+    __slots__ = ("task", "ctx", "future", "value", "error", "is_over")
 
     def __init__(self, task: str, ctx: ContextDict) -> None:
         self.task, self.ctx = task, ctx
         self.future: Any = None                # of an async function
         self.value: Any = None
         self.error: Optional[BaseException] = None
+        self.is_over = False
+
+
+class Strays:
+    """The calls of this program that were given up and still run."""
+
+    def __init__(self) -> None:
+        self._calls: Dict[Tuple[str, str, str], Call] = {}          # by place and id of the run, and task
+
+    def add(self, place: str, run: Run, call: Call) -> None:
+        """A call of a run is given up."""
+        self._calls[place, run.id, call.task] = call
+
+    def check(self, place: str, run: Run) -> None:
+        """Raise RunLocked if a task that is to run was given up before and is running still."""
+        for key, call in list(self._calls.items()):
+            if call.is_over or call.future is not None and call.future.get_loop().is_closed():
+                del self._calls[key]           # an async call ends with its loop
+        for name, task_run in run.tasks.items() if self._calls else ():
+            if task_run.status not in SETTLED and (place, run.id, name) in self._calls:
+                raise RunLocked(f"run {run.id}: task {name} was given up and still runs in this program, "
+                                "where nothing can stop it; wait for its end")
+
+
+strays = Strays()
 
 
 class Alarm:
@@ -6869,43 +6933,95 @@ class Alarm:
         self._timer = None
 
 
+class Turns:
+    """The turns in which a run goes on, one at a time, whoever takes them."""
+
+    def __init__(self, steps: Iterator[Optional[float]], news: List[Event],
+                 happened: Callable[[], List[Event]]) -> None:
+        import threading
+        self._steps, self._news, self._happened = steps, news, happened
+        self.lock = threading.Lock()           # held by whoever takes a turn
+        self.until: Optional[float] = None     # when to take another one, as the last one said
+        self.is_over = False
+        self.failure: Optional[BaseException] = None                # how they have ended, if not well
+
+    def take(self) -> None:
+        """Let the run go on from what has happened; the lock is the caller's."""
+        if self.is_over:
+            return
+        try:
+            self._news[:] = self._happened()
+            self.until = next(self._steps)
+        except StopIteration:
+            self.is_over = True
+        except BaseException as exc:           # whoever waits for the run raises it
+            self.is_over, self.failure = True, exc
+
+    def close(self) -> None:
+        """Take no more turns."""
+        with self.lock:
+            self.is_over = True
+
+
+class LoopSignals:
+    """The signals that end a run, as an event loop hears them; `names` are those not taken in yet."""
+
+    def __init__(self, loop: Any, rouse: Callable[[], None]) -> None:
+        self._loop, self._rouse = loop, rouse
+        self.names: List[str] = []
+        self._old_handlers: Dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Hear them from now on; only in the main thread, whose they are."""
+        import threading
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in SIGNAL_EXITS:
+            number = getattr(signal, name)
+            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                self._old_handlers[number] = signal.getsignal(number)
+                try:
+                    self._loop.add_signal_handler(number, self._on_signal, name)
+                except NotImplementedError:    # Windows
+                    signal.signal(number, lambda number, frame: self._loop.call_soon_threadsafe(
+                        self._on_signal, signal.Signals(number).name))
+
+    def _on_signal(self, name: str) -> None:
+        self.names.append(name)
+        self._rouse()
+
+    def close(self) -> None:
+        """Let everything be as it was."""
+        for number, handler in self._old_handlers.items():
+            try:
+                self._loop.remove_signal_handler(number)
+            except NotImplementedError:
+                pass
+            signal.signal(number, handler)
+
+
 class Functions:
     """The World of a Python flow, on the running event loop."""
-
-    #: Calls of this program that were given up and still run, by place and id of their run and their task.
-    strays: Dict[Tuple[str, str, str], Call] = {}
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], clock: Clock, place: str,
                  processes: Callable[[Callable[[Run, str], Dict[str, Any]]], FunctionProcesses]) -> None:
         import asyncio
         self._loop = asyncio.get_running_loop()
-        self._functions, self.clock, self._place = functions, clock, place
+        self._functions, self._place, self.now = functions, place, clock.now
         self._make_processes, self._processes = processes, None     # type: Any, Optional[FunctionProcesses]
         self._threads = Threads()
         self._calls: Dict[str, Call] = {}
-        self._ended: List[Call] = []
+        self._ended: Deque[Call] = deque()     # any thread adds to it
         self._wake: Any = None
+        self._wakes_at = 0.0                   # when the loop will take a turn if nothing happens
+        self._requests: List[Event] = []       # to cancel the run
+        self._turns: Any = None                # a Turns once there is one
         self._alarm = Alarm(self._loop, self._rouse)
         self._watched: Set[int] = set()
         self.kept: Dict[str, Dict[str, Any]] = {}  # task to what only memory holds of its output
         self.errors: Dict[str, BaseException] = {}                  # task to what its last attempt raised
         self.cancelled = 0  # how often whoever waits for us was cancelled
-        self.signals: List[str] = []
-        self._old_handlers: Dict[int, Any] = {}
-
-    def now(self) -> float:
-        """Return the time."""
-        return self.clock.now()
-
-    def check_strays(self, run: Run) -> None:
-        """Raise RunLocked if a task that is to run was given up before and is running still."""
-        for key, stray in list(self.strays.items()):
-            if stray.future is not None and stray.future.get_loop().is_closed():
-                del self.strays[key]           # an async call ends with its loop
-        for name, task_run in run.tasks.items() if self.strays else ():
-            if task_run.status not in SETTLED and (self._place, run.id, name) in self.strays:
-                raise RunLocked(f"run {run.id}: task {name} was given up and still runs in this program, "
-                                "where nothing can stop it; wait for its end")
+        self.signals = LoopSignals(self._loop, self._rouse)
 
     def context(self, run: Run, task_id: str) -> Dict[str, Any]:
         """Return a new dict of what a task may read, but for what only memory holds."""
@@ -6945,34 +7061,58 @@ class Functions:
         except BaseException as exc:
             call.error = exc
 
-    def _call_in_thread(self, call: Call) -> None:
-        """Call a plain function, in a thread."""
+    def _done(self, call: Call) -> None:
+        """An async call has ended."""
+        if call.future.cancelled():
+            import asyncio
+            call.error = asyncio.CancelledError()
+        self._end(call)
+        self._rouse()
+
+    def _end(self, call: Call) -> None:
+        """Let the next turn take in that a call has ended."""
+        call.is_over = True
+        self._ended.append(call)
+
+    def _call_in_thread(self, call: Call) -> Optional[Callable[[], Any]]:
+        """Call a plain function, in a thread; return the call that the thread should go on with."""
         try:
             call.value = self._functions[call.task](call.ctx)
         except BaseException as exc:
             call.error = exc
+        self._end(call)
+        if self._all_plain:
+            return self._go_on()
+        self._rouse_from_thread()
+        return None
+
+    def _go_on(self) -> Optional[Callable[[], Any]]:
+        """Take the turns that ended calls bring about, in a thread, unless somebody else is at it."""
+        turns, following = self._turns, None   # type: Turns, Optional[Callable[[], Any]]
+        while self._ended and not turns.is_over and turns.lock.acquire(blocking=False):
+            try:
+                self._threads.is_ours = following is None
+                turns.take()
+                while turns.until is not None and turns.until <= self.now() and not turns.is_over:
+                    turns.take()
+                following = following or self._threads.take_next()
+                is_late = turns.is_over or turns.until is not None and turns.until < self._wakes_at
+            finally:
+                self._threads.is_ours = False
+                turns.lock.release()
+            if is_late:
+                self._rouse_from_thread()
+        return following
+
+    def _rouse_from_thread(self) -> None:
+        """Wake the loop."""
         try:
-            self._loop.call_soon_threadsafe(self._done_in_thread, call)
-        except RuntimeError:                   # given up long ago: the loop is closed
-            self._done(call)
-
-    def _done_in_thread(self, call: Call) -> None:
-        self._threads.rested()
-        self._done(call)
-
-    def _done(self, call: Call) -> None:
-        """A call has ended; whoever was given up is not heard any more."""
-        for key in [key for key, stray in self.strays.items() if stray is call] if self.strays else ():
-            del self.strays[key]
-        if self._calls.get(call.task) is call:
-            if call.future is not None and call.future.cancelled():
-                import asyncio
-                call.error = asyncio.CancelledError()
-            self._ended.append(call)
-            self._rouse()
+            self._loop.call_soon_threadsafe(self._rouse)
+        except RuntimeError:                   # the run has ended long ago, and the loop is closed
+            pass
 
     def _rouse(self) -> None:
-        """Wake whoever waits in wait()."""
+        """Wake whoever waits in _pause()."""
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
@@ -6981,50 +7121,71 @@ class Functions:
         call = self._calls.get(action.task)
         if call is None:
             return self._processes.stop(run, action) if self._processes else []
-        if call in self._ended:
+        if call.is_over:
             return []                          # its end is on its way
         if call.future is not None and action.signal == "TERM":
             call.future.cancel()
             return []
         del self._calls[action.task]
-        self.strays[self._place, run.id, action.task] = call
+        strays.add(self._place, run, call)
         what = "it goes on although it was cancelled" if call.future else "nothing can stop its thread"
         end = attempt_end(run, action.task, self.now(), 1, action.reason, dict)
         return [end._replace(reason=f"{end.reason}; given up: {what}", final=True,
                              inputs=inputs_read(run, action.task, call.ctx.read))]
 
-    async def wait(self, run: Run, until: Optional[float]) -> List[Event]:
-        """Wait until something happens, at the longest until `until`; return what did."""
+    async def work(self, run: Run, steps: Iterator[Optional[float]], news: List[Event]) -> None:
+        """Take the turns of a run to the last, each of which finds in `news` what has happened."""
         import asyncio
-        try:
-            if not self._ended and not self.signals:
-                await self._pause(until)
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            return [CancelRequested(self.now(), "cancelled", 130, self.cancelled > 1)]
-        ended, self._ended = self._ended, []
-        now = self.now()
-        events: List[Event] = [self._judge(run, call, now) for call in ended]
-        while self.signals:
-            name = self.signals.pop(0)
+        kinds = {task.action.kind for task in run.plan.flow.tasks}  # type: ignore[union-attr]
+        self._all_plain = kinds == {"thread"}
+        turns = self._turns = Turns(steps, news, lambda: self._happened(run))
+        while not turns.is_over:
+            with turns.lock:
+                turns.take()
+            try:
+                await self._pause()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                self._requests.append(CancelRequested(self.now(), "cancelled", 130, self.cancelled > 1))
+        if turns.failure:
+            raise turns.failure
+
+    def _happened(self, run: Run) -> List[Event]:
+        """Return what has happened since it was called last."""
+        events, now = [], self.now()           # type: List[Event], float
+        while self._ended:
+            call = self._ended.popleft()
+            if call.future is None:
+                self._threads.rested()
+            if self._calls.get(call.task) is call:                  # else it was given up
+                events.append(self._judge(run, call, now))
+        while self._requests:
+            events.append(self._requests.pop(0))
+        while self.signals.names:
+            name = self.signals.names.pop(0)
             again = bool(run.cancel or any(isinstance(event, CancelRequested) for event in events))
             events.append(CancelRequested(self.now(), f"cancelled by {name}", SIGNAL_EXITS[name], again))
         return events + (self._processes.wait(run, 0) if self._processes else [])
 
-    async def _pause(self, until: Optional[float]) -> None:
-        """Give the loop away until something happens, at the longest until `until`."""
+    async def _pause(self) -> None:
+        """Give the loop away until there is something to take a turn for."""
         import asyncio
-        if self._processes:
-            self._watch(self._processes)
-            until = self.now() + self._processes.patience(until)
-        seconds = None if until is None else until - self.now()
-        if seconds is not None and seconds <= 0:
-            await asyncio.sleep(0)
-            return
-        if seconds is not None:
-            self._alarm.set(seconds)
-        self._wake = self._loop.create_future()
+        turns = self._turns
+        with turns.lock:
+            until = float("inf") if turns.until is None else turns.until
+            if self._processes:
+                self._watch(self._processes)
+                until = self.now() + self._processes.patience(turns.until)
+            self._wakes_at, self._wake = until, self._loop.create_future()
         try:
+            if self._ended or self.signals.names or turns.is_over:
+                return
+            seconds = until - self.now()
+            if seconds <= 0:
+                await asyncio.sleep(0)
+                return
+            if seconds < float("inf"):
+                self._alarm.set(seconds)
             await self._wake
         finally:
             self._wake = None
@@ -7040,26 +7201,6 @@ class Functions:
         if fd in self._watched:
             self._watched.remove(fd)
             self._loop.remove_reader(fd)
-
-    def take_signals(self) -> None:
-        """Let the signals that end a run reach this one; only in the main thread, whose they are."""
-        import threading
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for name in SIGNAL_EXITS:
-            number = getattr(signal, name)
-            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
-                self._old_handlers[number] = signal.getsignal(number)
-                try:
-                    self._loop.add_signal_handler(number, self.on_signal, name)
-                except NotImplementedError:    # Windows
-                    signal.signal(number, lambda number, frame: self._loop.call_soon_threadsafe(
-                        self.on_signal, signal.Signals(number).name))
-
-    def on_signal(self, name: str) -> None:
-        """A signal has come that ends the run."""
-        self.signals.append(name)
-        self._rouse()
 
     def _judge(self, run: Run, call: Call, now: float) -> AttemptEnded:
         """Return the end of a call."""
@@ -7081,7 +7222,7 @@ class Functions:
 
     def is_signalled(self) -> bool:
         """Tell whether a signal has come that wait() has not told of yet."""
-        return bool(self.signals)
+        return bool(self.signals.names)
 
     def result(self, run: Run) -> Dict[str, Any]:
         """Return the final context of a run: params and all outputs, merged in topological order."""
@@ -7093,18 +7234,15 @@ class Functions:
 
     def close(self, failed: bool) -> None:
         """Let go of threads and processes; what still runs is ended where that is possible."""
+        if self._turns:
+            self._turns.close()                # threads may run on whose calls were given up
         for call in self._calls.values():
             if call.future is not None:
                 call.future.cancel()
         self._alarm.cancel()
         for fd in self._watched:
             self._loop.remove_reader(fd)
-        for number, handler in self._old_handlers.items():
-            try:
-                self._loop.remove_signal_handler(number)
-            except NotImplementedError:
-                pass
-            signal.signal(number, handler)
+        self.signals.close()
         self._threads.close()
         if self._processes:
             self._processes.__exit__(RuntimeError if failed else None)
@@ -7273,17 +7411,16 @@ async def carry_out_on_loop(opened: Opened, store: Store, order: Order, watcher:
         return world
     failed = True
     try:
-        world.check_strays(run)
+        strays.check(store.place, run)
         if take_signals:
-            world.take_signals()
+            world.signals.listen()
         journal.note, journal.hurry = watcher.note, world.is_signalled
         journal.begin(run, opened.last)
         slots = order.slots or run.plan.flow.max_parallel
         if slots is None:
             run.queues.limits[PLAIN_FUNCTIONS] = usable_cpus()
         news: List[Event] = []
-        for until in _turns(run, journal, world, slots, watcher, news):
-            news[:] = await world.wait(run, until)
+        await world.work(run, _turns(run, journal, world, slots, watcher, news), news)
         failed = False
         for _ in range(2 if take_signals else 0):
             await asyncio.sleep(0)             # a signal of the last turn is heard, too
@@ -7807,7 +7944,8 @@ class JsonLines(Watcher):
     def observe(self, event: Event) -> None:
         members = event_to_json(event)
         task = members.get("task")
-        status = self.run.tasks[task].status if task else self.run.status
+        status = (RUNNING if isinstance(event, AttemptSpawned) else
+                  self.run.tasks[task].status if task else self.run.status)
         text = json.dumps({**members, "run": self.run.id, "task": task, "status": status})
         try:
             sys.stdout.write(text + "\n")
@@ -8055,7 +8193,8 @@ class Workflow:
         """
         check_no_loop("run_sync")
         run, world = run_on_own_loop(self._run(run_id, store, initial_ctx, take_signals=True))
-        code = run.cancel.exit_code if run.cancel else SIGNAL_EXITS[world.signals[0]] if world.signals else 0
+        late = world.signals.names
+        code = run.cancel.exit_code if run.cancel else SIGNAL_EXITS[late[0]] if late else 0
         if code == SIGNAL_EXITS["SIGINT"]:
             raise KeyboardInterrupt
         if code:

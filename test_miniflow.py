@@ -126,7 +126,7 @@ def simulate(flow, script=None, slots=4, left_out=None, world=None, durations=No
     run = mf.Run(mf.make_plan(flow, left_out or {}, durations or {}), "r")
     world = world or SimWorld(script, **options)
     journal = []
-    steps = mf.drive(run, world, journal.extend, slots)
+    steps = mf.drive(run, world, lambda events, happened: journal.extend(events), slots)
     events = None
     with contextlib.suppress(StopIteration):
         while True:
@@ -1281,7 +1281,7 @@ class T10Scheduler(unittest.TestCase):
         """Return how many Python functions are called for each task: a cost that no machine changes."""
         run, calls = mf.Run(mf.make_plan(flow), "r"), itertools.count()
         world = SimWorld()
-        steps, events = mf.drive(run, world, lambda events: None, slots), None
+        steps, events = mf.drive(run, world, lambda events, happened: None, slots), None
         sys.setprofile(lambda frame, kind, arg: kind == "call" and next(calls))
         try:
             while True:
@@ -1483,7 +1483,7 @@ class T11State(unittest.TestCase):
         self.assertEqual(len(run.tasks["e"].attempts), 2)
 
     def finish(self, run, world):
-        steps, events = mf.drive(run, world, lambda events: None, 4), None
+        steps, events = mf.drive(run, world, lambda events, happened: None, 4), None
         with contextlib.suppress(StopIteration):
             while True:
                 events = world.wait(run, steps.send(events))
@@ -2313,8 +2313,8 @@ class T16Store(unittest.TestCase):
         world, events = SimWorld(), None
         world.clock = float(run.plan.rank["d"])
 
-        def record(events):
-            journal.append(events)
+        def record(events, happened):
+            journal.append(events, happened)
             for event in events:
                 if isinstance(event, mf.AttemptStarted):
                     tell(f"begin {event.task} {event.attempt}")
@@ -2595,6 +2595,21 @@ class T16Store(unittest.TestCase):
         self.assertIn("Input/output error; going on in a new file", notes[0])
         journal.close()
 
+    def test_a_fresh_journal_has_once_what_the_run_had_taken_in_when_the_old_one_failed(self):
+        for happened in (0, 1, 2):
+            shutil.rmtree(self.path)
+            store = self.store(FaultyDisk(error=errno.EIO))
+            journal = mf.Journal(store, "r", "full")
+            run = mf.Run(mf.make_plan(self.FLOW), "r", started=1)
+            journal.begin(run)
+            events = self.events()[:2]
+            for event in events[:happened]:
+                run.apply(event)
+            store.disk.at = store.disk.calls + 2                    # its sync
+            journal.append(events, happened)
+            self.assertEqual(mf.run_to_json(store.load("r").run), self.prefixes_json()[2])
+            journal.close()
+
     def test_an_engine_whose_run_was_taken_over_notices_before_anything_else_happens(self):
         for quiet in (False, True):
             shutil.rmtree(self.path)
@@ -2609,6 +2624,7 @@ class T16Store(unittest.TestCase):
                 if quiet:
                     first.idle(run, 103.0)
                 else:
+                    time.sleep(mf._TRUST_S)
                     first.append(self.events()[:1])
             self.assertIn("another engine may have taken the run over", str(caught.exception))
             second.begin(mf.reopen(store.load("r").run, self.FLOW), store.load("r"))
@@ -5410,10 +5426,63 @@ class T21Functions(unittest.TestCase):
         self.assertIn("task slow was given up and still runs in this program", str(caught.exception))
         run_workflow(slow, store=store, run_id="another")
         gate.set()
-        place = store.store.place, "r", "slow"
-        wait_for(lambda: place not in mf.Functions.strays, "the end of the thread")
+        wait_for(lambda: all(thread.name[:9] != "miniflow-" for thread in threading.enumerate()),
+                 "the end of the thread")
         run_workflow(slow, store=store, run_id="r")
         self.assertEqual(len(ran), 3)
+
+    def test_a_thread_whose_call_ends_takes_the_next_turn(self):
+        takers, taken = collections.Counter(), mf.Turns.take
+
+        def take(turns):
+            takers[threading.current_thread() is threading.main_thread()] += 1
+            taken(turns)
+
+        def work(ctx):
+            self.assertIsNot(threading.current_thread(), threading.main_thread())
+            return {str(len(ctx)): 1}
+
+        tasks = [mf.task(name=f"t{n}")(work) for n in range(200)]
+        mf.Turns.take = take
+        self.addCleanup(setattr, mf.Turns, "take", taken)
+        run_workflow(*tasks)
+        self.assertGreater(takers[False], 5 * takers[True], takers)
+
+    def test_the_loop_keeps_time_for_what_a_thread_has_started(self):
+        gate, began = threading.Event(), time.monotonic()
+        self.addCleanup(gate.set)
+        first = mf.task(name="first")(lambda ctx: None)
+        slow = mf.task(name="slow", timeout_s=0.2)(lambda ctx: gate.wait(60) and None)
+        first >> slow
+        exc = failure(first, slow)
+        self.assertIn("timeout after 0.2 s", exc.run.tasks["slow"].reason)
+        self.assertLess(time.monotonic() - began, 30)
+
+        tries = []
+
+        @mf.task(max_retries=1, backoff_s=0.1)
+        def again(ctx):
+            tries.append(time.monotonic())
+            if len(tries) == 1:
+                raise ValueError
+
+        first = mf.task(name="first")(lambda ctx: None)
+        first >> again
+        run_workflow(first, again)
+        self.assertGreaterEqual(tries[1] - tries[0], 0.1)
+
+    def test_what_fails_in_the_turn_of_a_thread_ends_the_run(self):
+        with Project() as project:
+            store = mf.JSONStateStore(project.at("data"))
+            lock = project.at("data/runs/r.lock")
+            first = mf.task(name="first")(lambda ctx: (os.unlink(lock), time.sleep(0.1)) and None)
+            ran = []
+            then = mf.task(name="then")(lambda ctx: ran.append(True))
+            first >> then
+            with self.assertRaises(mf.StateError) as caught:
+                run_workflow(first, then, store=store, run_id="r")
+            self.assertIn("another engine may have taken the run over", str(caught.exception))
+            self.assertEqual(ran, [])
 
     def test_arguments_of_the_wrong_kind_are_named(self):
         async def main():
