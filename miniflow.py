@@ -399,11 +399,17 @@ class Task(NamedTuple):
     timeout_s: Optional[float] = None
     grace_s: float = 5
     trigger_rule: str = "all_success"
+    condition: Optional[str] = None            # `if` in the flow file
     allow_failure: bool = False
     priority: int = 0
     pool: Optional[str] = None
     tags: Tuple[str, ...] = ()
     description: str = ""
+
+    @property
+    def asks(self) -> bool:
+        """True if more than its upstream decides whether it runs."""
+        return self.condition is not None
 
 
 class Flow(NamedTuple):
@@ -823,6 +829,10 @@ def check_schema(schema: Schema, value: Any, path: Path, problems: List[Problem]
 # A template is a path of names, nothing more: there is nothing in it that could be executed.  It is looked up
 # when an attempt starts, and its value goes on as data: into one element of an argument vector, one variable,
 # one file name.  It never reaches a shell's text, where it would become code; check_flow refuses it there.
+#
+# The expression of an `if` is read by Python's own parser, of whose tree a white list is taken over into a
+# tree of our own; what is evaluated is that.  There are no calls and no attributes of Python's in it and no
+# operator that makes much out of little; and nothing is taken for true or false but true and false.
 
 _TEMPLATE = r"(?s)\$\$\{\{|\$\{\{(.*?)\}\}|\$\{\{"
 _STEP = r"""\.([A-Za-z0-9_-]+)|\[([0-9]{1,9})\]|\["([^"\\]*)"\]|\['([^'\\]*)'\]"""
@@ -950,7 +960,9 @@ def render(text: Any, values: Values) -> Any:
 
 
 def templates(task: Task) -> Iterator[Tuple[Path, str]]:
-    """Yield every string of `task` in which templates are looked up, with its path below the task."""
+    """Yield every string of `task` in which names are looked up, with its path below the task."""
+    if task.condition is not None:
+        yield ("if",), task.condition
     action = task.action
     if isinstance(action, Command) and not isinstance(action.command, str):
         for n, word in enumerate(action.command):
@@ -966,6 +978,257 @@ def templates(task: Task) -> Iterator[Tuple[Path, str]]:
     for field, text in (("cwd", task.cwd), ("stdin", action.stdin)):
         if text is not None:
             yield (field,), text
+
+
+# -- expressions --
+
+def _remembering(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return `answer` with a memory of what it was asked last; functools is not there at a start."""
+    answers: Dict[Any, Any] = {}
+
+    def remember(question: Any) -> Any:
+        if question not in answers:
+            if len(answers) > 100:
+                answers.clear()
+            answers[question] = answer(question)
+        return answers[question]
+    return remember
+
+
+MAX_EXPRESSION = 4000                          # characters
+_MAX_EXPRESSION_DEPTH = 50
+_MAX_MADE = 2**20                              # characters or elements of what + joins
+_MAX_BITS = 2**12                              # of a whole number
+_COMPARISONS = {"Eq": "==", "NotEq": "!=", "Lt": "<", "LtE": "<=", "Gt": ">", "GtE": ">=", "In": "in",
+                "NotIn": "not in"}
+_ARITHMETIC = {"Add": "+", "Sub": "-", "Mult": "*", "Div": "/", "FloorDiv": "//", "Mod": "%"}
+_CONSTANTS = {"true": True, "false": False, "null": None}
+_REFUSED = {"Call": "a call", "IfExp": "if … else", "Lambda": "a lambda", "JoinedStr": "an f-string",
+            "NamedExpr": ":=", "Pow": "**", "Is": "is; write ==", "IsNot": "is not; write !=",
+            "Slice": "a slice", "Starred": "*", "Await": "await"}
+
+
+class Expression(NamedTuple):
+    """A node of an expression: what it does ("value", "ref", "and", "==", …) with which parts."""
+
+    kind: str
+    parts: Tuple[Any, ...]
+
+    def refs(self) -> Iterator[Ref]:
+        """Yield what the names in it refer to."""
+        for part in self.parts:
+            if isinstance(part, Ref):
+                yield part
+            elif isinstance(part, Expression):
+                yield from part.refs()
+
+
+def _kind(value: Any) -> str:
+    """Return what JSON calls the type of a value; numbers are one type."""
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array",
+             tuple: "an array"}
+    return "null" if value is None else kinds.get(type(value), "an object")
+
+
+def _bounded(value: Any) -> Any:
+    """Return what an operator has made; raise ValueError if there is too much of it, or it is no number."""
+    if type(value) is int and value.bit_length() > _MAX_BITS or type(value) is float and value - value != 0:
+        raise ValueError("a number is too large")
+    if isinstance(value, (str, list)) and len(value) > _MAX_MADE:
+        raise ValueError(f"{_kind(value)} of {len(value):,} is too long; at most {_MAX_MADE:,}")
+    return value
+
+
+def _path_of(node: Any) -> Optional[List[Union[str, int]]]:
+    """Return the path that a tree of names, attributes and constant indexes writes; None: it is no path."""
+    steps: List[Union[str, int]] = []
+    while type(node).__name__ in ("Attribute", "Subscript"):
+        if type(node).__name__ == "Attribute":
+            steps.append(node.attr)
+        else:
+            index: Any = node.slice.value if type(node.slice).__name__ == "Constant" else None
+            if type(index) not in (str, int):
+                return None
+            steps.append(index)
+        node = node.value
+    return [node.id, *reversed(steps)] if type(node).__name__ == "Name" else None
+
+
+def _read_path(path: List[Union[str, int]]) -> Expression:
+    """Return the node of a path."""
+    root = str(path[0])
+    if root in _CONSTANTS and len(path) == 1:
+        return Expression("value", (_CONSTANTS[root],))
+    if root not in ROOTS:
+        raise ValueError(f"unknown name {shown(root)}" + (
+            near(root, ROOTS) or f"; use one of {', '.join(ROOTS)}, and quotes around text"))
+    return Expression("ref", (Ref(_normal_path(path, format_path(tuple(path)))),))
+
+
+def _read_node(node: Any, depth: int = 0) -> Expression:
+    """Take a node of Python's tree over into ours; raise ValueError for what is not on the white list."""
+    kind = type(node).__name__
+    def read(part: Any) -> Expression:
+        return _read_node(part, depth + 1)
+
+    if depth > _MAX_EXPRESSION_DEPTH:
+        raise ValueError(f"it is nested deeper than {_MAX_EXPRESSION_DEPTH} levels")
+    path = _path_of(node)
+    if path:
+        return _read_path(path)
+    if kind == "Constant" and (node.value is None or type(node.value) in (bool, int, float, str)):
+        return Expression("value", (_bounded(node.value),))
+    if kind == "Subscript" and type(node.slice).__name__ != "Slice":
+        return Expression("index", (read(node.value), read(node.slice)))
+    if kind == "Attribute":                    # of what an index that is worked out leads to
+        return Expression("index", (read(node.value), Expression("value", (node.attr,))))
+    if kind in ("List", "Tuple"):
+        return Expression("array", tuple(map(read, node.elts)))
+    if kind == "Dict" and None not in node.keys:
+        return Expression("object", tuple(map(read, chain(*zip(node.keys, node.values)))))
+    if kind == "BoolOp":
+        return Expression(type(node.op).__name__.lower(), tuple(map(read, node.values)))
+    operator = type(getattr(node, "op", None)).__name__
+    if kind == "UnaryOp" and operator in ("Not", "USub", "UAdd"):
+        return Expression(operator, (read(node.operand),))
+    if kind == "BinOp" and operator in _ARITHMETIC:
+        return Expression(_ARITHMETIC[operator], (read(node.left), read(node.right)))
+    words = [type(op).__name__ for op in getattr(node, "ops", ())]
+    if kind == "Compare" and set(words) <= _COMPARISONS.keys():
+        parts = list(map(read, [node.left, *node.comparators]))
+        pairs = [Expression(_COMPARISONS[word], pair) for word, pair in zip(words, zip(parts, parts[1:]))]
+        return pairs[0] if len(pairs) == 1 else Expression("and", tuple(pairs))
+    what = next((_REFUSED[name] for name in (kind, operator, *words, type(getattr(node, "slice", 0)).__name__)
+                 if name in _REFUSED), f"{operator if kind.endswith('Op') else kind} of Python")
+    raise ValueError(f"{what} is not possible here; there are names, JSON values, [ ], comparisons, in, "
+                     "and, or, not, + - * / // %")
+
+
+@_remembering
+def parse_expression(text: str) -> Expression:
+    """Read the expression of an `if`; raise ValueError that says what is wrong with it."""
+    if "${{" in text:
+        raise ValueError("an expression has no ${{ }}; write the names as they are: params.x == 1")
+    if len(text) > MAX_EXPRESSION:
+        raise ValueError(f"an expression of {len(text):,} characters is too long; at most {MAX_EXPRESSION:,}")
+    import ast
+    import warnings
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")    # of what looks odd to Python
+            tree = ast.parse(text.strip().replace("\n", " "), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
+        what = exc.msg if isinstance(exc, SyntaxError) else str(exc)
+        raise ValueError(f"{shown(text)} is no expression: {what}") from None
+    return _read_node(tree.body)
+
+
+def expression_refs(text: str) -> List[Ref]:
+    """Return what the names in an expression refer to; raise ValueError for one that can't be read."""
+    return list(parse_expression(text).refs())
+
+
+def refs_at(path: Path, text: Any) -> List[Ref]:
+    """Return what the names in a string refer to that templates() has found at `path`; raise ValueError."""
+    return expression_refs(text) if path == ("if",) else refs(text)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Tell whether two JSON values are the same; true is not 1."""
+    kind = _kind(left)
+    if kind != _kind(right):
+        return False
+    if kind == "an array":
+        return len(left) == len(right) and all(map(_same, left, right))
+    if kind == "an object":
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    return bool(left == right)
+
+
+def _contains(whole: Any, part: Any) -> bool:
+    """Tell whether a string, array or object has a part, element or key."""
+    if isinstance(whole, str) and isinstance(part, str):
+        return part in whole
+    if isinstance(whole, (list, tuple)):
+        return any(_same(item, part) for item in whole)
+    if isinstance(whole, Mapping):
+        return isinstance(part, str) and part in whole
+    raise ValueError(f"{shown(part)} in {shown(whole)}: {_kind(whole)} can't hold it")
+
+
+def _item(whole: Any, index: Any) -> Any:
+    """Return an element of an array or a member of an object."""
+    try:
+        if type(index) is int and isinstance(whole, (list, tuple)):
+            return whole[index]
+        if isinstance(index, str) and isinstance(whole, Mapping):
+            return whole[index]
+    except (KeyError, IndexError):
+        pass
+    raise ValueError(f"there is no {shown(index)} in {shown(whole)}")
+
+
+_COMPARE: Dict[str, Callable[[Any, Any], bool]] = {
+    "==": _same, "!=": lambda a, b: not _same(a, b), "in": lambda a, b: _contains(b, a),
+    "not in": lambda a, b: not _contains(b, a), "index": _item}
+_ORDER: Dict[str, Callable[[Any, Any], bool]] = {
+    "<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
+_COUNT: Dict[str, Callable[[Any, Any], Any]] = {
+    "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b,
+    "//": lambda a, b: a // b, "%": lambda a, b: a % b}
+
+
+def _apply(operator: str, left: Any, right: Any) -> Any:
+    """Return what a binary operator makes of two values; raise ValueError if it fits them not."""
+    if operator in _COMPARE:
+        return _COMPARE[operator](left, right)
+    kinds = {_kind(left), _kind(right)}
+    joins = operator == "+" and kinds in ({"a string"}, {"an array"})
+    if not (kinds == {"a number"} or joins or operator in _ORDER and kinds == {"a string"}):
+        raise ValueError(f"{shown(left)} {operator} {shown(right)}: {_kind(left)} and {_kind(right)}")
+    if joins and len(left) + len(right) > _MAX_MADE:
+        raise ValueError(f"what + makes is too long; at most {_MAX_MADE:,}")
+    try:
+        return _bounded((_ORDER.get(operator) or _COUNT[operator])(
+            *((list(left), list(right)) if kinds == {"an array"} else (left, right))))
+    except (ZeroDivisionError, OverflowError) as exc:
+        raise ValueError(f"{shown(left)} {operator} {shown(right)}: {exc}") from None
+
+
+def _truth(value: Any) -> bool:
+    """Return a boolean; raise ValueError for any other value, as nothing else means true or false here."""
+    if type(value) is not bool:
+        raise ValueError(f"{shown(value)} is neither true nor false; compare it with something")
+    return value
+
+
+def evaluate(node: Expression, values: Values) -> Any:
+    """Return the value of an expression; raise LookupError or ValueError if it has none."""
+    kind, parts = node
+    if kind == "value":
+        return parts[0]
+    if kind == "ref":
+        return lookup(parts[0], values)
+    if kind in ("and", "or"):
+        return next((found for part in parts for found in [_truth(evaluate(part, values))]
+                     if found is (kind == "or")), kind == "and")
+    found = [evaluate(part, values) for part in parts]
+    if kind == "array":
+        return found
+    if kind == "object":
+        if not all(isinstance(key, str) for key in found[::2]):
+            raise ValueError("the keys of an object have to be strings")
+        return dict(zip(found[::2], found[1::2]))
+    if kind == "Not":
+        return not _truth(found[0])
+    if len(found) == 1:
+        return _apply("-" if kind == "USub" else "+", 0, found[0])
+    return _apply(kind, *found)
+
+
+def holds(text: str, values: Values) -> bool:
+    """Tell whether the expression of an `if` is true; raise LookupError or ValueError if it can't be told."""
+    return _truth(evaluate(parse_expression(text), values))
 
 
 # -- params --
@@ -1020,10 +1283,10 @@ def parse_param(name: str, text: str, param: Param) -> Any:
 def _unset_params(flow: Flow, params: Mapping[str, Any]) -> List[str]:
     """Return a message for each param that a template needs and that has no value."""
     missing: Dict[str, str] = {}
-    sources = [("env", text) for text in flow.env.values()]
-    sources += [(f"task {task.id}", text) for task in flow.tasks for _, text in templates(task)]
-    for place, text in sources:
-        for ref in refs(text):
+    sources = [("env", refs(text)) for text in flow.env.values()]
+    sources += [(f"task {task.id}", refs_at(*found)) for task in flow.tasks for found in templates(task)]
+    for place, found in sources:
+        for ref in found:
             name = str(ref.path[1])
             required = flow.params is not None and name in flow.params and flow.params[name].required
             if ref.path[0] == "params" and name not in params and not required:
@@ -1256,10 +1519,11 @@ def _check_upstream_refs(flow: Flow, wanted: Dict[str, List[Tuple[int, Path, Ref
                                          f"add {shown(name)} to its depends_on")
 
 
-def _check_text(text: Any, flow: Flow, place: Path, roots: Iterable[str]) -> Iterator[Problem]:
-    """Yield what is wrong with the templates of one string, of which each begins with one of `roots`."""
+def _check_text(text: Any, flow: Flow, place: Path, roots: Iterable[str],
+                path: Path = ()) -> Iterator[Problem]:
+    """Yield what is wrong with the names in one string, of which each begins with one of `roots`."""
     try:
-        found = refs(text)
+        found = refs_at(path, text)
     except ValueError as exc:
         yield Problem(place, str(exc))
         return
@@ -1277,9 +1541,9 @@ def _check_templates(flow: Flow) -> Iterator[Problem]:
     for n, task in enumerate(flow.tasks):
         for path, text in templates(task):
             place: Path = ("tasks", n) + path
-            problems = list(_check_text(text, flow, place, ROOTS))
+            problems = list(_check_text(text, flow, place, ROOTS, path))
             yield from problems
-            for ref in refs(text) if not problems else ():
+            for ref in refs_at(path, text) if not problems else ():
                 if ref.path[0] == "tasks":
                     wanted.setdefault(str(ref.path[1]), []).append((n, place, ref))
     yield from _check_upstream_refs(flow, wanted)
@@ -1402,6 +1666,7 @@ TASK_FIELDS = (
     Field("grace_s", _SECONDS, "seconds between SIGTERM and SIGKILL"),
     Field("trigger_rule", {"type": "string", "enum": list(TRIGGER_RULES)},
           "how its upstream must have ended"),
+    Field("if", _STR, "an expression; where it is false, the task is skipped"),
     Field("allow_failure", _BOOL, "true: its failure counts as success"),
     Field("priority", {"type": "integer", "minimum": -1000000, "maximum": 1000000}, "higher starts first"),
     Field("pool", _STR, "name of a pool of the flow, of which only so many tasks run at once"),
@@ -1411,6 +1676,9 @@ _NOT_INHERITED = frozenset(["id", "depends_on"] + [field.name for field in ACTIO
 _FOR_ACTION = {"python": "script"}
 #: Fields that are members of Task as they stand.
 _PLAIN_FIELDS = frozenset(Task._fields) - {"action", "retry"}
+#: Members of Task whose field has a name that Python keeps for itself.
+_FIELD_OF = {"condition": "if"}
+_MEMBER_OF = {field: member for member, field in _FIELD_OF.items()}
 
 
 def object_schema(fields: Sequence[Field], without: Iterable[str] = ()) -> Schema:
@@ -1497,7 +1765,8 @@ def _frozen(value: Any) -> Any:
 def make_task(fields: Mapping[str, Any]) -> Task:
     """Make a Task from sound fields of the flow file, one action among them."""
     def pick(names: Collection[str]) -> Dict[str, Any]:
-        return {name: _frozen(value) for name, value in fields.items() if name in names}
+        return {_MEMBER_OF.get(name, name): _frozen(value) for name, value in fields.items()
+                if _MEMBER_OF.get(name, name) in names}
 
     action: Action
     if "function" in fields:                    # only in the record of a run
@@ -1594,7 +1863,8 @@ def task_to_json(task: Task) -> Dict[str, Any]:
     """Return the fields of `task` as in a flow file, without those that have their default value."""
     action, members = task.action, _unusual(task)
     members.pop("retry", None)
-    return {"id": task.id, type(action).__name__.lower(): action[0], **members, **_unusual(action),
+    return {"id": task.id, type(action).__name__.lower(): action[0],
+            **{_FIELD_OF.get(name, name): value for name, value in members.items()}, **_unusual(action),
             **_unusual(task.retry)}
 
 
@@ -2033,6 +2303,13 @@ class AttemptEnded(NamedTuple):
     inputs: Optional[Mapping[str, str]] = None
 
 
+class TaskAdmitted(NamedTuple):
+    """Nothing speaks against the task: it is to run as soon as there is room."""
+
+    at: float
+    task: str
+
+
 class TaskSettled(NamedTuple):
     """The task has ended without an attempt of its own."""
 
@@ -2062,13 +2339,14 @@ class RunFinished(NamedTuple):
 
 if TYPE_CHECKING:
     Event = Union[AttemptStarted, AttemptSpawned, AttemptDeferred, AttemptStopping, AttemptEnded,
-                  TaskSettled, CancelRequested, RunFinished]
+                  TaskAdmitted, TaskSettled, CancelRequested, RunFinished]
 
 #: The words by which events are known on disk and in --output json: never renamed.
 EVENTS: Dict[str, Type[Any]] = {
     "attempt_started": AttemptStarted, "attempt_spawned": AttemptSpawned, "attempt_deferred": AttemptDeferred,
     "attempt_stopping": AttemptStopping,
-    "attempt_ended": AttemptEnded, "task_settled": TaskSettled, "cancel_requested": CancelRequested,
+    "attempt_ended": AttemptEnded, "task_admitted": TaskAdmitted, "task_settled": TaskSettled,
+    "cancel_requested": CancelRequested,
     "run_finished": RunFinished,
 }
 EVENT_WORDS = {kind: word for word, kind in EVENTS.items()}
@@ -2296,6 +2574,17 @@ def judge(task: Task, kinds: Sequence[str]) -> Tuple[str, str]:
 #: So long an attempt waits that the system had no means for, in seconds.
 PRESSURE_S = 1.0
 
+#: What each event changes in a run.
+_APPLY: Dict[Type[Any], Callable[[Any, Any], None]] = {}
+
+
+def _applies(event: Type[Any]) -> Callable[[Any], Any]:
+    """Enter a function that takes an event of that type into a run."""
+    def enter(handler: Any) -> Any:
+        _APPLY[event] = handler
+        return handler
+    return enter
+
 
 class Run:
     """All that is known of one run of a plan; it changes through apply() alone.
@@ -2319,6 +2608,7 @@ class Run:
         self.waits: Dict[str, int] = {}                                # task to its unsettled upstream count
         self.queues = Queues(plan)
         self.barred: Dict[str, Tuple[str, str]] = {}                   # task to the end that its rule demands
+        self.asking: Dict[str, None] = {}      # tasks that may run if what else they ask for is so
         self.running: Dict[str, None] = {}
         self.retries: List[Tuple[float, str, int]] = []                # heap of (time, task, failed attempt)
         self.deadlines: List[Tuple[float, str, int, str]] = []         # heap of (time, task, attempt, signal)
@@ -2339,7 +2629,7 @@ class Run:
             task_run.scope = self._scopes.take(task)
             self.running[name] = None
             self.queues.enter(name)
-            self._set_deadline(name, task_run.attempts[-1].started)
+            self.set_deadline(name, task_run.attempts[-1].started)
         elif task_run.status == RETRYING:
             task_run.scope = self._scopes.take(task)
             heapq.heappush(self.retries, (task_run.retry_at or 0, name, task_run.attempt))
@@ -2382,7 +2672,7 @@ class Run:
 
     def apply(self, event: Event) -> None:
         """Take in one fact."""
-        self._APPLY[type(event)](self, event)
+        _APPLY[type(event)](self, event)
         while self.retries and self.retries[0][0] <= event.at:
             _, name, attempt = heapq.heappop(self.retries)
             if self._waits_for_retry(name, attempt):
@@ -2409,93 +2699,15 @@ class Run:
         """Tell whether an entry of `retries` still holds."""
         return self.tasks[name].status == RETRYING and self.tasks[name].attempt == attempt
 
-    def _on_started(self, event: AttemptStarted) -> None:
-        task_run = self.tasks[event.task]
-        assert task_run.status in (PENDING, RETRYING), event
-        task_run.status, task_run.attempt = RUNNING, event.attempt
-        task_run.reason = task_run.error = task_run.retry_at = None
-        task_run.inputs = event.inputs
-        task_run.attempts.append(Attempt(event.at, event.log))
-        if task_run.started is None:
-            task_run.started = event.at
-        self.running[event.task] = None
-        self.queues.enter(event.task)
-        self._set_deadline(event.task, event.at)
-
-    def _set_deadline(self, name: str, started: float) -> None:
+    def set_deadline(self, name: str, started: float) -> None:
         """Note when the running attempt's time is over."""
         limit, task_run = self.plan.tasks[name].timeout_s, self.tasks[name]
         if limit is not None:
             task_run.deadline = round(started + limit, 6)
             heapq.heappush(self.deadlines, (task_run.deadline, name, task_run.attempt, "TERM"))
 
-    def _on_spawned(self, event: AttemptSpawned) -> None:
-        attempt = self.tasks[event.task].attempts[-1]
-        attempt.pid, attempt.ticks, attempt.forked = event.pid, event.ticks, event.forked
-        self._set_deadline(event.task, event.at)  # the record of the start may have waited for a disk
 
-    def _on_deferred(self, event: AttemptDeferred) -> None:
-        task_run = self.tasks[event.task]
-        task_run.attempts.pop()
-        task_run.started = task_run.started if task_run.attempts else None
-        task_run.status, task_run.attempt, task_run.reason = RETRYING, event.attempt - 1, event.reason
-        task_run.retry_at = round(event.at + PRESSURE_S, 6)
-        heapq.heappush(self.retries, (task_run.retry_at, event.task, task_run.attempt))
-        del self.running[event.task]
-        self.queues.leave(event.task)
-        self.room = max(1, len(self.running))
-
-    def _on_stopping(self, event: AttemptStopping) -> None:
-        task_run, task = self.tasks[event.task], self.plan.tasks[event.task]
-        if not task_run.stopping:
-            task_run.stopping = event.reason
-            self.stopping += 1
-        if event.signal == "KILL":
-            task_run.killed = True
-            self.killed += 1
-        else:
-            heapq.heappush(self.deadlines, (event.at + task.grace_s, event.task, event.attempt, "KILL"))
-
-    def _on_ended(self, event: AttemptEnded) -> None:
-        task_run, task = self.tasks[event.task], self.plan.tasks[event.task]
-        attempt = task_run.attempts[-1]
-        attempt.status, attempt.reason, attempt.error = event.status, event.reason, event.error
-        attempt.finished = event.at
-        self.stopping -= task_run.stopping is not None
-        self.killed -= task_run.killed
-        task_run.stopping, task_run.killed = None, False
-        del self.running[event.task]
-        self.queues.leave(event.task)
-        self.room = self.room and self.room + 1
-        task_run.unsaved = event.unsaved
-        if event.inputs is not None:
-            task_run.inputs = event.inputs
-        tries = task_run.attempt - task_run.first_attempt + 1
-        if (event.status == FAILED and tries <= task.retry.max_retries
-                and task.retry.covers(event.code, event.final)):
-            task_run.status, task_run.reason, task_run.error = RETRYING, event.reason, event.error
-            wait = task.retry.wait_s(tries, chance(self.id, event.task, event.attempt))
-            task_run.retry_at = round(event.at + wait, 6)
-            heapq.heappush(self.retries, (task_run.retry_at, event.task, event.attempt))
-        else:
-            self._settle(event.task, event.status, event.at, event.reason, event.output, event.error)
-
-    def _on_settled(self, event: TaskSettled) -> None:
-        self.barred.pop(event.task, None)
-        self._settle(event.task, event.status, event.at, event.reason, event.output, None)
-
-    def _on_cancel(self, event: CancelRequested) -> None:
-        self.cancel = self.cancel._replace(kill=self.cancel.kill or event.kill) if self.cancel else event
-
-    def _on_finished(self, event: RunFinished) -> None:
-        self.outcome, self.reason, self.finished = event.status, event.reason, event.at
-
-    _APPLY: Dict[Type[Any], Callable[[Any, Any], None]] = {
-              AttemptStarted: _on_started, AttemptSpawned: _on_spawned, AttemptDeferred: _on_deferred,
-              AttemptStopping: _on_stopping, AttemptEnded: _on_ended, TaskSettled: _on_settled,
-              CancelRequested: _on_cancel, RunFinished: _on_finished}
-
-    def _settle(self, name: str, status: str, at: Optional[float], reason: Optional[str],
+    def settle(self, name: str, status: str, at: Optional[float], reason: Optional[str],
                 output: Optional[Mapping[str, Any]], error: Optional[str]) -> None:
         """Give task `name` its end, and reach those downstream for which it was the last to wait for."""
         task_run = self.tasks[name]
@@ -2530,7 +2742,9 @@ class Run:
             self.barred[name] = (SKIPPED, "left out")
             return
         end, reason = judge(task, [self.counts_as(up) for up in task.depends_on])
-        if end == RUNNING:
+        if end == RUNNING and task.asks:
+            self.asking[name] = None
+        elif end == RUNNING:
             self.queues.push(name)
         else:
             self.barred[name] = (end, reason)
@@ -2545,12 +2759,110 @@ class Run:
         return SUCCESS if self.plan.tasks[name].allow_failure else FAILED
 
 
+@_applies(AttemptStarted)
+def _on_started(run: Run, event: AttemptStarted) -> None:
+    task_run = run.tasks[event.task]
+    assert task_run.status in (PENDING, RETRYING), event
+    run.asking.pop(event.task, None)
+    task_run.status, task_run.attempt = RUNNING, event.attempt
+    task_run.reason = task_run.error = task_run.retry_at = None
+    task_run.inputs = event.inputs
+    task_run.attempts.append(Attempt(event.at, event.log))
+    if task_run.started is None:
+        task_run.started = event.at
+    run.running[event.task] = None
+    run.queues.enter(event.task)
+    run.set_deadline(event.task, event.at)
+
+
+@_applies(AttemptSpawned)
+def _on_spawned(run: Run, event: AttemptSpawned) -> None:
+    attempt = run.tasks[event.task].attempts[-1]
+    attempt.pid, attempt.ticks, attempt.forked = event.pid, event.ticks, event.forked
+    run.set_deadline(event.task, event.at)  # the record of the start may have waited for a disk
+
+
+@_applies(AttemptDeferred)
+def _on_deferred(run: Run, event: AttemptDeferred) -> None:
+    task_run = run.tasks[event.task]
+    task_run.attempts.pop()
+    task_run.started = task_run.started if task_run.attempts else None
+    task_run.status, task_run.attempt, task_run.reason = RETRYING, event.attempt - 1, event.reason
+    task_run.retry_at = round(event.at + PRESSURE_S, 6)
+    heapq.heappush(run.retries, (task_run.retry_at, event.task, task_run.attempt))
+    del run.running[event.task]
+    run.queues.leave(event.task)
+    run.room = max(1, len(run.running))
+
+
+@_applies(AttemptStopping)
+def _on_stopping(run: Run, event: AttemptStopping) -> None:
+    task_run, task = run.tasks[event.task], run.plan.tasks[event.task]
+    if not task_run.stopping:
+        task_run.stopping = event.reason
+        run.stopping += 1
+    if event.signal == "KILL":
+        task_run.killed = True
+        run.killed += 1
+    else:
+        heapq.heappush(run.deadlines, (event.at + task.grace_s, event.task, event.attempt, "KILL"))
+
+
+@_applies(AttemptEnded)
+def _on_ended(run: Run, event: AttemptEnded) -> None:
+    task_run, task = run.tasks[event.task], run.plan.tasks[event.task]
+    attempt = task_run.attempts[-1]
+    attempt.status, attempt.reason, attempt.error = event.status, event.reason, event.error
+    attempt.finished = event.at
+    run.stopping -= task_run.stopping is not None
+    run.killed -= task_run.killed
+    task_run.stopping, task_run.killed = None, False
+    del run.running[event.task]
+    run.queues.leave(event.task)
+    run.room = run.room and run.room + 1
+    task_run.unsaved = event.unsaved
+    if event.inputs is not None:
+        task_run.inputs = event.inputs
+    tries = task_run.attempt - task_run.first_attempt + 1
+    if (event.status == FAILED and tries <= task.retry.max_retries
+            and task.retry.covers(event.code, event.final)):
+        task_run.status, task_run.reason, task_run.error = RETRYING, event.reason, event.error
+        wait = task.retry.wait_s(tries, chance(run.id, event.task, event.attempt))
+        task_run.retry_at = round(event.at + wait, 6)
+        heapq.heappush(run.retries, (task_run.retry_at, event.task, event.attempt))
+    else:
+        run.settle(event.task, event.status, event.at, event.reason, event.output, event.error)
+
+
+@_applies(TaskAdmitted)
+def _on_admitted(run: Run, event: TaskAdmitted) -> None:
+    del run.asking[event.task]
+    run.queues.push(event.task)
+
+
+@_applies(TaskSettled)
+def _on_settled(run: Run, event: TaskSettled) -> None:
+    run.barred.pop(event.task, None)
+    run.asking.pop(event.task, None)
+    run.settle(event.task, event.status, event.at, event.reason, event.output, None)
+
+
+@_applies(CancelRequested)
+def _on_cancel(run: Run, event: CancelRequested) -> None:
+    run.cancel = run.cancel._replace(kill=run.cancel.kill or event.kill) if run.cancel else event
+
+
+@_applies(RunFinished)
+def _on_finished(run: Run, event: RunFinished) -> None:
+    run.outcome, run.reason, run.finished = event.status, event.reason, event.at
+
+
 def inputs_of(run: Run, task: Task) -> Dict[str, str]:
     """Return, for each key that templates of `task` read from outputs of others, the task it comes from."""
     inputs = {}
     writers = run.tasks[task.id].scope.writers
-    for _, text in templates(task):
-        for ref in refs(text):
+    for path, text in templates(task):
+        for ref in refs_at(path, text):
             if ref.path[0] == "tasks" and len(ref.path) > 3:
                 inputs[str(ref.path[3])] = str(ref.path[1])
             elif ref.path[0] == "ctx" and ref.path[1] in writers:
@@ -2590,6 +2902,12 @@ class Stop(NamedTuple):
     signal: str
 
 
+class Ask(NamedTuple):
+    """Find out whether a task is to run that its upstream lets run."""
+
+    task: str
+
+
 class Settle(NamedTuple):
     """Give a task its end without an attempt."""
 
@@ -2606,7 +2924,7 @@ class Finish(NamedTuple):
 
 
 if TYPE_CHECKING:
-    Due = Union[Start, Stop, Settle, Finish]
+    Due = Union[Start, Stop, Ask, Settle, Finish]
 
 
 def _ascending(heap: Sequence[Any]) -> Iterator[Any]:
@@ -2705,6 +3023,8 @@ def due(run: Run, now: float, slots: Optional[int]) -> List[Due]:
         actions = [Settle(name, *end) for name, end in run.barred.items()]
     actions += _overdue(run, now)
     if not actions:
+        actions = [Ask(name) for name in islice(run.asking, AT_ONCE)]
+    if not actions:
         actions = _starts(run, now, free_slots(run, slots))
     if not actions and not run.unsettled:
         return [verdict(run)]
@@ -2724,8 +3044,10 @@ def next_wake(run: Run, slots: Optional[int]) -> Optional[float]:
     return min(times, default=None)
 
 
-def fact(run: Run, action: Due, now: float) -> Event:
-    """Return the event that records that `action` is being taken."""
+def fact(run: Run, action: Due, now: float) -> Optional[Event]:
+    """Return the event that records that `action` is being taken; None for a question."""
+    if isinstance(action, Ask):
+        return None
     if isinstance(action, Start):
         task = run.plan.tasks[action.task]
         in_process = isinstance(task.action, Function) and task.action.kind != "process"
@@ -2745,18 +3067,19 @@ def drive(run: Run, world: Any, record: Callable[[List[Event], int], None], slot
 
     Yields when to wake up (None: when something happens) and is sent the new events.
 
-    `world` has now(), start(run, action) and stop(run, action), both of which return events that came of it.
+    `world` has now(), and start(), stop() and ask(), which take (run, action) and return the events that came
+    of it.
     `record` puts the events of one turn on disk, and is told how many of them the run has taken in already;
     only then is anything done, and `observe` told of each of them.
     """
-    perform = {Start: world.start, Stop: world.stop}
+    perform = {Start: world.start, Stop: world.stop, Ask: world.ask}
     events: List[Event] = []
     while run.outcome is None:
         for event in events:
             run.apply(event)                    # what has happened …
         now, happened = world.now(), len(events)
         actions = due(run, now, slots)
-        events += [fact(run, action, now) for action in actions]
+        events += filter(None, [fact(run, action, now) for action in actions])
         if events:
             record(events, happened)            # … is durable, with what follows of it …
         for n, event in enumerate(events):      # … then it is shown and done
@@ -2796,19 +3119,6 @@ _PIECE = 500                                   # lines of a state that are made 
 
 def _epoch() -> datetime.datetime:
     return datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-
-
-def _remembering(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return `answer` with a memory of what it was asked last; functools is not there at a start."""
-    answers: Dict[Any, Any] = {}
-
-    def remember(question: Any) -> Any:
-        if question not in answers:
-            if len(answers) > 100:
-                answers.clear()
-            answers[question] = answer(question)
-        return answers[question]
-    return remember
 
 
 @_remembering                                  # much happens in one second
@@ -3221,14 +3531,29 @@ sys.exit(miniflow.answer_call(call))
 """
 
 
+def _flow_env(run: Run, task_id: str, environ: Mapping[str, str]) -> Tuple[Dict[str, str], Values]:
+    """Return what the flow adds to the environment `environ` of a task, and the values that this leads to."""
+    values = values_of(run, task_id, environ)
+    added = {name: to_text(render(text, values)) for name, text in run.plan.flow.env.items()}
+    return added, values._replace(env={**environ, **added}) if added else values
+
+
+def admit(run: Run, task_id: str, now: float, environ: Mapping[str, str]) -> Event:
+    """Return what becomes of a task that its upstream lets run: where its `if` is false, it does not."""
+    condition = run.plan.tasks[task_id].condition
+    try:
+        if condition is None or holds(condition, _flow_env(run, task_id, environ)[1]):
+            return TaskAdmitted(now, task_id)
+    except (LookupError, ValueError) as exc:
+        return TaskSettled(now, task_id, FAILED, f"if: {exc}")
+    return TaskSettled(now, task_id, SKIPPED, "if is false")
+
+
 def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
     """Return what the current attempt of a task executes; raise LookupError if a template finds no value."""
     task = run.plan.tasks[task_id]
     action = task.action
-    values = values_of(run, task_id, setting.environ)
-    flow_env = {name: to_text(render(text, values)) for name, text in run.plan.flow.env.items()}
-    if flow_env:
-        values = values._replace(env={**setting.environ, **flow_env})
+    flow_env, values = _flow_env(run, task_id, setting.environ)
     task_env = {name: to_text(render(text, values)) for name, text in task.env.items()}
     if task_env:
         values = values._replace(env={**values.env, **task_env})
@@ -3524,7 +3849,8 @@ def to_text_graph(plan: Plan) -> str:
         lines.append(f"{number}")
         for name in (name for name in plan.order if level[name] == number):
             task = plan.tasks[name]
-            marks = [task.trigger_rule] if task.trigger_rule != "all_success" else []
+            marks = [f"if {task.condition}"] if task.condition else []
+            marks += [task.trigger_rule] if task.trigger_rule != "all_success" else []
             marks += ["allow_failure"] if task.allow_failure else []
             line = f"   {name:<{width}}  {describe_action(task)}"
             line += f"  [{', '.join(marks)}]" if marks else ""
@@ -4005,6 +4331,9 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
     for n, name in enumerate(plan.order, 1):
         task = plan.tasks[name]
         try:
+            if task.condition is not None:
+                raise ValueError(f"if: {task.condition} is for MiniFlow to decide, which bash can't; "
+                                 "let the task itself decide, or leave it out with --skip")
             functions.append(_BashTask(plan, task, values).function(n, tasks_dir))
             if task.action.stdin is not None:
                 files.append(_bash_stdin(plan, task, values, n))
@@ -6118,6 +6447,11 @@ class Clock:
         return round(self._offset + time.monotonic(), 6)
 
 
+def asker(clock: Clock, environ: Mapping[str, str]) -> Callable[[Run, Ask], List[Event]]:
+    """Return what a World finds out about a task that is asked for."""
+    return lambda run, action: [admit(run, action.task, clock.now(), environ)]
+
+
 class Waiter:
     """Waits for the first of: the end of a watched process, a signal to the engine, the time.
 
@@ -6389,6 +6723,7 @@ class Processes:
     def __init__(self, store: Store, run_id: str, tasks_dir: str, clock: Clock, token: str,
                  take_signals: bool = True) -> None:
         self.now, self._store, self._files = clock.now, store, store.files(run_id)
+        self.ask = asker(clock, os.environ)
         self._exchange = Exchange(store, run_id)
         self._setting = Setting(dict(os.environ), sys.executable or "python3", os.getcwd(),
                                 os.path.abspath(tasks_dir), self._exchange.work, token,
@@ -7008,6 +7343,7 @@ class Functions:
         import asyncio
         self._loop = asyncio.get_running_loop()
         self._functions, self._place, self.now = functions, place, clock.now
+        self.ask = asker(clock, os.environ)
         self._make_processes, self._processes = processes, None     # type: Any, Optional[FunctionProcesses]
         self._threads = Threads()
         self._calls: Dict[str, Call] = {}
@@ -8016,7 +8352,8 @@ def format_plan(plan: Plan, slots: int) -> str:
         task = plan.tasks[name]
         extra = [f"{word} {value}" for word, value, usual in (
             ("retries", task.retry.max_retries, 0), ("timeout_s", task.timeout_s, None),
-            ("trigger_rule", task.trigger_rule, "all_success")) if value != usual]
+            ("trigger_rule", task.trigger_rule, "all_success"),
+            ("if", task.condition, None)) if value != usual]
         rows.append((str(n), name, describe_action(task), ", ".join(task.depends_on) or "-",
                      "left out" if name in plan.left_out else ", ".join(extra)))
     return f"{len(plan.order)} tasks, {slots} at once\n{format_table(rows)}"

@@ -98,6 +98,9 @@ class SimWorld:
         heapq.heappush(self.ends, (self.clock + seconds, next(self.serial), action.task, code))
         return []
 
+    def ask(self, run, action):
+        return [mf.admit(run, action.task, self.clock, {})]
+
     def stop(self, run, action):
         self.log.append(f"{self.clock:g} {action.signal} {action.task}")
         if action.signal == "KILL" or action.task not in self.stubborn:
@@ -281,7 +284,7 @@ def needs(tool):
     return unittest.skip(f"{tool} is not installed")
 
 
-def random_flow(chance, size=9, **options):
+def random_flow(chance, size=9, conditions=True, **options):
     """Return a random Flow in shuffled order, and a SimWorld script for it."""
     tasks, script = [], {}
     for n in range(chance.randint(1, size)):
@@ -296,6 +299,10 @@ def random_flow(chance, size=9, **options):
         if chance.random() < 0.2:
             fields["retry_on"] = chance.choice([[1], [2], ["timeout"], []])
         upstream = [f"t{k}" for k in range(n) if chance.random() < 0.35]
+        if conditions and chance.random() < 0.3:
+            words = ["run.id == 'r'", "run.id != 'r'", "run.id", "1 / 0 == 1"]
+            words += [f"tasks.{up}.status in ['success', 'skipped']" for up in upstream]
+            fields["if"] = chance.choice(words)
         tasks.append(task(f"t{n}", *upstream, **fields))
         script[f"t{n}"] = {k: (chance.randint(0, 6), chance.choice([0, 0, 1, 2])) for k in range(1, 9)}
     chance.shuffle(tasks)
@@ -330,8 +337,7 @@ class T02Model(unittest.TestCase):
         self.assertEqual(mf.RUN_STATES, ("running", "success", "failed", "cancelled", "interrupted"))
         self.assertEqual(list(mf.EVENTS), [
             "attempt_started", "attempt_spawned", "attempt_deferred", "attempt_stopping", "attempt_ended",
-            "task_settled",
-            "cancel_requested", "run_finished"])
+            "task_admitted", "task_settled", "cancel_requested", "run_finished"])
 
     def test_trigger_rules_mean_what_airflow_documents(self):
         """By whether the upstream holds a success, a skipped and a failed one.
@@ -592,6 +598,115 @@ class T04Values(unittest.TestCase):
         self.assertIn("MINIFLOW_PARAM_A_B as well", str(caught.exception))
 
 
+    EXPRESSIONS = {
+        # what is true, and (by a leading "not ") what is false
+        "params.n == 3": True, "params.n != 3": False, "params.n == 3.0": True, "params.n in [1, 2]": False,
+        "params['n'] == 3": True, 'params.s == "x y"': True, "'x' in params.s": True, "'y z' not in params.s": True,
+        "params.o.k[0] == 1": True, "params.o.k[-1].z == 'deep'": True, "params.o['k'][1]['z'] == 'deep'": True,
+        "params.o == {'k': [1, {'z': 'deep'}]}": True, "params.o.k == [1]": False, "'k' in params.o": True,
+        "ctx.rows > 5 and ctx.rows < 10": True, "5 < ctx.rows < 10": True, "5 < ctx.rows < 7": False,
+        "ctx.rows >= 7 and ctx.rows <= 7": True, "not ctx.rows == 7": False, "not (true and false)": True,
+        "true or params.n / 0 == 1": True, "false and params.n / 0 == 1": False, "True": True, "False": False,
+        "null == None": True, "null == false": False, "0 == false": False, "1 == true": False, "'' == null": False,
+        "1 in [true]": False, "[1, [true]] == [1, [1]]": False, "1 + 2 * 3 == 7": True, "7 // 2 == 3": True,
+        "7 / 2 == 3.5": True, "-7 % 3 == 2": True, "-params.n == -3": True, "+params.n == 3": True,
+        "'a' + 'b' == 'ab'": True, "[1] + [2] == [1, 2]": True, "'a' < 'b'": True, "run.id == 'r1'": True,
+        "env.HOME == '/h'": True, "tasks.t.status == 'success'": True, "tasks.t.outputs.path == '/t'": True,
+        "tasks['a-b'].outputs.path == '/a-b'": True, "tasks.a.b.outputs.path == '/a.b'": True,
+        "tasks.t.outputs == {'path': '/t', 'n': null}": True, "tasks.t.outputs.n == null": True,
+        "params['a-b'] == 'dash'": True, "  1\n ==\n 1  ": True, "1 == 1 # so it is": True, "(1, 2) == [1, 2]": True,
+        "{'a': 1}['a'] == 1": True, "[1, 2][params.n - 2] == 2": True, "params.o.k[params.n - 2]['z'] == 'deep'": True,
+        "9007199254740993 == 9007199254740992": False, "1e308 < 2e308 - 1e308": None,
+        "'\U0001f600' in '\U0001f600'": True,
+    }
+
+    def test_an_expression_has_the_value_that_its_text_says(self):
+        for text, value in self.EXPRESSIONS.items():
+            with self.subTest(text):
+                if value is None:
+                    with self.assertRaises(ValueError):
+                        mf.holds(text, self.VALUES)
+                else:
+                    self.assertIs(mf.holds(text, self.VALUES), value)
+
+    def test_an_expression_that_is_none_says_what_is_wrong(self):
+        deep = "[" * 60 + "]" * 60 + " == 1"
+        for text, what in {
+                "": "is no expression", "1 +": "is no expression", "a b": "is no expression",
+                "x = 1": "is no expression",
+                "print(1)": "a call is not possible here", "params.n.bit_length() == 2": "a call is not possible",
+                "__import__('os').system('id') == 0": "a call is not possible here",
+                "param.n == 1": 'unknown name "param", did you mean params?',
+                "rows == 1": 'unknown name "rows"; use one',
+                "yes": 'unknown name "yes"', "1 if true else 2": "if … else is not possible", "lambda: 1": "a lambda",
+                "[x for x in params.o.k] == 1": "ListComp of Python is not possible",
+                "f'{params.n}' == '3'": "an f-string",
+                "(n := 1) == 1": ":= is not possible", "2 ** 999999999 > 1": "** is not possible",
+                "params.n is 3": "write ==",
+                "params.o.k[0:1] == [1]": "a slice is not possible", "1 << 99999999 > 1": "LShift of Python",
+                "~1 == 1": "Invert of Python", "b'x' == 'x'": "Constant of Python", "1j == 1": "Constant of Python",
+                "... == 1": "Constant of Python", "{1, 2} == 1": "Set of Python", "{**params.o} == 1": "Dict of Python",
+                "${{ params.n }} == 3": "an expression has no ${{ }}",
+                "params == 1": "names no value; write params.NAME",
+                "tasks.t == 1": "names no value; write tasks.ID.outputs", "run.name == 'x'": "names no value",
+                "tasks.t.output.x == 1": "names no value", "9" * 2000 + " == 1": "a number is too large",
+                "1e999 == 1": "a number is too large", "x" * 5000: "5,000 characters is too long",
+                "(" * 900: "is no expression",
+                "not " * 900 + "true": None, "-" * 3000 + "1 == 1": None, deep: "nested deeper", "1\0 == 1": None,
+                "1 == 1; 2": "is no expression", "await params.n": None, "*params.o": None,
+                "\ud800 == 1": None}.items():
+            with self.subTest(text[:40]), self.assertRaises(ValueError) as caught:
+                mf.expression_refs(text)
+            self.assertIn(what or "", str(caught.exception))
+            self.assertLess(len(str(caught.exception)), 400)
+
+    def test_an_expression_without_a_value_is_neither_true_nor_false(self):
+        values = self.VALUES._replace(params={**self.VALUES.params, "big": "x" * 2**20, "many": [0] * 2**20,
+                                              "huge": 10**1200, "t": True, "no": "false", "empty": []})
+        for text, what in {
+                "params.n": "3 is neither true nor false", "params.no": '"false" is neither true nor false',
+                "not params.empty": "[] is neither", "params.t and params.n": "3 is neither", "null": "null is neither",
+                "params.n < 'x'": "a number and a string", "params.n + 'x' == 1": "a number and a string",
+                "params.s * 999999999 == ''": "a string and a number", "params.s % 3 == ''": "a string and a number",
+                "'%999999999d' % params.n == ''": "a string and a number",
+                "[0] * 999999999 == []": "an array and a number",
+                "true + true == 2": "a boolean and a boolean", "-'x' == 1": "a number and a string",
+                "params.o < params.o": "an object",
+                "1 / 0 == 1": "division by zero", "1 % 0 == 1": "by zero", "params.n in 3": "a number can't hold it",
+                "1 in 'abc'": "a string can't hold it", "params.gone == 1": 'there is no "gone"',
+                "tasks.t.outputs.gone == 1": 'there is no "gone"', "ctx.gone == 1": 'there is no "gone"',
+                "params.o.k[7] == 1": "there is no 7", "params.o.k['z'] == 1": 'there is no "z"',
+                "params.o[params.n] == 1": "there is no 3", "params.o.k[params.t] == 1": "there is no true",
+                "params.s[0] == 'x'": "there is no 0", "params.n.real == 3": 'there is no "real"',
+                "params.s.upper == 1": 'there is no "upper"',
+                "params.o.__class__ == 1": 'there is no "__class__"',
+                "().__class__ == 1": 'there is no "__class__" in []',
+                "params.big + params.big == ''": "too long", "params.many + params.many == []": "too long",
+                "params.huge * params.huge == 1": "a number is too large", "params.huge / 1.5 > 1": "too large",
+                "1e308 * 10 > 1": "a number is too large",
+                "{params.n: 1} == 1": "keys of an object have to be strings"}.items():
+            with self.subTest(text), self.assertRaises((LookupError, ValueError)) as caught:
+                mf.holds(text, values)
+            self.assertIn(what, str(caught.exception))
+            self.assertLess(len(str(caught.exception)), 400)
+
+    def test_random_expressions_are_refused_or_answered_soon_and_nothing_else(self):
+        chance, words = random.Random(4), [
+            "params.n", "params.s", "params.o", "ctx.rows", "tasks.t.outputs", "run.id", "true", "null", "1",
+            "2.5", "'x'",
+            "[", "]", "(", ")", "{", "}", ":", ",", ".", "==", "<", "in", "not", "and", "or", "+", "-", "*",
+            "/", "//", "%",
+            "**", "if", "else", "lambda", "__class__", "\n", "#", "\\", "é", "$", "for x in"]
+        answers = collections.Counter()
+        for _ in range(20000):
+            text = " ".join(chance.choices(words, k=chance.randint(1, 9)))
+            try:
+                answers[mf.holds(text, self.VALUES)] += 1
+            except (LookupError, ValueError):
+                answers["refused"] += 1
+        self.assertGreater(min(answers[True], answers[False]), 5, answers)
+
+
 class T05Checking(unittest.TestCase):
     """Every message is read: a flow that is wrong in one way gives just that line."""
 
@@ -607,6 +722,15 @@ class T05Checking(unittest.TestCase):
         (flow_json(task("a", pool="werehouse"), pools={"warehouse": 1}),
          'tasks[0].pool: the flow has no pool "werehouse", did you mean warehouse?'),
         (flow_json(task("a", pool="db")), 'tasks[0].pool: the flow has no pool "db"; it has none'),
+        (flow_json(task("a", **{"if": "params.x = 1"})),
+         'tasks[0].if: "params.x = 1" is no expression: invalid syntax'),
+        (flow_json(task("a", **{"if": "parms.x == 1"})),
+         'tasks[0].if: unknown name "parms", did you mean params?'),
+        (flow_json(task("a", **{"if": "params.mode == 'x'"}), params={"mood": "y"}),
+         'tasks[0].if: params.mode: the flow has no param "mode", did you mean mood?'),
+        (flow_json(task("a"), task("b", **{"if": "tasks.a.status == 'success'"})),
+         'tasks[1].if: tasks.a.status: a is not upstream of b; add "a" to its depends_on'),
+        (flow_json(task("a", **{"if": True})), 'tasks[0].if: expected a string, got true'),
         (flow_json(task("a"), pools={"db": 0}), 'pools.db: expected an integer of at least 1, got 0'),
         (flow_json(task("a", env={"1X": "y"})),
          'tasks[0].env.1X: not a name of a variable; use letters, digits and _'),
@@ -801,8 +925,7 @@ class T06JsonFrontEnd(unittest.TestCase):
                       "on_success"):
             self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
                              f"{field}: unknown field")
-        for field in ("flow", "http", "wait_for", "if", "foreach", "matrix", "inputs", "outputs",
-                      "executor"):
+        for field in ("flow", "http", "wait_for", "foreach", "matrix", "inputs", "outputs", "executor"):
             self.assertEqual(errors_of(flow_json(task("a", **{field: {}})))[0][:len(field) + 24],
                              f"tasks[0].{field}: unknown field")
 
@@ -953,7 +1076,7 @@ class T07PythonFrontEnd(unittest.TestCase):
 
     def test_a_json_flow_and_its_python_twin_have_equal_plans(self):
         for seed in range(50):
-            flow, _ = random_flow(random.Random(seed))
+            flow, _ = random_flow(random.Random(seed), conditions=False)
             made = {t.id: mf.task(name=t.id, priority=t.priority, trigger_rule=t.trigger_rule, pool=t.pool,
                                   allow_failure=t.allow_failure, timeout_s=t.timeout_s, grace_s=t.grace_s,
                                   max_retries=t.retry.max_retries, backoff_s=t.retry.backoff_s,
@@ -1215,6 +1338,39 @@ class T10Scheduler(unittest.TestCase):
         self.assertEqual(mf.attempt_end(run, "a", 4, -9, run.tasks["a"].stopping, dict).status, "cancelled")
         self.assertEqual((run.cancel.exit_code, run.cancel.kill), (143, True))
 
+    def test_a_task_runs_where_its_condition_holds_is_skipped_where_not_and_fails_where_nobody_can_tell(self):
+        flow = make(task("a"), task("yes", "a", **{"if": "tasks.a.status == 'success'"}),
+                    task("no", "a", **{"if": "tasks.a.status == 'failed'"}), task("after", "no"),
+                    task("either", "no", "yes", trigger_rule="none_failed"),
+                    task("odd", "a", **{"if": "tasks.a.outputs.rows > 0"}), task("below", "odd"),
+                    task("tolerated", **{"if": "run.id"}, allow_failure=True), task("on", "tolerated"))
+        run, world, journal = simulate(flow, slots=1)
+        self.assertEqual(ends(run), {
+            "a": "success", "yes": "success", "no": "skipped", "after": "skipped", "either": "success",
+            "odd": "failed", "below": "upstream_failed", "tolerated": "failed", "on": "success"})
+        self.assertEqual({name: t.reason for name, t in run.tasks.items() if t.reason}, {
+            "no": "if is false", "after": "upstream no was skipped", "below": "upstream odd failed",
+            "odd": 'if: tasks.a.outputs.rows: there is no "rows" in []',
+            "tolerated": 'if: "r" is neither true nor false; compare it with something'})
+        self.assertEqual((run.status, run.warnings), ("failed", 1))
+        self.assertEqual([type(event).__name__ for event in journal if getattr(event, "task", "") == "yes"],
+                         ["TaskAdmitted", "AttemptStarted", "AttemptEnded"])
+
+    def test_a_condition_is_asked_once_and_not_before_the_trigger_rule_holds(self):
+        asked = []
+
+        class Asked(SimWorld):
+            def ask(self, run, action):
+                asked.append((self.clock, action.task))
+                return super().ask(run, action)
+
+        true = {"if": "true"}
+        flow = make(task("a", max_retries=1, **true), task("b", "a", **true), task("c", "a", **true),
+                    task("d", "a", trigger_rule="all_failed", **true))
+        run, world, _ = simulate(flow, slots=1, world=Asked({"a": {1: (3, 1), 2: (1, 0)}}))
+        self.assertEqual(asked, [(0, "a"), (4, "b"), (4, "c")])
+        self.assertEqual(world.log, ["0 start a", "3 start a", "4 start b", "5 start c"])
+
     def test_what_is_left_out_counts_as_satisfied_with_its_outputs(self):
         flow = make(task("a"), task("b", "a"), task("c", "b", args=["${{ tasks.b.outputs.x }}"]))
         run, _, journal = simulate(flow, left_out={"a": {}, "b": {"x": 5}})
@@ -1230,11 +1386,11 @@ class T10Scheduler(unittest.TestCase):
             run = mf.Run(mf.make_plan(flow), "r")
             for event in journal:
                 before = (mf.run_to_json(run), repr(run.queues.ready), list(run.retries), list(run.deadlines),
-                          dict(run.barred))
+                          dict(run.barred), dict(run.asking))
                 mf.due(run, event.at, 2)
                 mf.next_wake(run, 2)
                 self.assertEqual(before, (mf.run_to_json(run), repr(run.queues.ready), list(run.retries),
-                                          list(run.deadlines), dict(run.barred)))
+                                          list(run.deadlines), dict(run.barred), dict(run.asking)))
                 run.apply(event)
 
     def test_3000_random_flows_end_keep_their_order_and_limits_and_replay_exactly(self):
@@ -1669,6 +1825,16 @@ class T13Exporters(unittest.TestCase):
             rows = [line.rstrip("\n").split("\t") for line in file]
         return done.returncode, {row[0]: (row[1], int(row[2])) for row in rows}, logs[1]
 
+    def test_a_condition_is_shown_by_the_graph_and_refused_for_bash(self):
+        flow = make(task("a", **{"if": "params.x == '\x1b[31m'"}), params={"x": "1"})
+        self.assertIn("[if params.x == ", mf.to_text_graph(mf.make_plan(flow)))
+        with one(task("a", **{"if": "params.x == '\x1b[31m'"})) as project:
+            _, shown, _ = project.main("graph", "f")
+            self.assertIn(r"[if params.x == '\x1b[31m']", shown)
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.to_bash(mf.make_plan(flow), {"x": "1"}, "tasks")
+        self.assertIn("task a: if: params.x == ", str(caught.exception))
+
     def test_the_text_graph_shows_levels_rules_and_what_each_task_waits_for(self):
         flow = make(task("a"), task("b", "a", script="x.py"),
                     task("c", "a", "b", trigger_rule="all_done", allow_failure=True))
@@ -1742,7 +1908,7 @@ class T13Exporters(unittest.TestCase):
         """Every task's end, its attempts and its output, and the exit code."""
         for seed in range(10):
             chance = random.Random(seed)
-            flow, script = random_flow(chance, 7)
+            flow, script = random_flow(chance, 7, conditions=False)
             tasks = []
             for _, t in enumerate(mf.flow_to_json(flow)["tasks"]):
                 codes = [script[t["id"]][k][1] for k in range(1, 5)]
@@ -6301,6 +6467,23 @@ class T25CommandLine(unittest.TestCase):
             self.assertEqual(project.main("run", "mine.json", "--run-id", "r")[0], 0)
             self.assertEqual(project.state("r")["flow"], "mine")
             self.assertEqual(project.main("run", "./mine.json", "-o", project.at("o"))[0], 0)
+
+    def test_the_flows_of_the_readme_run(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+        flows = {flow["name"]: flow for text in re.findall(r"(?s)```json\n(.*?)```", readme)
+                 if '"tasks": [' in text for flow in [json.loads(text)]}
+        del flows["etl"]                        # it shows what a flow with errors looks like
+        script = re.search(r"(?ms)^And its script, `tasks/greet.py`:\n\n```python\n(.*?)```", readme)[1]
+        with Project(flows, {"greet.py": script}) as project:
+            for name in flows:
+                with self.subTest(name):
+                    code, _, err = project.main("run", name, "--run-id", name)
+                    self.assertEqual(code, 0, err)
+            release = project.state("release")["tasks"]
+        self.assertGreaterEqual(len(flows), 4)
+        self.assertEqual({name: task["status"] for name, task in release.items()},
+                         {"count": "success", "load": "success", "approve": "skipped", "report": "success"})
 
     def test_a_dry_run_prints_a_scripts_path_and_the_plan_and_runs_nothing(self):
         with one(task("a", command="touch ran"), task("b", "a", max_retries=2)) as project:
