@@ -400,6 +400,9 @@ class Task(NamedTuple):
     grace_s: float = 5
     trigger_rule: str = "all_success"
     condition: Optional[str] = None            # `if` in the flow file
+    foreach: Union[None, str, Tuple[Any, ...]] = None               # one instance for each of these values
+    matrix: Optional[Mapping[str, Any]] = None # one instance for each combination
+    max_parallel: Optional[int] = None         # of the instances
     allow_failure: bool = False
     priority: int = 0
     pool: Optional[str] = None
@@ -408,8 +411,18 @@ class Task(NamedTuple):
 
     @property
     def asks(self) -> bool:
-        """True if more than its upstream decides whether it runs."""
-        return self.condition is not None
+        """True if more than its upstream decides whether it runs, or how often."""
+        return self.condition is not None or self.many is not None
+
+    @property
+    def many(self) -> Optional[str]:
+        """The field that makes instances of the task, if there is one."""
+        return "foreach" if self.foreach is not None else "matrix" if self.matrix is not None else None
+
+
+def instance_id(task_id: str, number: int) -> str:
+    """Return the id of an instance of a task; they are counted from 0."""
+    return f"{task_id}[{number}]"
 
 
 class Flow(NamedTuple):
@@ -793,7 +806,7 @@ def accepts(schema: Schema, value: Any) -> bool:
         return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
     if isinstance(value, list):
         return bool(schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)))
-    return True
+    return not isinstance(value, dict) or len(value) >= schema.get("minProperties", 0)
 
 
 def check_schema(schema: Schema, value: Any, path: Path, problems: List[Problem]) -> None:
@@ -840,7 +853,10 @@ _ROOT = r"[A-Za-z_][A-Za-z0-9_]*"
 
 #: What a template may begin with, and what has to follow.
 ROOTS = {"params": "params.NAME", "ctx": "ctx.KEY", "run": "run.id or run.scheduled_time", "env": "env.NAME",
-         "tasks": "tasks.ID.outputs, tasks.ID.outputs.KEY or tasks.ID.status"}
+         "tasks": "tasks.ID.outputs, tasks.ID.outputs.KEY or tasks.ID.status",
+         "item": "item, item.KEY or item[0]", "matrix": "matrix.NAME"}
+#: What differs between the instances of one task.
+EACH_ROOTS = ("item", "matrix")
 _RUN_KEYS = ("id", "scheduled_time")
 
 
@@ -858,6 +874,8 @@ class Ref(NamedTuple):
 def _normal_path(path: List[Union[str, int]], source: str) -> Path:
     """Join the id of a task that holds dots, and see that the path says what its root needs."""
     root = path[0]
+    if root == "item":
+        return tuple(path)
     if root == "tasks":
         end = next((n for n in range(2, len(path)) if path[n] in ("outputs", "status")), None)
         if end is not None and all(isinstance(s, str) for s in path[1:end]):
@@ -865,7 +883,7 @@ def _normal_path(path: List[Union[str, int]], source: str) -> Path:
             if whole[2] == "outputs" or len(whole) == 3:
                 return whole
     elif len(path) > 1 and isinstance(path[1], str):
-        if root in ("params", "ctx") or len(path) == 2 and (root == "env" or path[1] in _RUN_KEYS):
+        if root in ("params", "ctx", "matrix") or len(path) == 2 and (root == "env" or path[1] in _RUN_KEYS):
             return tuple(path)
     raise ValueError(f"${{{{ {source[:60]} }}}} names no value; write {ROOTS[str(root)]}")
 
@@ -929,6 +947,8 @@ class Values(NamedTuple):
     run: Mapping[str, Any]
     env: Mapping[str, str]
     tasks: Callable[[str], Mapping[str, Any]]
+    item: Any = None
+    matrix: Mapping[str, Any] = {}
 
 
 def lookup(ref: Ref, values: Values) -> Any:
@@ -949,6 +969,15 @@ def lookup(ref: Ref, values: Values) -> Any:
     return value
 
 
+def _is_template(text: str) -> bool:
+    """Tell whether a string is one template and nothing else, which keeps the type of its value."""
+    try:
+        parts = parse_template(text)
+    except ValueError:
+        return True                             # reported as what it is
+    return len(parts) == 1 and isinstance(parts[0], Ref)
+
+
 def render(text: Any, values: Values) -> Any:
     """Return `text` with its templates replaced; one that stands alone keeps its value's type."""
     if not isinstance(text, str) or "${{" not in text:
@@ -957,27 +986,6 @@ def render(text: Any, values: Values) -> Any:
     if len(parts) == 1 and isinstance(parts[0], Ref):
         return lookup(parts[0], values)
     return "".join(part if isinstance(part, str) else to_text(lookup(part, values)) for part in parts)
-
-
-def templates(task: Task) -> Iterator[Tuple[Path, str]]:
-    """Yield every string of `task` in which names are looked up, with its path below the task."""
-    if task.condition is not None:
-        yield ("if",), task.condition
-    action = task.action
-    if isinstance(action, Command) and not isinstance(action.command, str):
-        for n, word in enumerate(action.command):
-            yield ("command", n), word
-    args = action.args
-    for key, value in args.items() if isinstance(args, dict) else enumerate(args):
-        for n, item in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(item, str):
-                yield (("args", key, n) if isinstance(value, list) else ("args", key)), item
-    for name, value in task.env.items():
-        if isinstance(value, str):
-            yield ("env", name), value
-    for field, text in (("cwd", task.cwd), ("stdin", action.stdin)):
-        if text is not None:
-            yield (field,), text
 
 
 # -- expressions --
@@ -1128,11 +1136,6 @@ def expression_refs(text: str) -> List[Ref]:
     return list(parse_expression(text).refs())
 
 
-def refs_at(path: Path, text: Any) -> List[Ref]:
-    """Return what the names in a string refer to that templates() has found at `path`; raise ValueError."""
-    return expression_refs(text) if path == ("if",) else refs(text)
-
-
 def _same(left: Any, right: Any) -> bool:
     """Tell whether two JSON values are the same; true is not 1."""
     kind = _kind(left)
@@ -1231,6 +1234,117 @@ def holds(text: str, values: Values) -> bool:
     return _truth(evaluate(parse_expression(text), values))
 
 
+# -- tasks and their instances --
+
+def asks_each(task: Task) -> bool:
+    """Tell whether the `if` of a task is for each of its instances to be asked."""
+    return task.condition is not None and any(
+        ref.path[0] in EACH_ROOTS for ref in expression_refs(task.condition))
+
+
+def instance_of(task: Task, name: str, condition: Optional[str]) -> Task:
+    """Return `task` as its instance `name`, with that condition."""
+    return task._replace(id=name, foreach=None, matrix=None, max_parallel=None, condition=condition)
+
+
+def refs_at(path: Path, text: Any) -> List[Ref]:
+    """Return what the names in a string refer to that templates() has found at `path`; raise ValueError."""
+    return expression_refs(text) if path == ("if",) else refs(text)
+
+
+def _strings(value: Any, path: Path) -> Iterator[Tuple[Path, str]]:
+    """Yield every string in a JSON value, with its path."""
+    if isinstance(value, str):
+        yield path, value
+    members = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(
+        value, (list, tuple)) else ()
+    for key, item in members:
+        yield from _strings(item, path + (key,))
+
+
+def render_all(value: Any, values: Values) -> Any:
+    """Return a JSON value with the templates in all of its strings replaced."""
+    if isinstance(value, Mapping):
+        return {key: render_all(item, values) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [render_all(item, values) for item in value]
+    return render(value, values)
+
+
+MAX_INSTANCES = 100_000
+
+
+def matrix_combinations(matrix: Mapping[str, Any]) -> List[Dict[str, Any]]:
+    """Return the combinations of a matrix in order, the last name changing fastest.
+
+    `exclude` takes away those that have all of what one of its entries says.  Then what an entry of
+    `include` says is added to each combination of which it changes nothing of the matrix itself; where there
+    is none, it is one more combination.  These are the rules of GitHub Actions
+    (jobs.<job_id>.strategy.matrix).
+    """
+    axes = {name: values for name, values in matrix.items() if name not in ("include", "exclude")}
+    size = 1
+    for name, values in axes.items():
+        if not isinstance(values, list):
+            raise ValueError(f"matrix.{name}: {shown(values)} is no array")
+        size *= len(values)
+    if size > MAX_INSTANCES:
+        raise ValueError(f"{size:,} combinations; at most {MAX_INSTANCES:,}")
+    found: List[Dict[str, Any]] = [{}] if axes else []
+    for name, values in axes.items():
+        found = [{**each, name: value} for each in found for value in values]
+    found = [each for each in found if not any(
+        all(name in each and _same(each[name], value) for name, value in entry.items())
+        for entry in matrix.get("exclude", ()))]
+    added: List[Dict[str, Any]] = []
+    for entry in matrix.get("include", ()):
+        fit = [each for each in found if all(name not in axes or _same(each[name], value)
+                                             for name, value in entry.items())]
+        for each in fit:
+            each.update(entry)
+        if not fit:
+            added.append(dict(entry))
+    return found + added
+
+
+def instances(task: Task, values: Values) -> List[Dict[str, Any]]:
+    """Return what each instance of `task` has for item or matrix; raise LookupError or ValueError."""
+    found: List[Dict[str, Any]]
+    if task.matrix is not None:
+        found = [{"matrix": each} for each in matrix_combinations(render_all(task.matrix, values))]
+    else:
+        items = render_all(task.foreach, values)
+        if not isinstance(items, (list, tuple)):
+            raise ValueError(f"{shown(items)} is {_kind(items)}, not an array")
+        found = [{"item": item} for item in items]
+    if len(found) > MAX_INSTANCES:
+        raise ValueError(f"{len(found):,} instances; at most {MAX_INSTANCES:,}")
+    return found
+
+
+def templates(task: Task) -> Iterator[Tuple[Path, str]]:
+    """Yield every string of `task` in which names are looked up, with its path below the task."""
+    if task.condition is not None:
+        yield ("if",), task.condition
+    yield from _strings(task.foreach, ("foreach",))
+    yield from _strings(task.matrix, ("matrix",))
+    action = task.action
+    if isinstance(action, Command) and not isinstance(action.command, str):
+        for n, word in enumerate(action.command):
+            yield ("command", n), word
+    args = action.args
+    for key, value in args.items() if isinstance(args, dict) else enumerate(args):
+        for n, item in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(item, str):
+                yield (("args", key, n) if isinstance(value, list) else ("args", key)), item
+    for name, value in task.env.items():
+        if isinstance(value, str):
+            yield ("env", name), value
+    for field, text in (("cwd", task.cwd), ("stdin", action.stdin)):
+        if text is not None:
+            yield (field,), text
+
+
 # -- params --
 
 PARAM_TYPES = ("string", "integer", "number", "boolean", "array", "object")
@@ -1286,10 +1400,9 @@ def _unset_params(flow: Flow, params: Mapping[str, Any]) -> List[str]:
     sources = [("env", refs(text)) for text in flow.env.values()]
     sources += [(f"task {task.id}", refs_at(*found)) for task in flow.tasks for found in templates(task)]
     for place, found in sources:
-        for ref in found:
-            name = str(ref.path[1])
+        for name in (str(ref.path[1]) for ref in found if ref.path[0] == "params"):
             required = flow.params is not None and name in flow.params and flow.params[name].required
-            if ref.path[0] == "params" and name not in params and not required:
+            if name not in params and not required:
                 missing.setdefault(name, place)
     return [f"params.{name}: {place} needs it and nobody gave it; give --param {name}=VALUE"
             for name, place in missing.items()]
@@ -1533,6 +1646,42 @@ def _check_text(text: Any, flow: Flow, place: Path, roots: Iterable[str],
             yield Problem(place, what)
 
 
+def _roots_for(task: Task, path: Path) -> List[str]:
+    """Return what names in the string at `path` of a task may begin with."""
+    there = {"foreach": "item", "matrix": "matrix"}.get(task.many or "") if path[0] != task.many else None
+    return [root for root in ROOTS if root not in EACH_ROOTS or root == there]
+
+
+def _check_instances(task: Task, path: Path) -> Iterator[Problem]:
+    """Yield what is wrong with the fields that make instances of a task."""
+    if task.foreach is not None and task.matrix is not None:
+        yield Problem(path + ("matrix",), "beside foreach; give only one of them")
+    if task.max_parallel is not None and not task.many:
+        yield Problem(path + ("max_parallel",), "goes with foreach or matrix only; remove it")
+    if isinstance(task.foreach, str) and not _is_template(task.foreach):
+        yield Problem(path + ("foreach",), f"{shown(task.foreach)} is not one template that gives an array; "
+                      "write ${{ … }} and nothing else, or an array")
+    matrix = task.matrix or {}
+    for name, values in matrix.items():
+        if isinstance(values, str) and not _is_template(values):
+            yield Problem(path + ("matrix", name), f"{shown(values)} is not one template that gives an array")
+    if not any(isinstance(values, str) for values in matrix.values()):
+        try:
+            matrix_combinations(matrix)
+        except ValueError as exc:
+            yield Problem(path + ("matrix",), str(exc))
+    names = {*matrix, *chain.from_iterable(matrix.get("include", ()))} - {"include", "exclude"}
+    for place, text in templates(task) if matrix else ():
+        try:
+            found = refs_at(place, text)
+        except ValueError:
+            continue                            # reported with the rest of the string
+        for ref in found:
+            if ref.path[0] == "matrix" and ref.path[1] not in names:
+                yield Problem(path + place, f"{ref.text}: the matrix has no {shown(ref.path[1])}"
+                              + (near(str(ref.path[1]), names) or f"; it has {', '.join(sorted(names))}"))
+
+
 def _check_templates(flow: Flow) -> Iterator[Problem]:
     """Yield what is wrong with all templates of a flow."""
     for name, value in flow.env.items():
@@ -1541,7 +1690,7 @@ def _check_templates(flow: Flow) -> Iterator[Problem]:
     for n, task in enumerate(flow.tasks):
         for path, text in templates(task):
             place: Path = ("tasks", n) + path
-            problems = list(_check_text(text, flow, place, ROOTS, path))
+            problems = list(_check_text(text, flow, place, _roots_for(task, path), path))
             yield from problems
             for ref in refs_at(path, text) if not problems else ():
                 if ref.path[0] == "tasks":
@@ -1578,6 +1727,7 @@ def check_flow(flow: Flow) -> List[Problem]:
     problems += _check_env(flow.env, ("env",))
     for n, task in enumerate(flow.tasks):
         problems += _check_action(task, ("tasks", n))
+        problems += _check_instances(task, ("tasks", n))
         problems += _check_env(task.env, ("tasks", n, "env"))
     problems += _check_graph(flow)
     problems += _check_pools(flow)
@@ -1622,6 +1772,14 @@ _ARGS: Schema = {"anyOf": [{"type": "array", "items": _VALUE}, _OPTIONS], "title
 _COMMAND: Schema = {"anyOf": [{"type": "string", "minLength": 1},
                               {"type": "array", "items": _STR, "minItems": 1}],
                     "title": "a shell string, or a non-empty array of strings"}
+_FOREACH: Schema = {"anyOf": [{"type": "array", "maxItems": MAX_INSTANCES}, _STR],
+                    "title": f"an array of at most {MAX_INSTANCES:,} values, or a template that gives one"}
+_ENTRY: Schema = {"type": "object", "minProperties": 1, "title": "a non-empty object"}
+_ENTRIES: Schema = {"type": "array", "items": _ENTRY, "title": "an array of objects"}
+_AXIS: Schema = {"anyOf": [{"type": "array"}, _STR], "title": "an array, or a template that gives one"}
+_MATRIX: Schema = {"type": "object", "minProperties": 1, "additionalProperties": _AXIS,
+                   "properties": {"include": _ENTRIES, "exclude": _ENTRIES},
+                   "title": "a non-empty object of arrays"}
 _RETRY_ON: Schema = {"type": "array", "items": {
     "anyOf": [{"type": "integer", "minimum": 1, "maximum": 255}, {"type": "string", "enum": ["timeout"]}],
     "title": "an exit code from 1 to 255 or \"timeout\""}}
@@ -1667,12 +1825,16 @@ TASK_FIELDS = (
     Field("trigger_rule", {"type": "string", "enum": list(TRIGGER_RULES)},
           "how its upstream must have ended"),
     Field("if", _STR, "an expression; where it is false, the task is skipped"),
+    Field("foreach", _FOREACH, "one instance for each value of this array"),
+    Field("matrix", _MATRIX, "one instance for each combination of the values of these arrays"),
+    Field("max_parallel", {"type": "integer", "minimum": 1, "maximum": 100000}, "instances at once"),
     Field("allow_failure", _BOOL, "true: its failure counts as success"),
     Field("priority", {"type": "integer", "minimum": -1000000, "maximum": 1000000}, "higher starts first"),
     Field("pool", _STR, "name of a pool of the flow, of which only so many tasks run at once"),
 )
 #: Fields that `defaults` can't give, and those that fit one action only.
-_NOT_INHERITED = frozenset(["id", "depends_on"] + [field.name for field in ACTION_FIELDS])
+_NOT_INHERITED = frozenset(["id", "depends_on", "foreach", "matrix", "max_parallel"]
+                           + [field.name for field in ACTION_FIELDS])
 _FOR_ACTION = {"python": "script"}
 #: Fields that are members of Task as they stand.
 _PLAIN_FIELDS = frozenset(Task._fields) - {"action", "retry"}
@@ -2310,6 +2472,14 @@ class TaskAdmitted(NamedTuple):
     task: str
 
 
+class TaskExpanded(NamedTuple):
+    """Nothing speaks against the task: there is to be an instance of it for each entry of `each`."""
+
+    at: float
+    task: str
+    each: Sequence[Mapping[str, Any]]
+
+
 class TaskSettled(NamedTuple):
     """The task has ended without an attempt of its own."""
 
@@ -2339,13 +2509,14 @@ class RunFinished(NamedTuple):
 
 if TYPE_CHECKING:
     Event = Union[AttemptStarted, AttemptSpawned, AttemptDeferred, AttemptStopping, AttemptEnded,
-                  TaskAdmitted, TaskSettled, CancelRequested, RunFinished]
+                  TaskAdmitted, TaskExpanded, TaskSettled, CancelRequested, RunFinished]
 
 #: The words by which events are known on disk and in --output json: never renamed.
 EVENTS: Dict[str, Type[Any]] = {
     "attempt_started": AttemptStarted, "attempt_spawned": AttemptSpawned, "attempt_deferred": AttemptDeferred,
     "attempt_stopping": AttemptStopping,
-    "attempt_ended": AttemptEnded, "task_admitted": TaskAdmitted, "task_settled": TaskSettled,
+    "attempt_ended": AttemptEnded, "task_admitted": TaskAdmitted, "task_expanded": TaskExpanded,
+    "task_settled": TaskSettled,
     "cancel_requested": CancelRequested,
     "run_finished": RunFinished,
 }
@@ -2447,7 +2618,9 @@ class TaskRun:
 
     __slots__ = ("status", "reason", "attempt", "started", "finished", "inputs", "output", "error",
                  "attempts", "first_attempt", "retry_at", "stopping", "killed", "scope",
-                 "unsaved", "deadline")
+                 "unsaved", "deadline", "each")
+
+    each: Optional[Mapping[str, Any]]           # of an instance: what it has for item or matrix
 
     def __init__(self) -> None:
         self.status = PENDING
@@ -2466,11 +2639,12 @@ class TaskRun:
         self.killed = False                     # it was sent SIGKILL
         self.deadline: Optional[float] = None   # when the running attempt's time is over
         self.scope = NO_SCOPE                   # what it may read, once its upstream has settled
+        self.each = None
 
     @property
     def is_touched(self) -> bool:
         """False as long as nothing has happened to the task: all such are alike."""
-        return self.status != PENDING or bool(self.attempts)
+        return self.status != PENDING or bool(self.attempts) or self.each is not None
 
 
 class Scopes:
@@ -2515,23 +2689,42 @@ PLAIN_FUNCTIONS = "(plain functions)"
 
 
 class Queues:
-    """Which tasks are ready, in a heap for each pool, and how many of each pool are running."""
+    """Which tasks are ready, in a heap for each set of limits, and how many run under each limit.
+
+    A limit is a pool, or what the instances of one task have in common; a task is under none, one or two.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        self._key = plan.key
-        self._pools = {task.id: task.pool or PLAIN_FUNCTIONS for task in plan.flow.tasks
-                       if task.pool or isinstance(task.action, Function) and task.action.kind != "async"}
-        self.limits: Dict[Optional[str], int] = {name: size for name, size in plan.flow.pools.items()}
-        self.ready: Dict[Optional[str], List[Tuple[int, str]]] = {}
-        self._running: Dict[Optional[str], int] = {}
+        self._key: Dict[str, float] = {}       # of instances, between that of their task and the next
+        self._plan = plan
+        self._limits: Dict[str, Tuple[str, ...]] = {
+            task.id: (task.pool or PLAIN_FUNCTIONS,) for task in plan.flow.tasks
+            if task.pool or isinstance(task.action, Function) and task.action.kind != "async"}
+        self.limits: Dict[str, int] = dict(plan.flow.pools)
+        self.ready: Dict[Tuple[str, ...], List[Tuple[float, str]]] = {}
+        self._running: Dict[str, int] = {}
 
-    def pool(self, name: str) -> Optional[str]:
-        """Return the pool of task `name`; all that have none share one, but for plain functions."""
-        return self._pools.get(name)
+    def add_instances(self, task: Task, names: Sequence[str]) -> None:
+        """Task `task` has instances: they come when it would, in their order, so many at once as it says."""
+        limits = self.limits_of(task.id)
+        if task.max_parallel is not None:
+            limits += (f"{task.id}[]",)
+            self.limits[limits[-1]] = task.max_parallel
+        for n, name in enumerate(names):
+            self._key[name] = self._plan.key[task.id] + n / len(names)
+            self._limits[name] = limits
+
+    def limits_of(self, name: str) -> Tuple[str, ...]:
+        """Return the limits that task `name` is under."""
+        return self._limits.get(name, ())
+
+    def key(self, name: str) -> float:
+        """Return the place of task `name` among all that are ready."""
+        return self._plan.key[name] if name in self._plan.key else self._key[name]
 
     def push(self, name: str) -> None:
         """Task `name` is ready."""
-        heapq.heappush(self.ready.setdefault(self.pool(name), []), (self._key[name], name))
+        heapq.heappush(self.ready.setdefault(self.limits_of(name), []), (self.key(name), name))
 
     def drop(self, is_ready: Callable[[str], bool]) -> None:
         """Take from the tops of the heaps what is not ready any more."""
@@ -2541,15 +2734,18 @@ class Queues:
 
     def enter(self, name: str) -> None:
         """Task `name` runs now."""
-        self._running[self.pool(name)] = self._running.get(self.pool(name), 0) + 1
+        for limit in self.limits_of(name):
+            self._running[limit] = self._running.get(limit, 0) + 1
 
     def leave(self, name: str) -> None:
         """Task `name` does not run any more."""
-        self._running[self.pool(name)] -= 1
+        for limit in self.limits_of(name):
+            self._running[limit] -= 1
 
-    def room(self, pool: Optional[str]) -> Optional[int]:
-        """Return how many more tasks of `pool` may run; None: any number."""
-        return max(0, self.limits[pool] - self._running.get(pool, 0)) if pool in self.limits else None
+    def room(self, limits: Tuple[str, ...], taken: Mapping[str, int] = {}) -> bool:
+        """Tell whether one more task may run under `limits`, beside what runs and has been `taken`."""
+        return all(self._running.get(limit, 0) + taken.get(limit, 0) < self.limits[limit]
+                   for limit in limits if limit in self.limits)
 
 
 def log_name(run_id: str, task_id: str, attempt: int) -> str:
@@ -2604,6 +2800,9 @@ class Run:
         self.first_failure: Optional[str] = None
         self.warnings = 0
         self.tasks: Dict[str, TaskRun] = tasks or {name: TaskRun() for name in plan.order}
+        self.defs = dict(plan.tasks)           # of the instances, too
+        self.groups: Dict[str, List[str]] = {} # task to its instances
+        self.group_of: Dict[str, str] = {}     # instance to its task
         self.unsettled = len(self.tasks)
         self.waits: Dict[str, int] = {}                                # task to its unsettled upstream count
         self.queues = Queues(plan)
@@ -2615,6 +2814,10 @@ class Run:
         self.stopping = self.killed = 0
         self.room: Optional[int] = None                      # attempts at once that the system has means for
         self._scopes = Scopes(plan)
+        self._found_instances: Dict[str, List[str]] = {}
+        for name, task_run in self.tasks.items() if tasks else ():
+            if task_run.each is not None:
+                self._found_instances.setdefault(name[:name.rindex("[")], []).append(name)
         for name in plan.order:
             self._survey(name)
 
@@ -2622,19 +2825,81 @@ class Run:
         """Find the place of task `name` in the frontier; all its upstream has been surveyed before."""
         task, task_run = self.plan.tasks[name], self.tasks[name]
         self.waits[name] = sum(self.tasks[up].status not in SETTLED for up in task.depends_on)
+        if task_run.status == PENDING:
+            if not self.waits[name]:
+                self._reached(name)
+            return
+        task_run.scope = self._scopes.take(task)
+        names = self._found_instances.get(name, ())
+        if names:
+            self._gather(name, names)
+        for instance in names:
+            if task_run.status not in SETTLED:
+                self._resume(instance)
+            else:
+                self._count(instance)
         if task_run.status in SETTLED:
-            task_run.scope = self._scopes.take(task)
+            self._count(name)
+        elif not names:
+            self._resume(name)
+
+    def _resume(self, name: str) -> None:
+        """Find the place in the frontier of a task that has been reached before."""
+        task_run = self.tasks[name]
+        if task_run.status in SETTLED:
             self._count(name)
         elif task_run.status == RUNNING:
-            task_run.scope = self._scopes.take(task)
             self.running[name] = None
             self.queues.enter(name)
             self.set_deadline(name, task_run.attempts[-1].started)
         elif task_run.status == RETRYING:
-            task_run.scope = self._scopes.take(task)
             heapq.heappush(self.retries, (task_run.retry_at or 0, name, task_run.attempt))
-        elif not self.waits[name]:
-            self._reached(name)
+        else:
+            self.ask_or_push(name)
+
+    def _gather(self, name: str, names: Sequence[str]) -> None:
+        """The instances of task `name` are `names`, which have a TaskRun each."""
+        task = self.defs[name]
+        self.groups[name] = list(names)
+        self.queues.add_instances(task, names)
+        self.waits[name] = sum(self.tasks[instance].status not in SETTLED for instance in names)
+        condition = task.condition if asks_each(task) else None
+        for instance in names:
+            self.group_of[instance] = name
+            self.defs[instance] = instance_of(task, instance, condition)
+            self.tasks[instance].scope = self.tasks[name].scope
+
+    def expand(self, name: str, each: Sequence[Mapping[str, Any]], at: float) -> None:
+        """Make the instances of task `name`, one for each of `each`."""
+        task_run = self.tasks[name]
+        task_run.status, task_run.started = RUNNING, at
+        names = [instance_id(name, n) for n in range(len(each))]
+        for instance, values in zip(names, each):
+            self.tasks[instance] = TaskRun()
+            self.tasks[instance].each = values
+        self.unsettled += len(names)
+        self._gather(name, names)
+        for instance in names:
+            self.ask_or_push(instance)
+        if not names:
+            self._settle_group(name, at)
+
+    def ask_or_push(self, name: str) -> None:
+        """Nothing upstream keeps task `name` from running."""
+        if self.defs[name].asks:
+            self.asking[name] = None
+        else:
+            self.queues.push(name)
+
+    def _settle_group(self, name: str, at: Optional[float]) -> None:
+        """All instances of task `name` have ended, and so it does itself."""
+        ends = [self.tasks[instance].status for instance in self.groups[name]]
+        status = next((end for end in (CANCELLED, FAILED) if end in ends), SUCCESS)
+        bad = [instance for instance, end in zip(self.groups[name], ends) if end == status != SUCCESS]
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        reason = f"{len(bad)} of {len(ends)} {status}: {', '.join(bad[:3])}{more}" if bad else None
+        items = [self.tasks[instance].output for instance in self.groups[name]]
+        self.settle(name, status, at, reason, {"items": items} if status == SUCCESS else None, None)
 
     def __repr__(self) -> str:
         return f"<Run {self.id}: {self.status}>"
@@ -2701,7 +2966,7 @@ class Run:
 
     def set_deadline(self, name: str, started: float) -> None:
         """Note when the running attempt's time is over."""
-        limit, task_run = self.plan.tasks[name].timeout_s, self.tasks[name]
+        limit, task_run = self.defs[name].timeout_s, self.tasks[name]
         if limit is not None:
             task_run.deadline = round(started + limit, 6)
             heapq.heappush(self.deadlines, (task_run.deadline, name, task_run.attempt, "TERM"))
@@ -2714,6 +2979,12 @@ class Run:
         task_run.status, task_run.finished, task_run.reason, task_run.error = status, at, reason, error
         task_run.output = output or None
         self._count(name)
+        if name in self.group_of:
+            group = self.group_of[name]
+            self.waits[group] -= 1
+            if not self.waits[group]:
+                self._settle_group(group, at)
+            return
         for below in self.plan.downstream[name]:
             self.waits[below] -= 1
             if not self.waits[below]:
@@ -2724,11 +2995,12 @@ class Run:
         task_run = self.tasks[name]
         self.unsettled -= 1
         if task_run.status in (FAILED, UPSTREAM_FAILED):
-            if self.plan.tasks[name].allow_failure:
-                self.warnings += 1
+            if self.defs[name].allow_failure:
+                self.warnings += name not in self.group_of
             elif self.first_failure is None:
                 self.first_failure = name
-        self._scopes.give(name, task_run.scope, task_run)
+        if name not in self.group_of:
+            self._scopes.give(name, task_run.scope, task_run)
         task_run.scope = NO_SCOPE
 
     def _reached(self, name: str) -> None:
@@ -2742,10 +3014,8 @@ class Run:
             self.barred[name] = (SKIPPED, "left out")
             return
         end, reason = judge(task, [self.counts_as(up) for up in task.depends_on])
-        if end == RUNNING and task.asks:
-            self.asking[name] = None
-        elif end == RUNNING:
-            self.queues.push(name)
+        if end == RUNNING:
+            self.ask_or_push(name)
         else:
             self.barred[name] = (end, reason)
 
@@ -2797,7 +3067,7 @@ def _on_deferred(run: Run, event: AttemptDeferred) -> None:
 
 @_applies(AttemptStopping)
 def _on_stopping(run: Run, event: AttemptStopping) -> None:
-    task_run, task = run.tasks[event.task], run.plan.tasks[event.task]
+    task_run, task = run.tasks[event.task], run.defs[event.task]
     if not task_run.stopping:
         task_run.stopping = event.reason
         run.stopping += 1
@@ -2810,7 +3080,7 @@ def _on_stopping(run: Run, event: AttemptStopping) -> None:
 
 @_applies(AttemptEnded)
 def _on_ended(run: Run, event: AttemptEnded) -> None:
-    task_run, task = run.tasks[event.task], run.plan.tasks[event.task]
+    task_run, task = run.tasks[event.task], run.defs[event.task]
     attempt = task_run.attempts[-1]
     attempt.status, attempt.reason, attempt.error = event.status, event.reason, event.error
     attempt.finished = event.at
@@ -2838,6 +3108,12 @@ def _on_ended(run: Run, event: AttemptEnded) -> None:
 def _on_admitted(run: Run, event: TaskAdmitted) -> None:
     del run.asking[event.task]
     run.queues.push(event.task)
+
+
+@_applies(TaskExpanded)
+def _on_expanded(run: Run, event: TaskExpanded) -> None:
+    del run.asking[event.task]
+    run.expand(event.task, event.each, event.at)
 
 
 @_applies(TaskSettled)
@@ -2973,7 +3249,7 @@ def _overdue(run: Run, now: float) -> List[Due]:
         if at > now:
             break
         if run.is_pressing(deadline):
-            reason = run.tasks[name].stopping or f"timeout after {run.plan.tasks[name].timeout_s:g} s"
+            reason = run.tasks[name].stopping or f"timeout after {run.defs[name].timeout_s:g} s"
             stops.append(Stop(name, attempt, reason, word))
     return stops
 
@@ -2987,21 +3263,36 @@ def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
     """Return a Start for the first `free` tasks by key: those that are ready, and retries that are due."""
     if free is not None and free <= 0:
         return []
-    late: Dict[Optional[str], List[Tuple[int, str]]] = {}
+    queues, late = run.queues, {}              # type: Queues, Dict[Tuple[str, ...], List[Tuple[float, str]]]
     for at, name, attempt in _ascending(run.retries):
         if at > now:
             break
         if run.tasks[name].status == RETRYING and run.tasks[name].attempt == attempt:
-            late.setdefault(run.queues.pool(name), []).append((run.plan.key[name], name))
+            late.setdefault(queues.limits_of(name), []).append((queues.key(name), name))
 
-    def queue(pool: Optional[str]) -> Iterator[Tuple[int, str]]:
-        entries = heapq.merge(_ascending(run.queues.ready.get(pool, ())), sorted(late.get(pool, ())))
-        return islice((entry for entry in entries if run.is_ready(entry[1])), run.queues.room(pool))
+    def queue(limits: Tuple[str, ...]) -> Iterator[Tuple[float, str]]:
+        entries = _ascending(queues.ready.get(limits, ()))
+        if limits in late:
+            entries = heapq.merge(entries, sorted(late[limits]))
+        return (entry for entry in entries if run.is_ready(entry[1]))
 
-    queues = [queue(pool) for pool in {**run.queues.ready, **late}]
-    first = heapq.merge(*queues) if len(queues) != 1 else queues[0]
+    def first(limits: Tuple[str, ...], rest: Iterator[Tuple[float, str]]) -> List[Any]:
+        return [(*entry, limits, rest) for entry in islice(rest, 1)]
+
     at_once = AT_ONCE if free is None else min(free, AT_ONCE)
-    return [Start(name, run.tasks[name].attempt + 1) for _, name in islice(first, at_once)]
+    starts: List[Due] = []
+    taken: Dict[str, int] = {}
+    heads = [head for limits in {**queues.ready, **late} for head in first(limits, queue(limits))]
+    heapq.heapify(heads)
+    while heads and len(starts) < at_once:
+        _, name, limits, rest = heapq.heappop(heads)
+        if queues.room(limits, taken):          # else nothing more of its kind
+            starts.append(Start(name, run.tasks[name].attempt + 1))
+            for limit in limits:
+                taken[limit] = taken.get(limit, 0) + 1
+            for head in first(limits, rest):
+                heapq.heappush(heads, head)
+    return starts
 
 
 def free_slots(run: Run, slots: Optional[int]) -> Optional[int]:
@@ -3040,7 +3331,7 @@ def next_wake(run: Run, slots: Optional[int]) -> Optional[float]:
     free = free_slots(run, slots)
     if free is None or free > 0:
         times += islice((at for at, name, _ in _ascending(run.retries)
-                         if run.queues.room(run.queues.pool(name)) != 0), 1)
+                         if run.queues.room(run.queues.limits_of(name))), 1)
     return min(times, default=None)
 
 
@@ -3049,7 +3340,7 @@ def fact(run: Run, action: Due, now: float) -> Optional[Event]:
     if isinstance(action, Ask):
         return None
     if isinstance(action, Start):
-        task = run.plan.tasks[action.task]
+        task = run.defs[action.task]
         in_process = isinstance(task.action, Function) and task.action.kind != "process"
         log = None if in_process else log_name(run.id, action.task, action.attempt)
         return AttemptStarted(now, action.task, action.attempt, log, inputs_of(run, task))
@@ -3172,6 +3463,7 @@ def task_run_to_json(task_run: TaskRun) -> Dict[str, Any]:
     for name, value, usual in (("first_attempt", task_run.first_attempt, 1),
                                ("stopping", task_run.stopping, None),
                                ("retry_at", format_time(task_run.retry_at), None),
+                               ("each", task_run.each, None),
                                ("unsaved", task_run.unsaved, {})):
         if value != usual:
             members[name] = value
@@ -3344,7 +3636,7 @@ def _task_run_from_json(members: Mapping[str, Any]) -> TaskRun:
     task_run.attempts = [_attempt_from_json(attempt) for attempt in members["attempts"]]
     task_run.first_attempt = members.get("first_attempt", 1)
     task_run.stopping, task_run.retry_at = members.get("stopping"), parse_time(members.get("retry_at"))
-    task_run.unsaved = members.get("unsaved", {})
+    task_run.unsaved, task_run.each = members.get("unsaved", {}), members.get("each")
     return task_run
 
 
@@ -3385,7 +3677,8 @@ def _afresh(old: TaskRun) -> TaskRun:
     """Return a pending TaskRun that keeps the attempts of `old`; an interrupted one uses up no retry."""
     new = TaskRun()
     new.attempts, new.attempt, new.first_attempt = old.attempts, old.attempt, old.first_attempt
-    if old.status == RUNNING:
+    new.each = old.each
+    if old.status == RUNNING and old.attempts:
         old.attempts[-1].status, old.attempts[-1].reason = INTERRUPTED, "interrupted"
         new.first_attempt += 1
         others = [n for n, attempt in enumerate(old.attempts, 1) if attempt.status != INTERRUPTED]
@@ -3395,6 +3688,13 @@ def _afresh(old: TaskRun) -> TaskRun:
             new.reason = f"interrupted {times} times in a row: it may be what ends the engine"
     elif old.status in SETTLED:
         new.first_attempt = old.attempt + 1
+    return new
+
+
+def _reopened(old: TaskRun) -> TaskRun:
+    """Return the TaskRun of a task some of whose instances are to run again."""
+    new = TaskRun()
+    new.status, new.started = RUNNING, old.started
     return new
 
 
@@ -3411,11 +3711,21 @@ def reopen(old: Run, flow: Flow) -> Run:
         if not needed:
             break
         again = _reach(again | needed, plan.downstream)
-    tasks = {}
+    tasks, kept = {}, {}                       # type: Dict[str, TaskRun], Dict[str, TaskRun]
     for name in plan.order:
         tasks[name] = old.tasks.get(name) or TaskRun()
-        if name in again:
+        names = old.groups.get(name, ())
+        anew = not names or name in changes or bool(again.intersection(plan.tasks[name].depends_on))
+        if name in again and anew:
             tasks[name] = _afresh(tasks[name])
+            names = ()
+        elif name in again:                    # of its instances, those that ended well stay
+            tasks[name] = _reopened(tasks[name])
+        for instance in names:
+            task_run = old.tasks[instance]
+            done = name not in again or task_run.status in (SUCCESS, CACHED, SKIPPED)
+            kept[instance] = task_run if done else _afresh(task_run)
+    tasks.update(kept)
     run = Run(plan, old.id, old.params, old.started, old.flow, old.source, tasks)
     run.scheduled_time = old.scheduled_time
     return run
@@ -3486,7 +3796,7 @@ def values_of(run: Run, task_id: str, env: Mapping[str, str]) -> Values:
         return {"outputs": run.tasks[name].output or {}, "status": run.tasks[name].status}
 
     facts = {"id": run.id, "scheduled_time": format_time(run.scheduled_time)}
-    return Values(run.params, run.ctx_of(task_id), facts, env, task_values)
+    return Values(run.params, run.ctx_of(task_id), facts, env, task_values, **run.tasks[task_id].each or {})
 
 
 #: Python, its C library and its site packages look at these variables when they start, and not again.
@@ -3539,19 +3849,24 @@ def _flow_env(run: Run, task_id: str, environ: Mapping[str, str]) -> Tuple[Dict[
 
 
 def admit(run: Run, task_id: str, now: float, environ: Mapping[str, str]) -> Event:
-    """Return what becomes of a task that its upstream lets run: where its `if` is false, it does not."""
-    condition = run.plan.tasks[task_id].condition
+    """Return what becomes of a task that its upstream lets run: it may be skipped, run, or become many."""
+    task, field = run.defs[task_id], "if"
     try:
-        if condition is None or holds(condition, _flow_env(run, task_id, environ)[1]):
+        values = _flow_env(run, task_id, environ)[1]
+        if task.condition is not None and not (task.many and asks_each(task)):
+            if not holds(task.condition, values):
+                return TaskSettled(now, task_id, SKIPPED, "if is false")
+        if task.many is None:
             return TaskAdmitted(now, task_id)
+        field = task.many
+        return TaskExpanded(now, task_id, instances(task, values))
     except (LookupError, ValueError) as exc:
-        return TaskSettled(now, task_id, FAILED, f"if: {exc}")
-    return TaskSettled(now, task_id, SKIPPED, "if is false")
+        return TaskSettled(now, task_id, FAILED, f"{field}: {exc}")
 
 
 def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
     """Return what the current attempt of a task executes; raise LookupError if a template finds no value."""
-    task = run.plan.tasks[task_id]
+    task = run.defs[task_id]
     action = task.action
     flow_env, values = _flow_env(run, task_id, setting.environ)
     task_env = {name: to_text(render(text, values)) for name, text in task.env.items()}
@@ -3787,7 +4102,7 @@ def function_failed(run: Run, task_id: str, now: float, stopping: Optional[str],
     inputs = inputs_read(run, task_id, read)
     if stopping:
         return attempt_end(run, task_id, now, 1, stopping, dict)._replace(inputs=inputs)
-    names = run.plan.tasks[task_id].retry.retry_on or ()
+    names = run.defs[task_id].retry.retry_on or ()
     steering = {class_name(RetryError): RetryError.__name__, class_name(NoRetry): NoRetry.__name__}
     code = next((steering[name] for name in classes if name in steering),
                 next((name for name in classes if name in names), classes[0]))
@@ -3850,6 +4165,7 @@ def to_text_graph(plan: Plan) -> str:
         for name in (name for name in plan.order if level[name] == number):
             task = plan.tasks[name]
             marks = [f"if {task.condition}"] if task.condition else []
+            marks += [task.many] if task.many else []
             marks += [task.trigger_rule] if task.trigger_rule != "all_success" else []
             marks += ["allow_failure"] if task.allow_failure else []
             line = f"   {name:<{width}}  {describe_action(task)}"
@@ -4334,6 +4650,9 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
             if task.condition is not None:
                 raise ValueError(f"if: {task.condition} is for MiniFlow to decide, which bash can't; "
                                  "let the task itself decide, or leave it out with --skip")
+            if task.many:
+                raise ValueError(f"{task.many}: how often a task runs is for MiniFlow to decide, which bash "
+                                 "can't; write its instances as tasks, or leave it out with --skip")
             functions.append(_BashTask(plan, task, values).function(n, tasks_dir))
             if task.action.stdin is not None:
                 files.append(_bash_stdin(plan, task, values, n))
@@ -6935,7 +7254,7 @@ class Processes:
                 return []
             child.stopping = run.tasks[child.task].stopping
             if child.leaves_something():
-                child.kill_at = now + run.plan.tasks[child.task].grace_s
+                child.kill_at = now + run.defs[child.task].grace_s
                 if not child.stopping:         # else it has had its SIGTERM
                     child.signal_group("TERM")
         left = child.kill_at is not None and child.leaves_something()
@@ -7372,7 +7691,7 @@ class Functions:
         """Call the function of a task."""
         name = action.task
         self.errors.pop(name, None)
-        kind = run.plan.tasks[name].action.kind                     # type: ignore[union-attr]
+        kind = run.defs[name].action.kind                     # type: ignore[union-attr]
         if kind == "process":
             if self._processes is None:
                 self._processes = self._make_processes(self.context)
@@ -7823,7 +8142,7 @@ def orphans_of(loaded: Loaded, store: Store) -> List[Orphan]:
                 attempt.pid = None
             cookie = attempt_cookie(there.get("token", "?"), name, task_run.attempt)
             orphan = Orphan(name, attempt, cookie, os.path.join(store.path, attempt.log or ""),
-                            loaded.run.plan.tasks[name].grace_s)
+                            loaded.run.defs[name].grace_s)
             if task_run.status == RUNNING or orphan.leader_lives():        # unkillable, and given up
                 found.append(orphan)
     return found
@@ -8063,6 +8382,8 @@ class Lines(Watcher):
                       f": {event.reason}" + (" (SIGKILL)" if event.signal == "KILL" else ""))
         elif isinstance(event, AttemptEnded):
             self.ended(event)
+        elif isinstance(event, TaskExpanded):
+            self.line("expanded", event.task, f": {len(event.each)} instances")
         elif isinstance(event, AttemptDeferred):
             self.line("deferred", event.task, f": {event.reason}")
         elif isinstance(event, TaskSettled):
@@ -8309,12 +8630,20 @@ def critical_path(run: Run) -> List[str]:
     def finished(name: str) -> float:
         return run.tasks[name].finished or 0
 
-    ran = [name for name, task_run in run.tasks.items() if task_run.attempts]
+    ran = {name for name in run.plan.order if run.tasks[name].attempts or run.groups.get(name)}
     path: List[str] = []
-    while ran:
-        path.append(max(ran, key=finished))
-        ran = [up for up in run.plan.tasks[path[-1]].depends_on if run.tasks[up].attempts]
+    last = sorted(ran)
+    while last:
+        path.append(max(last, key=finished))
+        last = [up for up in run.defs[path[-1]].depends_on if up in ran]
     return path[::-1]
+
+
+def _shown_tasks(run: Run) -> Iterator[Tuple[str, TaskRun]]:
+    """Yield the tasks of a run in the order in which the flow has them, each followed by its instances."""
+    for task in run.plan.flow.tasks:
+        for name in (task.id, *run.groups.get(task.id, ())):
+            yield name, run.tasks[name]
 
 
 def _process_word(task_run: TaskRun) -> str:
@@ -8335,7 +8664,7 @@ def format_run(loaded: Loaded, store: Store) -> str:
     rows += [(name, INTERRUPTED if task_run.status == RUNNING and not loaded.live else task_run.status,
               str(len(task_run.attempts)), format_span(span(task_run.started, task_run.finished)),
               _process_word(task_run), task_run.reason or "")
-             for name, task_run in run.tasks.items()]
+             for name, task_run in _shown_tasks(run)]
     lines += ["", format_table(rows), ""]
     path = critical_path(run)
     if path:
@@ -8354,6 +8683,7 @@ def format_plan(plan: Plan, slots: int) -> str:
             ("retries", task.retry.max_retries, 0), ("timeout_s", task.timeout_s, None),
             ("trigger_rule", task.trigger_rule, "all_success"),
             ("if", task.condition, None)) if value != usual]
+        extra += [task.many] if task.many else []
         rows.append((str(n), name, describe_action(task), ", ".join(task.depends_on) or "-",
                      "left out" if name in plan.left_out else ", ".join(extra)))
     return f"{len(plan.order)} tasks, {slots} at once\n{format_table(rows)}"

@@ -303,6 +303,12 @@ def random_flow(chance, size=9, conditions=True, **options):
             words = ["run.id == 'r'", "run.id != 'r'", "run.id", "1 / 0 == 1"]
             words += [f"tasks.{up}.status in ['success', 'skipped']" for up in upstream]
             fields["if"] = chance.choice(words)
+        if conditions and chance.random() < 0.2:
+            fields.update(chance.choice([
+                {"foreach": list(range(chance.randint(0, 3)))}, {"matrix": {"x": [1, 2], "y": ["a"]}},
+                {"foreach": [1, 2], "if": "item > 1"}, {"foreach": "${{ run.id }}"}]))
+            if chance.random() < 0.5:
+                fields["max_parallel"] = 1
         tasks.append(task(f"t{n}", *upstream, **fields))
         script[f"t{n}"] = {k: (chance.randint(0, 6), chance.choice([0, 0, 1, 2])) for k in range(1, 9)}
     chance.shuffle(tasks)
@@ -337,7 +343,7 @@ class T02Model(unittest.TestCase):
         self.assertEqual(mf.RUN_STATES, ("running", "success", "failed", "cancelled", "interrupted"))
         self.assertEqual(list(mf.EVENTS), [
             "attempt_started", "attempt_spawned", "attempt_deferred", "attempt_stopping", "attempt_ended",
-            "task_admitted", "task_settled", "cancel_requested", "run_finished"])
+            "task_admitted", "task_expanded", "task_settled", "cancel_requested", "run_finished"])
 
     def test_trigger_rules_mean_what_airflow_documents(self):
         """By whether the upstream holds a success, a skipped and a failed one.
@@ -598,6 +604,28 @@ class T04Values(unittest.TestCase):
         self.assertIn("MINIFLOW_PARAM_A_B as well", str(caught.exception))
 
 
+    def test_a_matrix_gives_the_combinations_that_github_gives(self):
+        """The first two are the examples in the documentation of GitHub Actions."""
+        fruits = {"fruit": ["apple", "pear"], "animal": ["cat", "dog"], "include": [
+            {"color": "green"}, {"color": "pink", "animal": "cat"}, {"fruit": "apple", "shape": "circle"},
+            {"fruit": "banana"}, {"fruit": "banana", "animal": "cat"}]}
+        self.assertEqual(mf.matrix_combinations(fruits), [
+            {"fruit": "apple", "animal": "cat", "color": "pink", "shape": "circle"},
+            {"fruit": "apple", "animal": "dog", "color": "green", "shape": "circle"},
+            {"fruit": "pear", "animal": "cat", "color": "pink"}, {"fruit": "pear", "animal": "dog", "color": "green"},
+            {"fruit": "banana"}, {"fruit": "banana", "animal": "cat"}])
+        systems = {"os": ["macos", "windows"], "version": [12, 14, 16], "environment": ["staging", "production"],
+                   "exclude": [{"os": "macos", "version": 12, "environment": "production"},
+                               {"os": "windows", "version": 16}]}
+        found = mf.matrix_combinations(systems)
+        self.assertEqual(len(found), 12 - 1 - 2)
+        self.assertNotIn({"os": "macos", "version": 12, "environment": "production"}, found)
+        self.assertEqual(found[0], {"os": "macos", "version": 12, "environment": "staging"})
+        self.assertEqual(mf.matrix_combinations({"include": [{"a": 1}, {"b": 2}]}), [{"a": 1}, {"b": 2}])
+        self.assertEqual(mf.matrix_combinations({"a": [1, True], "exclude": [{"a": True}]}), [{"a": 1}])
+        self.assertEqual(mf.matrix_combinations({"a": [], "b": [1]}), [])
+        self.assertEqual(mf.matrix_combinations({"a": [1], "exclude": [{"gone": 1}]}), [{"a": 1}])
+
     EXPRESSIONS = {
         # what is true, and (by a leading "not ") what is false
         "params.n == 3": True, "params.n != 3": False, "params.n == 3.0": True, "params.n in [1, 2]": False,
@@ -731,6 +759,28 @@ class T05Checking(unittest.TestCase):
         (flow_json(task("a"), task("b", **{"if": "tasks.a.status == 'success'"})),
          'tasks[1].if: tasks.a.status: a is not upstream of b; add "a" to its depends_on'),
         (flow_json(task("a", **{"if": True})), 'tasks[0].if: expected a string, got true'),
+        (flow_json(task("a", foreach=[1], matrix={"x": [1]})),
+         'tasks[0].matrix: beside foreach; give only one of them'),
+        (flow_json(task("a", max_parallel=2)), 'tasks[0].max_parallel: goes with foreach or matrix only; remove it'),
+        (flow_json(task("a", foreach="1, 2")), 'tasks[0].foreach: "1, 2" is not one template that gives an array; '
+         'write ${{ … }} and nothing else, or an array'),
+        (flow_json(task("a", foreach={"x": 1})), 'tasks[0].foreach: expected an array of at most 100,000 values, or a '
+         'template that gives one, got {"x": 1}'),
+        (flow_json(task("a", matrix={})), 'tasks[0].matrix: expected a non-empty object of arrays, got {}'),
+        (flow_json(task("a", matrix={"x": 3})),
+        'tasks[0].matrix.x: expected an array, or a template that gives one, got 3'),
+        (flow_json(task("a", matrix={"x": list(range(400)), "y": list(range(400))})),
+         'tasks[0].matrix: 160,000 combinations; at most 100,000'),
+        (flow_json(task("a", matrix={"x": [1]}, args=["${{ matrix.y }}"])),
+         'tasks[0].args[0]: matrix.y: the matrix has no "y"; it has x'),
+        (flow_json(task("a", foreach=[1], args=["${{ matrix.y }}"])),
+         "tasks[0].args[0]: matrix.y can't be used here; only params, ctx, run, env, tasks, item can"),
+        (flow_json(task("a", args=["${{ item }}"])),
+         "tasks[0].args[0]: item can't be used here; only params, ctx, run, env, tasks can"),
+        (flow_json(task("a", foreach=["${{ item }}"])),
+         "tasks[0].foreach[0]: item can't be used here; only params, ctx, run, env, tasks can"),
+        (flow_json(task("a"), defaults={"foreach": [1]}),
+         'defaults.foreach: unknown field; remove it (miniflow schema lists the fields)'),
         (flow_json(task("a"), pools={"db": 0}), 'pools.db: expected an integer of at least 1, got 0'),
         (flow_json(task("a", env={"1X": "y"})),
          'tasks[0].env.1X: not a name of a variable; use letters, digits and _'),
@@ -750,7 +800,7 @@ class T05Checking(unittest.TestCase):
         (flow_json(task("a"), env={"X": "${{ ctx.rows }}"}),
          "env.X: ctx.rows can't be used here; only params, run, env can"),
         (flow_json(task("a", args=["${{ oops }}"])),
-         'tasks[0].args[0]: unknown name "oops" in ${{ oops }}; use one of params, ctx, run, env, tasks'),
+         'tasks[0].args[0]: unknown name "oops" in ${{ oops }}; use one of params, ctx, run, env, tasks, item, matrix'),
         (flow_json(task("a"), task("b", args={"x": ["${{ tasks.a.status }}"]})),
          'tasks[1].args.x[0]: tasks.a.status: a is not upstream of b; add "a" to its depends_on'),
         (flow_json(task("a", args=["${{ tasks.a.status }}"])),
@@ -925,7 +975,7 @@ class T06JsonFrontEnd(unittest.TestCase):
                       "on_success"):
             self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
                              f"{field}: unknown field")
-        for field in ("flow", "http", "wait_for", "foreach", "matrix", "inputs", "outputs", "executor"):
+        for field in ("flow", "http", "wait_for", "inputs", "outputs", "executor"):
             self.assertEqual(errors_of(flow_json(task("a", **{field: {}})))[0][:len(field) + 24],
                              f"tasks[0].{field}: unknown field")
 
@@ -1356,6 +1406,98 @@ class T10Scheduler(unittest.TestCase):
         self.assertEqual([type(event).__name__ for event in journal if getattr(event, "task", "") == "yes"],
                          ["TaskAdmitted", "AttemptStarted", "AttemptEnded"])
 
+    def test_a_task_runs_once_for_each_value_and_hands_on_what_its_instances_did_in_order(self):
+        flow = make(task("a"), task("each", "a", foreach=["x", {"k": 1}, None], max_retries=1, max_parallel=2),
+                    task("none", foreach=[]), task("below", "each", "none",
+                    args=["${{ tasks.each.outputs.items[1].n }}"]))
+
+        class Outputs(SimWorld):
+            def wait(self, run, until):
+                return [event._replace(output={"n": event.task}) if isinstance(event, mf.AttemptEnded) and event.status
+                        == "success" else event for event in super().wait(run, until)]
+
+        run, world, journal = simulate(flow, world=Outputs({"each[0]": {1: (3, 1), 2: (1, 0)}}), slots=9)
+        self.assertEqual(world.log, ["0 start a", "1 start each[0]", "1 start each[1]", "2 start each[2]",
+                                     "4 start each[0]", "5 start below"])
+        self.assertEqual(run.tasks["each"].output, {"items": [{"n": f"each[{n}]"} for n in range(3)]})
+        self.assertEqual(run.tasks["none"].output, {"items": []})
+        self.assertEqual(journal[-2].task, "below")
+        started = next(event for event in journal if isinstance(event, mf.AttemptStarted) and event.task == "below")
+        self.assertEqual(started.inputs, {"items": "each"})
+        self.assertEqual([run.tasks[f"each[{n}]"].each for n in range(3)],
+                         [{"item": "x"}, {"item": {"k": 1}}, {"item": None}])
+        self.assertEqual(ends(run), dict.fromkeys(run.tasks, "success"))
+        self.assertEqual(len(run.tasks), 7)
+
+    def test_a_task_ends_as_the_worst_of_its_instances(self):
+        tasks = [task("each", foreach=[0, 1, 2, 3, 4]), task("below", "each"),
+                 task("tolerant", foreach=[0, 1], allow_failure=True), task("on", "tolerant"),
+                 task("some", foreach=[1, 2], **{"if": "item > 1"})]
+        script = {f"{name}[{n}]": {1: (1, 1)} for name, n in [("each", 1), ("each", 2), ("each", 3), ("each", 4),
+                                                              ("tolerant", 0)]}
+        run, _, _ = simulate(make(*tasks), script)
+        self.assertEqual({name: end for name, end in ends(run).items() if "[" not in name}, {
+            "each": "failed", "below": "upstream_failed", "tolerant": "failed", "on": "success", "some": "success"})
+        self.assertEqual(run.tasks["each"].reason, "4 of 5 failed: each[1], each[2], each[3] and 1 more")
+        self.assertEqual((run.tasks["some[0]"].status, run.tasks["some"].output), ("skipped", {"items": [None, None]}))
+        self.assertEqual((run.status, run.warnings), ("failed", 1))
+        run, _, _ = simulate(make(*tasks, fail_fast=True), script, slots=1)
+        self.assertEqual((run.tasks["each[1]"].status, run.tasks["each[2]"].status, run.tasks["each"].status),
+                         ("failed", "cancelled", "cancelled"))
+
+    def test_where_the_values_come_from_decides_when_the_task_runs_and_what_if_they_are_none(self):
+        flow = make(task("a", foreach="${{ params.days }}"), task("b", foreach="${{ params.days[0] }}"),
+                    task("c", foreach="${{ tasks.a.outputs.items }}", depends_on=["a"]),
+                    task("d", matrix={"x": "${{ params.days }}", "y": [True]}),
+                    task("e", matrix={"x": "${{ run.id }}"}), params={"days": ["mo", "${{ tu"]})
+        run = mf.Run(mf.make_plan(flow), "r", {"days": ["mo", "${{ tu"]})
+        world, steps, events = SimWorld(), None, None
+        steps = mf.drive(run, world, lambda events, happened: None, 9)
+        with contextlib.suppress(StopIteration):
+            while True:
+                events = world.wait(run, steps.send(events))
+        self.assertEqual([run.tasks[name].status for name in "abcde"], ["success", "failed", "success",
+        "success", "failed"])
+        self.assertEqual(run.tasks["b"].reason, 'foreach: "mo" is a string, not an array')
+        self.assertEqual(run.tasks["e"].reason, 'matrix: matrix.x: "r" is no array')
+        self.assertEqual(run.tasks["a[1]"].each, {"item": "${{ tu"}, "a value is no template")
+        self.assertEqual(run.tasks["d[1]"].each, {"matrix": {"x": "${{ tu", "y": True}})
+
+    def test_a_resumed_run_runs_of_the_instances_those_that_did_not_end_well(self):
+        flow = make(task("a"), task("each", "a", foreach=[0, 1, 2]), task("below", "each"))
+        run, _, journal = simulate(flow, {"each[1]": {1: (1, 1)}})
+        self.assertEqual(run.status, "failed")
+        for old in (run, mf.run_from_json(json.loads(json.dumps(mf.run_to_json(run))))):
+            again = mf.reopen(old, flow)
+            world = SimWorld()
+            steps, events = mf.drive(again, world, lambda events, happened: None, 9), None
+            with contextlib.suppress(StopIteration):
+                while True:
+                    events = world.wait(again, steps.send(events))
+            self.assertEqual((world.log, again.status), (["0 start each[1]", "1 start below"], "success"))
+            self.assertEqual(again.tasks["each"].output, {"items": [None] * 3})
+        run, _, _ = simulate(flow, {"each[1]": {1: (1, 1)}})
+        other = make(task("a"), task("each", "a", foreach=[0, 1, 2, 3]), task("below", "each"))
+        again = mf.reopen(run, other)
+        self.assertEqual((again.tasks["each"].status, again.groups), ("pending", {}))
+
+    def test_a_run_with_instances_that_is_resumed_from_anywhere_ends_alike(self):
+        for seed in range(150):
+            flow = random_flow(random.Random(seed), 6)[0]._replace(fail_fast=False)
+            whole, _, journal = simulate(flow)
+            for cut in range(0, len(journal), 3):
+                part = mf.Run(mf.make_plan(flow), "r")
+                for event in journal[:cut]:
+                    part.apply(event)
+                again = mf.reopen(mf.run_from_json(json.loads(json.dumps(mf.run_to_json(part)))), flow)
+                world = SimWorld()
+                steps, events = mf.drive(again, world, lambda events, happened: None, 4), None
+                with contextlib.suppress(StopIteration):
+                    while True:
+                        events = world.wait(again, steps.send(events))
+                self.assertEqual({name: (t.status, t.output) for name, t in again.tasks.items()},
+                                 {name: (t.status, t.output) for name, t in whole.tasks.items()}, (seed, cut))
+
     def test_a_condition_is_asked_once_and_not_before_the_trigger_rule_holds(self):
         asked = []
 
@@ -1417,10 +1559,13 @@ class T10Scheduler(unittest.TestCase):
                 self.assertNotIn(event.task, live)
                 self.assertNotIn(event.task, left_out)
                 live.add(event.task)
-                self.assertLessEqual(len(live), slots or len(flow.tasks))
+                self.assertLessEqual(len(live), slots or len(again.tasks))
                 for pool, size in flow.pools.items():
-                    self.assertLessEqual(sum(again.plan.tasks[name].pool == pool for name in live), size)
-                for up in again.plan.tasks[event.task].depends_on:
+                    self.assertLessEqual(sum(again.defs[name].pool == pool for name in live), size)
+                for group in {again.group_of[name] for name in live & again.group_of.keys()}:
+                    most = again.defs[group].max_parallel or len(again.tasks)
+                    self.assertLessEqual(len(live & set(again.groups[group])), most)
+                for up in again.defs[event.task].depends_on:
                     self.assertIn(again.tasks[up].status, mf.SETTLED)
             elif isinstance(event, mf.AttemptEnded):
                 live.discard(event.task)
@@ -1428,7 +1573,11 @@ class T10Scheduler(unittest.TestCase):
         self.assertFalse(live)
         self.assertTrue(all(task_run.status in mf.SETTLED for task_run in run.tasks.values()))
         self.assertEqual(mf.run_to_json(again), mf.run_to_json(run))
-        tolerated = {t.id for t in flow.tasks if t.allow_failure}
+        for group, names in run.groups.items():
+            found = [run.tasks[name].status for name in names]
+            self.assertEqual(run.tasks[group].status, next(
+                (end for end in ("cancelled", "failed") if end in found), "success"))
+        tolerated = {name for name, definition in run.defs.items() if definition.allow_failure}
         bad = any(t.status in ("failed", "upstream_failed") and name not in tolerated
                   for name, t in run.tasks.items())
         self.assertEqual(run.status, "cancelled" if run.cancel else "failed" if bad else "success")
@@ -1824,6 +1973,15 @@ class T13Exporters(unittest.TestCase):
         with open(os.path.join(logs[1], "ends.tsv"), encoding="utf-8") as file:
             rows = [line.rstrip("\n").split("\t") for line in file]
         return done.returncode, {row[0]: (row[1], int(row[2])) for row in rows}, logs[1]
+
+    def test_instances_are_shown_by_the_graph_and_refused_for_bash(self):
+        flow = make(task("a", foreach=[1]), task("b", matrix={"x": [1]}))
+        self.assertIn("a  command true  [foreach]\n   b  command true  [matrix]",
+                      mf.to_text_graph(mf.make_plan(flow)))
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.to_bash(mf.make_plan(flow), {}, "tasks")
+        self.assertIn("task a: foreach: how often a task runs", str(caught.exception))
+        self.assertIn("task b: matrix: how often a task runs", str(caught.exception))
 
     def test_a_condition_is_shown_by_the_graph_and_refused_for_bash(self):
         flow = make(task("a", **{"if": "params.x == '\x1b[31m'"}), params={"x": "1"})
@@ -5036,7 +5194,7 @@ class T21Functions(unittest.TestCase):
     def test_a_json_flow_and_its_python_twin_end_alike(self):
         """Random flows with retries, rules, tolerated failures and pools: commands here, functions there."""
         for seed in range(8):
-            flow, script = random_flow(random.Random(seed), 8)
+            flow, script = random_flow(random.Random(seed), 8, conditions=False)
             tasks, made, tries = mf.flow_to_json(flow)["tasks"], {}, collections.Counter()
             for t in tasks:
                 for field in ("retry_on", "timeout_s", "jitter"):
@@ -6467,6 +6625,44 @@ class T25CommandLine(unittest.TestCase):
             self.assertEqual(project.main("run", "mine.json", "--run-id", "r")[0], 0)
             self.assertEqual(project.state("r")["flow"], "mine")
             self.assertEqual(project.main("run", "./mine.json", "-o", project.at("o"))[0], 0)
+
+    def test_instances_run_with_their_values_and_a_killed_run_goes_on_with_those_that_lack(self):
+        values = ["a b", "$(id)", "ü", {"k": [1]}, ""]
+        with one(task("each", foreach=values, command="printf %s \"$1$MINIFLOW_TASK\"; test -e go || kill -9 $PPID",
+                      args=["${{ item }}"], max_parallel=1),
+                 task("below", "each")) as project:
+            self.assertEqual(project.cli("run", "f", "--run-id", "r", "-j", "2").returncode, -9)
+            project.write("go", "")
+            code, _, err = project.main("resume", "r")
+            self.assertEqual(code, 0, err)
+            state = project.state("r")["tasks"]
+            self.assertEqual({name: t["status"] for name, t in state.items()},
+                             dict.fromkeys(["each", "below", *(f"each[{n}]" for n in range(5))], "success"))
+            self.assertEqual([t["attempt"] for name, t in state.items() if "[" in name], [2, 1, 1, 1, 1])
+            for n, value in enumerate(values):
+                text = value if isinstance(value, str) else json.dumps(value)
+                with open(project.at("miniflow_output", state[f"each[{n}]"]["log"]), encoding="utf-8") as file:
+                    self.assertEqual(file.read(), f"{text}each[{n}]")
+            _, shown, _ = project.main("show", "r")
+            self.assertRegex(shown, r"(?s)\neach  .*\neach\[0\] .*\neach\[4\] .*\nbelow .*critical path: each -> below")
+
+    def test_ten_thousand_instances_cost_ten_times_what_a_thousand_cost(self):
+        calls = {}
+        for count in (1000, 10000):
+            flow = make(task("a", foreach=list(range(count))))
+            calls[count] = self.count_calls(lambda: simulate(flow, slots=2))
+        self.assertLess(calls[10000], 12 * calls[1000])
+
+    @staticmethod
+    def count_calls(function):
+        """Return how many Python functions `function` calls."""
+        calls = itertools.count()
+        sys.setprofile(lambda frame, kind, arg: kind == "call" and next(calls))
+        try:
+            function()
+        finally:
+            sys.setprofile(None)
+        return next(calls)
 
     def test_the_flows_of_the_readme_run(self):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
