@@ -304,6 +304,13 @@ TRIGGER_RULES: Dict[str, Callable[[Counts], str]] = {
     "always": lambda up: RUNNING,
 }
 
+#: Fields of a flow with a task each that comes after all others, and what has to be for it to run.
+HANDLERS: Dict[str, Callable[[Counts], str]] = {
+    "on_success": lambda up: SKIPPED if up.failed else RUNNING,
+    "on_failure": lambda up: RUNNING if up.failed else SKIPPED,
+    "finally": lambda up: RUNNING,
+}
+
 
 class Param(NamedTuple):
     """One declared param of a flow: what may be given for it."""
@@ -408,6 +415,7 @@ class Task(NamedTuple):
     pool: Optional[str] = None
     tags: Tuple[str, ...] = ()
     description: str = ""
+    handler: Optional[str] = None              # which one of HANDLERS it is, if it is one
 
     @property
     def asks(self) -> bool:
@@ -438,7 +446,25 @@ class Flow(NamedTuple):
     max_parallel: Optional[int] = None
     pools: Mapping[str, int] = {}
     fail_fast: bool = False
+    timeout_s: Optional[float] = None
     preload: Tuple[str, ...] = ()              # modules that Python scripts find imported already
+
+
+def add_handlers(tasks: Sequence[Task], handlers: Mapping[str, Task]) -> Tuple[Task, ...]:
+    """Return `tasks` and behind them the `handlers` of a flow, each of which waits for all that come before.
+
+    What on_success and on_failure do themselves never decides how a run ends.
+    """
+    found = list(tasks)
+    for field in HANDLERS:
+        if field in handlers:
+            tolerant = handlers[field].allow_failure or field != "finally"
+            found.append(handlers[field]._replace(handler=field, trigger_rule=field, allow_failure=tolerant))
+    names = list(dict.fromkeys(task.id for task in found))
+    return tuple(task._replace(depends_on=tuple(
+        name for name in names if name != task.id and (task.handler == "finally" or name not in late)))
+        if task.handler else task
+        for late in [{task.id for task in found if task.handler}] for task in found)
 
 
 # ============================================================================
@@ -1536,15 +1562,21 @@ def find_cycles(upstream: Mapping[str, Sequence[str]]) -> List[List[str]]:
     return cycles
 
 
+def _place(flow: Flow, number: int) -> Path:
+    """Return where in the flow file task `number` is."""
+    handler = flow.tasks[number].handler
+    return (handler,) if handler else ("tasks", number)
+
+
 def _check_graph(flow: Flow) -> Iterator[Problem]:
     """Yield what is wrong with ids and dependencies: twice the same, unknown ones, cycles."""
     first: Dict[str, int] = {}
     for n, task in enumerate(flow.tasks):
         if first.setdefault(task.id, n) != n:
-            yield Problem(("tasks", n, "id"), f"{task.id} is the id of tasks[{first[task.id]}] already; "
-                          "rename one")
+            yield Problem(_place(flow, n) + ("id",), f"{task.id} is the id of "
+                          f"{format_path(_place(flow, first[task.id]))} already; rename one")
     unknown = 0
-    for n, task in enumerate(flow.tasks):
+    for n, task in enumerate(task for task in flow.tasks if not task.handler):
         for k, name in enumerate(task.depends_on):
             place: Path = ("tasks", n, "depends_on", k)
             if name not in first:
@@ -1587,7 +1619,7 @@ def _check_pools(flow: Flow) -> Iterator[Problem]:
     for n, task in enumerate(flow.tasks):
         if task.pool is not None and task.pool not in flow.pools:
             hint = near(task.pool, flow.pools) or f"; it has {', '.join(flow.pools) or 'none'}"
-            yield Problem(("tasks", n, "pool"), f"the flow has no pool {shown(task.pool)}{hint}")
+            yield Problem(_place(flow, n) + ("pool",), f"the flow has no pool {shown(task.pool)}{hint}")
 
 
 def _check_ref(ref: Ref, flow: Flow, roots: Iterable[str]) -> Optional[str]:
@@ -1689,7 +1721,7 @@ def _check_templates(flow: Flow) -> Iterator[Problem]:
     wanted: Dict[str, List[Tuple[int, Path, Ref]]] = {}
     for n, task in enumerate(flow.tasks):
         for path, text in templates(task):
-            place: Path = ("tasks", n) + path
+            place: Path = _place(flow, n) + path
             problems = list(_check_text(text, flow, place, _roots_for(task, path), path))
             yield from problems
             for ref in refs_at(path, text) if not problems else ():
@@ -1726,9 +1758,10 @@ def check_flow(flow: Flow) -> List[Problem]:
     problems = list(_check_params(flow.params or {}))
     problems += _check_env(flow.env, ("env",))
     for n, task in enumerate(flow.tasks):
-        problems += _check_action(task, ("tasks", n))
-        problems += _check_instances(task, ("tasks", n))
-        problems += _check_env(task.env, ("tasks", n, "env"))
+        place = _place(flow, n)
+        problems += _check_action(task, place)
+        problems += _check_instances(task, place)
+        problems += _check_env(task.env, place + ("env",))
     problems += _check_graph(flow)
     problems += _check_pools(flow)
     problems += _check_templates(flow)
@@ -1837,7 +1870,7 @@ _NOT_INHERITED = frozenset(["id", "depends_on", "foreach", "matrix", "max_parall
                            + [field.name for field in ACTION_FIELDS])
 _FOR_ACTION = {"python": "script"}
 #: Fields that are members of Task as they stand.
-_PLAIN_FIELDS = frozenset(Task._fields) - {"action", "retry"}
+_PLAIN_FIELDS = frozenset(Task._fields) - {"action", "retry", "handler"}
 #: Members of Task whose field has a name that Python keeps for itself.
 _FIELD_OF = {"condition": "if"}
 _MEMBER_OF = {field: member for member, field in _FIELD_OF.items()}
@@ -1856,6 +1889,8 @@ _PARAM_SCHEMA = object_schema(PARAM_FIELDS)
 _LONG_FORM = ("type", "default", "required", "enum")    # an object with one of these declares a param
 _TASK_SCHEMA = object_schema(TASK_FIELDS)
 _DEFAULTS_SCHEMA = object_schema(TASK_FIELDS, _NOT_INHERITED)
+_HANDLER_SCHEMA = {**object_schema(TASK_FIELDS, ["depends_on", "trigger_rule"]), "required": [],
+                   "title": "a task: an object"}
 
 FLOW_FIELDS = (
     Field("$schema", {}, "ignored; for editors"),
@@ -1876,6 +1911,10 @@ FLOW_FIELDS = (
                                                  "title": "the name of a Python module"},
                       "title": "an array of names of Python modules"},
           "Python modules that are imported once for all Python scripts"),
+    Field("timeout_s", _LIMIT, "seconds that the whole run may take"),
+    Field("on_success", _HANDLER_SCHEMA, "a task that runs when all others have ended and none has failed"),
+    Field("on_failure", _HANDLER_SCHEMA, "a task that runs when all others have ended and one has failed"),
+    Field("finally", _HANDLER_SCHEMA, "a task that runs last, however the others ended"),
     Field("tasks", {"type": "array", "minItems": 1, "items": _TASK_SCHEMA,
                     "title": "a non-empty array of tasks"},
           "the tasks", required=True),
@@ -1943,11 +1982,12 @@ def make_task(fields: Mapping[str, Any]) -> Task:
     return Task(action=action, **members)
 
 
-def _read_task(raw: Any, place: Path, defaults: Dict[str, Any], problems: List[Problem]) -> Optional[Task]:
+def _read_task(raw: Any, place: Path, defaults: Dict[str, Any], problems: List[Problem],
+               schema: Schema = _TASK_SCHEMA) -> Optional[Task]:
     """Make a Task of the raw one at `place`; what is wrong is appended to `problems` and left out."""
     if not isinstance(raw, dict):
         return None                             # reported with the array of tasks
-    fields = _sound(_TASK_SCHEMA, raw, place, problems)
+    fields = _sound(schema, raw, place, problems)
     given = [field.name for field in ACTION_FIELDS if field.name in raw]
     names = ", ".join(field.name for field in ACTION_FIELDS)
     if not given:
@@ -1977,7 +2017,8 @@ def read_flow(raw: Any, problems: List[Problem]) -> Optional[Flow]:
         return None
     whole = {**_FLOW_SCHEMA, "properties": {**_FLOW_SCHEMA["properties"], "tasks": {
         "type": "array", "minItems": 1, "items": {"type": "object", "title": "a task: an object"},
-        "title": "a non-empty array of tasks"}}}
+        "title": "a non-empty array of tasks"},
+        **dict.fromkeys(HANDLERS, {"type": "object", "title": "a task: an object"})}}
     fields = _sound(whole, raw, (), problems)
     given = raw.get("defaults")
     defaults = _sound(_DEFAULTS_SCHEMA, given, ("defaults",), []) if isinstance(given, dict) else {}
@@ -1990,8 +2031,11 @@ def read_flow(raw: Any, problems: List[Problem]) -> Optional[Flow]:
     simple = {name: _frozen(fields[name]) for name in Flow._fields
               if name in fields and name not in ("params", "tasks")}
     simple.setdefault("name", "unnamed")
-    return Flow(tasks=tuple(t for t in tasks if t), params=_make_params(fields.get("params"), problems),
-                **simple)
+    handlers = {name: _read_task({"id": name, **fields[name]}, (name,), defaults, problems, _HANDLER_SCHEMA)
+                for name in HANDLERS if name in fields}
+    return Flow(tasks=add_handlers([task for task in tasks if task],
+                                   {name: task for name, task in handlers.items() if task}),
+                params=_make_params(fields.get("params"), problems), **simple)
 
 
 def parse_flow(content: Union[bytes, str], where: str,
@@ -2008,7 +2052,7 @@ def parse_flow(content: Union[bytes, str], where: str,
         for n, task in enumerate(flow.tasks):
             what = script_problem(task.action.path) if isinstance(task.action, Script) else None
             if what:
-                problems.append(Problem(("tasks", n, "script"), what))
+                problems.append(Problem(_place(flow, n) + ("script",), what))
     if problems or document.flaws or not flow:
         raise document.error(problems)
     return flow
@@ -2036,7 +2080,14 @@ def flow_to_json(flow: Flow) -> Dict[str, Any]:
     if flow.params is not None:
         members["params"] = {name: _unusual(param) or {"required": False}
                              for name, param in flow.params.items()}
-    return {"name": flow.name, **members, "tasks": [task_to_json(task) for task in flow.tasks]}
+    for task in flow.tasks:
+        if task.handler:
+            fields = task_to_json(task)
+            for name in ("depends_on", "trigger_rule", "handler"):
+                fields.pop(name, None)
+            members[task.handler] = fields
+    return {"name": flow.name, **members,
+            "tasks": [task_to_json(task) for task in flow.tasks if not task.handler]}
 
 
 def recorded_flow(value: Mapping[str, Any]) -> Flow:
@@ -2044,7 +2095,8 @@ def recorded_flow(value: Mapping[str, Any]) -> Flow:
     simple = {name: _frozen(value[name]) for name in Flow._fields
               if name in value and name not in ("params", "tasks")}
     params = _make_params(value.get("params"), [])
-    return Flow(tasks=tuple(map(make_task, value["tasks"])), params=params, **simple)
+    handlers = {name: make_task(value[name]) for name in HANDLERS if name in value}
+    return Flow(tasks=add_handlers(list(map(make_task, value["tasks"])), handlers), params=params, **simple)
 
 
 # ============================================================================
@@ -2361,10 +2413,12 @@ def select(flow: Flow, selection: Selection) -> Set[str]:
     for starts, edges in ways:
         if starts:
             kept &= _reach(starts, edges)
+    kept -= {task.id for task in flow.tasks if task.handler}
     kept -= set(selection.skip)
     if not kept:
         raise UsageError(f"flow {flow.name}: this selection leaves no task to run; give a wider one")
-    return set(tasks) - kept
+    return set(tasks) - kept - {task.id for task in flow.tasks
+                                if task.handler and task.id not in selection.skip}
 
 
 def _weights(tasks: Iterable[str], left_out: Collection[str], durations: Mapping[str, float],
@@ -2497,6 +2551,7 @@ class CancelRequested(NamedTuple):
     reason: str
     exit_code: int = 143
     kill: bool = False
+    expired: bool = False                      # it was nobody: the run has taken too long
 
 
 class RunFinished(NamedTuple):
@@ -2757,9 +2812,12 @@ def judge(task: Task, kinds: Sequence[str]) -> Tuple[str, str]:
     """Return what becomes of `task`, by its rule and how its upstream counts: RUNNING or an end, and why."""
     if not kinds:
         return RUNNING, ""
-    end = TRIGGER_RULES[task.trigger_rule](Counts(*map(kinds.count, (SUCCESS, SKIPPED, FAILED))))
+    rule = HANDLERS[task.handler] if task.handler else TRIGGER_RULES[task.trigger_rule]
+    end = rule(Counts(*map(kinds.count, (SUCCESS, SKIPPED, FAILED))))
     if end == RUNNING:
         return end, ""
+    if task.handler:
+        return end, "no task failed" if task.handler == "on_failure" else "a task failed"
     kind = FAILED if end == UPSTREAM_FAILED else SKIPPED
     culprit = next((name for name, k in zip(task.depends_on, kinds) if k == kind), None)
     if culprit and task.trigger_rule not in ("all_failed", "one_failed"):
@@ -2812,6 +2870,7 @@ class Run:
         self.retries: List[Tuple[float, str, int]] = []                # heap of (time, task, failed attempt)
         self.deadlines: List[Tuple[float, str, int, str]] = []         # heap of (time, task, attempt, signal)
         self.stopping = self.killed = 0
+        self.expires: Optional[float] = None   # when it will have taken too long
         self.room: Optional[int] = None                      # attempts at once that the system has means for
         self._scopes = Scopes(plan)
         self._found_instances: Dict[str, List[str]] = {}
@@ -2947,6 +3006,10 @@ class Run:
             heapq.heappop(self.deadlines)
         while self.retries and not self._waits_for_retry(*self.retries[0][1:]):
             heapq.heappop(self.retries)
+
+    def handler(self, name: str) -> Optional[str]:
+        """Return which of HANDLERS task `name` is, or an instance of, if any."""
+        return self.defs[name].handler
 
     def is_ready(self, name: str) -> bool:
         """Tell whether an entry of `ready` still holds."""
@@ -3192,6 +3255,12 @@ class Settle(NamedTuple):
     reason: str
 
 
+class Expire(NamedTuple):
+    """The run has taken too long."""
+
+    reason: str
+
+
 class Finish(NamedTuple):
     """Give the run its end."""
 
@@ -3200,7 +3269,7 @@ class Finish(NamedTuple):
 
 
 if TYPE_CHECKING:
-    Due = Union[Start, Stop, Ask, Settle, Finish]
+    Due = Union[Start, Stop, Ask, Settle, Expire, Finish]
 
 
 def _ascending(heap: Sequence[Any]) -> Iterator[Any]:
@@ -3217,28 +3286,34 @@ def _ascending(heap: Sequence[Any]) -> Iterator[Any]:
 def verdict(run: Run) -> Finish:
     """Return the end of a run whose tasks have all settled; it looks at all, never only at the leaves."""
     if run.cancel:
-        return Finish(CANCELLED, run.cancel.reason)
+        return Finish(FAILED if run.cancel.expired else CANCELLED, run.cancel.reason)
     if run.first_failure is not None:
         return Finish(FAILED, f"{run.first_failure} {run.tasks[run.first_failure].status}")
     return Finish(SUCCESS, None)
 
 
-def _settle_rest(run: Run, reason: str) -> List[Due]:
+def _settle_rest(run: Run, reason: str, spared: Collection[str]) -> List[Due]:
     """Settle every task that is not running; all in one go, so that looking at all of them happens once."""
     if run.unsettled == len(run.running):
         return []
     return [Settle(name, CANCELLED, reason) for name, task_run in run.tasks.items()
-            if task_run.status in (PENDING, RETRYING)]
+            if task_run.status in (PENDING, RETRYING) and run.handler(name) not in spared]
 
 
-def _stop_all(run: Run, cancel: CancelRequested) -> List[Due]:
+def _stop_all(run: Run, cancel: CancelRequested, spared: Collection[str]) -> List[Due]:
     """Return a Stop for every running attempt that has not been sent the signal of `cancel` yet."""
     done = run.killed if cancel.kill else run.stopping
     if done == len(run.running):
         return []
     word = "KILL" if cancel.kill else "TERM"
     return [Stop(name, run.tasks[name].attempt, cancel.reason, word) for name in run.running
-            if not (run.tasks[name].killed if cancel.kill else run.tasks[name].stopping)]
+            if not (run.tasks[name].killed if cancel.kill else run.tasks[name].stopping)
+            and run.handler(name) not in spared]
+
+
+def _spared(cancel: CancelRequested) -> Collection[str]:
+    """Return the handlers that run although their run is cancelled, or has taken too long."""
+    return () if cancel.kill else ("on_failure", "finally") if cancel.expired else ("finally",)
 
 
 def _overdue(run: Run, now: float) -> List[Due]:
@@ -3307,10 +3382,13 @@ def due(run: Run, now: float, slots: Optional[int]) -> List[Due]:
         return []
     actions: List[Due] = []
     if run.cancel:
-        actions = _settle_rest(run, run.cancel.reason) + _stop_all(run, run.cancel)
+        spared = _spared(run.cancel)
+        actions = _settle_rest(run, run.cancel.reason, spared) + _stop_all(run, run.cancel, spared)
+    elif run.expires is not None and run.expires <= now:
+        return [Expire("run timeout")]
     elif run.first_failure is not None and run.plan.flow.fail_fast:
-        actions = _settle_rest(run, f"fail_fast: {run.first_failure} failed")
-    elif run.barred:
+        actions = _settle_rest(run, f"fail_fast: {run.first_failure} failed", HANDLERS)
+    if not actions:
         actions = [Settle(name, *end) for name, end in run.barred.items()]
     actions += _overdue(run, now)
     if not actions:
@@ -3328,6 +3406,8 @@ def next_wake(run: Run, slots: Optional[int]) -> Optional[float]:
     A retry whose time has come and that waits for a slot is no reason to wake: the end of an attempt is.
     """
     times = [run.deadlines[0][0]] if run.deadlines else []
+    if run.expires is not None and not run.cancel:
+        times.append(run.expires)
     free = free_slots(run, slots)
     if free is None or free > 0:
         times += islice((at for at, name, _ in _ascending(run.retries)
@@ -3348,6 +3428,8 @@ def fact(run: Run, action: Due, now: float) -> Optional[Event]:
         return AttemptStopping(now, action.task, action.attempt, action.reason, action.signal)
     if isinstance(action, Settle):
         return TaskSettled(now, action.task, action.status, action.reason, run.plan.left_out.get(action.task))
+    if isinstance(action, Expire):
+        return CancelRequested(now, action.reason, 1, expired=True)
     return RunFinished(now, action.status, action.reason)
 
 
@@ -3364,6 +3446,8 @@ def drive(run: Run, world: Any, record: Callable[[List[Event], int], None], slot
     only then is anything done, and `observe` told of each of them.
     """
     perform = {Start: world.start, Stop: world.stop, Ask: world.ask}
+    if run.plan.flow.timeout_s is not None:     # a resumed run has it anew
+        run.expires = round(world.now() + run.plan.flow.timeout_s, 6)
     events: List[Event] = []
     while run.outcome is None:
         for event in events:
@@ -3525,8 +3609,9 @@ def _joined(rows: Iterable[str]) -> Iterator[str]:
 
 def encode_definition(flow: Flow) -> bytes:
     """Return the text of a flow as a state has it: a line for each task."""
-    parts = _encode(flow_to_json(flow._replace(tasks=())))[:-2]
-    rows = _joined(_encode(task_to_json(task)) for task in flow.tasks)
+    handlers = tuple(task for task in flow.tasks if task.handler)
+    parts = _encode(flow_to_json(flow._replace(tasks=handlers)))[:-2]
+    rows = _joined(_encode(task_to_json(task)) for task in flow.tasks if not task.handler)
     return "".join([parts, "\n ", *rows, "\n]}"]).encode("ascii")
 
 
@@ -4167,10 +4252,10 @@ def to_text_graph(plan: Plan) -> str:
             marks = [f"if {task.condition}"] if task.condition else []
             marks += [task.many] if task.many else []
             marks += [task.trigger_rule] if task.trigger_rule != "all_success" else []
-            marks += ["allow_failure"] if task.allow_failure else []
+            marks += ["allow_failure"] if task.allow_failure and not task.handler else []
             line = f"   {name:<{width}}  {describe_action(task)}"
             line += f"  [{', '.join(marks)}]" if marks else ""
-            line += f"  <- {', '.join(task.depends_on)}" if task.depends_on else ""
+            line += f"  <- {', '.join(task.depends_on)}" if task.depends_on and not task.handler else ""
             lines.append(line + (f"  ({task.description})" if task.description else ""))
     return "\n".join(lines)
 
@@ -4650,6 +4735,9 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
             if task.condition is not None:
                 raise ValueError(f"if: {task.condition} is for MiniFlow to decide, which bash can't; "
                                  "let the task itself decide, or leave it out with --skip")
+            if task.handler:
+                raise ValueError(f"{task.handler} is for MiniFlow to run; let a task wait for all others and "
+                                 "give it a trigger_rule, or leave it out with --skip")
             if task.many:
                 raise ValueError(f"{task.many}: how often a task runs is for MiniFlow to decide, which bash "
                                  "can't; write its instances as tasks, or leave it out with --skip")
@@ -8389,8 +8477,8 @@ class Lines(Watcher):
         elif isinstance(event, TaskSettled):
             self.line(event.status, event.task, f": {event.reason}")
         elif isinstance(event, CancelRequested):
-            self.tell(f"{event.reason}: stopping what runs" + (" at once" if event.kill else
-                                                               "; once more to kill it at once"))
+            self.tell(f"{event.reason}: stopping what runs" + (
+                " at once" if event.kill else "" if event.expired else "; once more to kill it at once"))
 
     def line(self, word: str, task: str, rest: str = "") -> None:
         """Show that something has happened to a task."""
@@ -8684,7 +8772,8 @@ def format_plan(plan: Plan, slots: int) -> str:
             ("trigger_rule", task.trigger_rule, "all_success"),
             ("if", task.condition, None)) if value != usual]
         extra += [task.many] if task.many else []
-        rows.append((str(n), name, describe_action(task), ", ".join(task.depends_on) or "-",
+        after = "all" if task.handler else ", ".join(task.depends_on) or "-"
+        rows.append((str(n), name, describe_action(task), after,
                      "left out" if name in plan.left_out else ", ".join(extra)))
     return f"{len(plan.order)} tasks, {slots} at once\n{format_table(rows)}"
 

@@ -312,6 +312,9 @@ def random_flow(chance, size=9, conditions=True, **options):
         tasks.append(task(f"t{n}", *upstream, **fields))
         script[f"t{n}"] = {k: (chance.randint(0, 6), chance.choice([0, 0, 1, 2])) for k in range(1, 9)}
     chance.shuffle(tasks)
+    if conditions:
+        options.update({name: {"command": "true", "grace_s": 1} for name in mf.HANDLERS if chance.random() < 0.2})
+        options.update({"timeout_s": chance.randint(2, 30)} if chance.random() < 0.2 else {})
     return make(*tasks, fail_fast=chance.random() < 0.2, pools={"p": 1, "q": 2}, **options), script
 
 
@@ -758,6 +761,15 @@ class T05Checking(unittest.TestCase):
          'tasks[0].if: params.mode: the flow has no param "mode", did you mean mood?'),
         (flow_json(task("a"), task("b", **{"if": "tasks.a.status == 'success'"})),
          'tasks[1].if: tasks.a.status: a is not upstream of b; add "a" to its depends_on'),
+        (flow_json(task("a"), on_failure={"id": "a", "command": "true"}),
+         'on_failure.id: a is the id of tasks[0] already; rename one'),
+        (flow_json(task("a"), **{"finally": {}}), 'finally: the task does nothing; give one of script, command'),
+        (flow_json(task("a"), **{"finally": {"command": "true", "depends_on": ["a"]}}),
+         'finally.depends_on: unknown field; remove it (miniflow schema lists the fields)'),
+        (flow_json(task("a"), on_success={"command": "true", "args": ["${{ tasks.b.status }}"]}),
+         'on_success.args[0]: tasks.b.status: no task "b" in this flow'),
+        (flow_json(task("a"), on_success=[1]), 'on_success: expected a task: an object, got [1]'),
+        (flow_json(task("a"), timeout_s=0), 'timeout_s: expected a number from 0.001 to 315360000, got 0'),
         (flow_json(task("a", **{"if": True})), 'tasks[0].if: expected a string, got true'),
         (flow_json(task("a", foreach=[1], matrix={"x": [1]})),
          'tasks[0].matrix: beside foreach; give only one of them'),
@@ -971,8 +983,7 @@ class T06JsonFrontEnd(unittest.TestCase):
                 self.assertTrue(errors_of({**flow_json(task("a")), "name": name}))
 
     def test_fields_that_do_not_exist_yet_are_unknown(self):
-        for field in ("schedule", "secrets", "timeout_s", "finally", "on_failure",
-                      "on_success"):
+        for field in ("schedule", "secrets"):
             self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
                              f"{field}: unknown field")
         for field in ("flow", "http", "wait_for", "inputs", "outputs", "executor"):
@@ -1429,6 +1440,65 @@ class T10Scheduler(unittest.TestCase):
         self.assertEqual(ends(run), dict.fromkeys(run.tasks, "success"))
         self.assertEqual(len(run.tasks), 7)
 
+    HANDLERS = {"on_success": {"command": "true"}, "on_failure": {"id": "alarm", "command": "true"},
+                "finally": {"id": "clean", "command": "true", "args": ["${{ tasks.a.status }}"]}}
+
+    def test_handlers_run_when_all_is_done_as_it_went(self):
+        a, b = task("a"), task("b", "a")
+        bad = {1: (1, 1)}
+        for script, tasks, fields, status, ran in [
+                ({}, [a, b], {}, "success", "a b on_success clean"), ({"b": bad}, [a, b], {}, "failed",
+                "a b alarm clean"),
+                ({"a": bad}, [a, b], {}, "failed", "a alarm clean"),
+                ({"a": bad}, [a, b], {"fail_fast": True}, "failed", "a alarm clean"),
+                ({"b": bad}, [a, task("b", allow_failure=True)], {}, "success", "a b on_success clean"),
+                ({"on_success": bad}, [a, b], {}, "success", "a b on_success clean"),
+                ({"b": bad, "alarm": bad}, [a, b], {}, "failed", "a b alarm clean"),
+                ({"clean": bad}, [a, b], {}, "failed", "a b on_success clean"),
+                ({"b": bad, "clean": bad}, [a, b], {}, "failed", "a b alarm clean"),
+                ({}, [a, task("s", **{"if": "false"})], {}, "success", "a on_success clean"),
+                ({"e[1]": bad}, [a, task("e", foreach=[1, 2])], {}, "failed", "a e[0] e[1] alarm clean")]:
+            with self.subTest(script=script, status=status):
+                run, world, journal = simulate(make(*tasks, **self.HANDLERS, **fields), script, slots=1)
+                self.assertEqual((run.status, " ".join(line.split()[2] for line in world.log)), (status, ran))
+                self.check_journal(run.plan.flow, run, journal, 1, {})
+        self.assertEqual(ends(simulate(make(a, **self.HANDLERS), {"a": bad})[0]),
+                         {"a": "failed", "on_success": "skipped", "alarm": "success", "clean": "success"})
+        self.assertEqual(simulate(make(a, **self.HANDLERS))[0].tasks["alarm"].reason, "no task failed")
+
+    def test_a_cancelled_run_is_still_tidied_up_unless_it_is_cancelled_twice(self):
+        flow = make(task("a", grace_s=2), task("b", "a"), **self.HANDLERS)
+        script = {"a": {1: (9, 0)}, "clean": {1: (5, 0)}}
+        run, world, _ = simulate(flow, script, cancels=[1])
+        self.assertEqual(world.log, ["0 start a", "1 TERM a", "1 start clean"])
+        self.assertEqual(ends(run), {"a": "cancelled", "b": "cancelled", "on_success": "cancelled",
+        "alarm": "cancelled",
+                                     "clean": "success"})
+        self.assertEqual((run.status, run.cancel.exit_code), ("cancelled", 130))
+        run, world, _ = simulate(flow, script, cancels=[1, 2])
+        self.assertEqual(world.log, ["0 start a", "1 TERM a", "1 start clean", "2 KILL clean"])
+        self.assertEqual((run.status, run.tasks["clean"].status), ("cancelled", "cancelled"))
+        run, world, _ = simulate(flow, script, cancels=[1, 1], stubborn=["a"])
+        self.assertEqual((world.log, run.tasks["clean"].status), (["0 start a", "1 TERM a", "1 KILL a"], "cancelled"))
+
+    def test_a_run_that_takes_too_long_fails_and_its_handlers_run(self):
+        flow = make(task("a", grace_s=2), task("b", "a"), task("c"), timeout_s=4, **self.HANDLERS)
+        run, world, _ = simulate(flow, {"a": {1: (99, 0)}, "alarm": {1: (30, 0)}}, stubborn=["a"])
+        self.assertEqual(world.log, ["0 start a", "0 start c", "4 TERM a", "6 KILL a", "6 start alarm",
+        "36 start clean"])
+        self.assertEqual(ends(run), {"a": "cancelled", "b": "cancelled", "c": "success", "on_success": "cancelled",
+                                     "alarm": "success", "clean": "success"})
+        self.assertEqual({run.tasks[name].reason for name in ("a", "b", "on_success")}, {"run timeout"})
+        self.assertEqual((run.status, run.reason, run.cancel.exit_code), ("failed", "run timeout", 1))
+        again, world = mf.reopen(run, flow._replace(timeout_s=9)), SimWorld()
+        world.clock = 1000.0
+        steps, events = mf.drive(again, world, lambda events, happened: None, 9), None
+        with contextlib.suppress(StopIteration):
+            while True:
+                events = world.wait(again, steps.send(events))
+        self.assertEqual((again.status, again.cancel), ("success", None), "a resumed run has its time anew")
+        self.assertEqual(simulate(make(task("a"), timeout_s=4))[0].status, "success")
+
     def test_a_task_ends_as_the_worst_of_its_instances(self):
         tasks = [task("each", foreach=[0, 1, 2, 3, 4]), task("below", "each"),
                  task("tolerant", foreach=[0, 1], allow_failure=True), task("on", "tolerant"),
@@ -1483,7 +1553,7 @@ class T10Scheduler(unittest.TestCase):
 
     def test_a_run_with_instances_that_is_resumed_from_anywhere_ends_alike(self):
         for seed in range(150):
-            flow = random_flow(random.Random(seed), 6)[0]._replace(fail_fast=False)
+            flow = random_flow(random.Random(seed), 6)[0]._replace(fail_fast=False, timeout_s=None)
             whole, _, journal = simulate(flow)
             for cut in range(0, len(journal), 3):
                 part = mf.Run(mf.make_plan(flow), "r")
@@ -1580,7 +1650,9 @@ class T10Scheduler(unittest.TestCase):
         tolerated = {name for name, definition in run.defs.items() if definition.allow_failure}
         bad = any(t.status in ("failed", "upstream_failed") and name not in tolerated
                   for name, t in run.tasks.items())
-        self.assertEqual(run.status, "cancelled" if run.cancel else "failed" if bad else "success")
+        expired = run.cancel and run.cancel.expired
+        self.assertEqual(run.status, "failed" if expired else "cancelled" if run.cancel else
+                         "failed" if bad else "success")
 
     def calls_per_task(self, flow, slots):
         """Return how many Python functions are called for each task: a cost that no machine changes."""
@@ -6626,6 +6698,32 @@ class T25CommandLine(unittest.TestCase):
             self.assertEqual(project.state("r")["flow"], "mine")
             self.assertEqual(project.main("run", "./mine.json", "-o", project.at("o"))[0], 0)
 
+    def test_handlers_run_after_a_timeout_a_signal_and_a_kill(self):
+        handlers = {name: {"command": f"echo {name} >>ran"} for name in mf.HANDLERS}
+        slow = task("a", command="test -e go || { echo up >up; exec sleep 60; }")
+        with Project({"late": flow_json(slow, name="late", timeout_s=0.4, **handlers),
+                      "f": flow_json(slow, task("b", "a"), **handlers)}) as project:
+            code, _, err = project.main("run", "late", "--run-id", "late")
+            self.assertEqual((code, project.read("ran").split()), (1, ["on_failure", "finally"]), err)
+            self.assertIn("run timeout: stopping what runs\n", err)
+            self.assertIn("run late: failed (run timeout): 2 success, 2 cancelled", err)
+            for name, number, code in (("int", signal.SIGINT, 130), ("kill", signal.SIGKILL, -9)):
+                for file in ("up", "ran"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(project.at(file))
+                engine = project.start("run", "f", "--run-id", name)
+                wait_for(lambda: os.path.exists(project.at("up")), "the task")
+                engine.send_signal(number)
+                engine.communicate(timeout=30)
+                self.assertEqual(engine.returncode, code)
+                self.assertEqual(os.path.exists(project.at("ran")) and project.read("ran").split(),
+                                 ["finally"] if code == 130 else False)
+            project.write("go", "")
+            for name, ran in (("kill", ["on_success", "finally"]), ("late", ["on_success", "finally"])):
+                project.write("ran", "")
+                self.assertEqual(project.main("resume", name)[0], 0)
+                self.assertEqual(project.read("ran").split(), ran)
+
     def test_instances_run_with_their_values_and_a_killed_run_goes_on_with_those_that_lack(self):
         values = ["a b", "$(id)", "ü", {"k": [1]}, ""]
         with one(task("each", foreach=values, command="printf %s \"$1$MINIFLOW_TASK\"; test -e go || kill -9 $PPID",
@@ -6650,16 +6748,16 @@ class T25CommandLine(unittest.TestCase):
         calls = {}
         for count in (1000, 10000):
             flow = make(task("a", foreach=list(range(count))))
-            calls[count] = self.count_calls(lambda: simulate(flow, slots=2))
+            calls[count] = self.count_calls(simulate, flow, slots=2)
         self.assertLess(calls[10000], 12 * calls[1000])
 
     @staticmethod
-    def count_calls(function):
+    def count_calls(function, *args, **options):
         """Return how many Python functions `function` calls."""
         calls = itertools.count()
-        sys.setprofile(lambda frame, kind, arg: kind == "call" and next(calls))
+        sys.setprofile(lambda frame, kind, argument: kind == "call" and next(calls))
         try:
-            function()
+            function(*args, **options)
         finally:
             sys.setprofile(None)
         return next(calls)
