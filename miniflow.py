@@ -342,6 +342,22 @@ class Command(NamedTuple):
     stdin: Optional[str] = None
 
 
+class Http(NamedTuple):
+    """An action: a request to a web server; `request` has the members of HTTP_FIELDS."""
+
+    request: Mapping[str, Any]
+    args: Tuple[()] = ()
+    stdin: None = None
+
+
+class WaitFor(NamedTuple):
+    """An action: to wait until something is there; `condition` has the members of WAIT_FIELDS."""
+
+    condition: Mapping[str, Any]
+    args: Tuple[()] = ()
+    stdin: None = None
+
+
 class Function(NamedTuple):
     """An action: a Python function, known as module:name, which is called with the task's context.
 
@@ -363,7 +379,11 @@ class Function(NamedTuple):
 
 
 if TYPE_CHECKING:
-    Action = Union[Script, Command, Function]
+    Action = Union[Script, Command, Http, WaitFor, Function]
+
+
+#: The field of a flow file, or of the record of a run, that holds each action.
+ACTION_WORDS = {Script: "script", Command: "command", Http: "http", WaitFor: "wait_for", Function: "function"}
 
 
 def chance(*names: Any) -> float:
@@ -1358,6 +1378,8 @@ def templates(task: Task) -> Iterator[Tuple[Path, str]]:
     if isinstance(action, Command) and not isinstance(action.command, str):
         for n, word in enumerate(action.command):
             yield ("command", n), word
+    if isinstance(action, (Http, WaitFor)):
+        yield from _strings(action[0], (ACTION_WORDS[type(action)],))
     args = action.args
     for key, value in args.items() if isinstance(args, dict) else enumerate(args):
         for n, item in enumerate(value if isinstance(value, list) else [value]):
@@ -1600,6 +1622,24 @@ def _check_env(env: Mapping[str, Any], path: Path) -> Iterator[Problem]:
             yield Problem(path + (name,), "MiniFlow sets this variable itself; use another name")
 
 
+def _check_url(url: Optional[str], path: Path) -> Iterator[Problem]:
+    """Yield what is wrong with an address, as far as it shows without the values of templates."""
+    if url is not None and not url.startswith("${{") and not re.match(r"https?://[^/?#]", url):
+        yield Problem(path, f"{shown(url)} is no address; write http:// or https:// and a host")
+
+
+def _check_http(request: Mapping[str, Any], path: Path) -> Iterator[Problem]:
+    """Yield what is wrong with a request."""
+    yield from _check_url(request.get("url"), path + ("url",))
+    if "json" in request and "body" in request:
+        yield Problem(path + ("body",), "beside json; give only one of them")
+    for name, value in request.get("headers", {}).items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            yield Problem(path + ("headers", name), "not a name of a header field")
+        elif re.search(r"[\0\r\n]", value):
+            yield Problem(path + ("headers", name), f"{shown(value)} has a line break or a NUL in it")
+
+
 def _check_action(task: Task, path: Path) -> Iterator[Problem]:
     """Yield what is wrong with what a task executes."""
     action = task.action
@@ -1607,6 +1647,18 @@ def _check_action(task: Task, path: Path) -> Iterator[Problem]:
         if any(match[0] != "$${{" for match in re.finditer(_TEMPLATE, action.command)):
             yield Problem(path + ("command",), "a template in a shell string would run its value as code; "
                           "use $MINIFLOW_PARAM_NAME, an env entry, args ($1, $2, …) or an array command")
+    if not isinstance(action, Http):
+        for n, code in enumerate(task.retry.retry_on or ()):
+            if isinstance(code, int) and code > 255:
+                yield Problem(path + ("retry_on", n), f"expected an exit code from 1 to 255, got {code}")
+    else:
+        yield from _check_http(action.request, path + ("http",))
+    if isinstance(action, WaitFor):
+        given = [name for name in action.condition if name != "poll_s"]
+        if len(given) != 1:
+            yield Problem(path + ("wait_for",), "give one of file, url, command and seconds, "
+                          f"not {' and '.join(given) or 'none of them'}")
+        yield from _check_url(action.condition.get("url"), path + ("wait_for", "url"))
     if isinstance(action.args, dict):
         for key in action.args:
             if not re.fullmatch(_OPTION, key):
@@ -1814,8 +1866,8 @@ _MATRIX: Schema = {"type": "object", "minProperties": 1, "additionalProperties":
                    "properties": {"include": _ENTRIES, "exclude": _ENTRIES},
                    "title": "a non-empty object of arrays"}
 _RETRY_ON: Schema = {"type": "array", "items": {
-    "anyOf": [{"type": "integer", "minimum": 1, "maximum": 255}, {"type": "string", "enum": ["timeout"]}],
-    "title": "an exit code from 1 to 255 or \"timeout\""}}
+    "anyOf": [{"type": "integer", "minimum": 1, "maximum": 599}, {"type": "string", "enum": ["timeout"]}],
+    "title": "an exit code from 1 to 255, \"timeout\", or with http a status"}}
 
 PARAM_FIELDS = (
     Field("type", {"type": "string", "enum": list(PARAM_TYPES)}, "what kind of value it takes"),
@@ -1829,11 +1881,45 @@ PARAM_FIELDS = (
     Field("description", _STR, "shown to whoever starts the flow"),
 )
 
+def object_schema(fields: Sequence[Field], without: Iterable[str] = ()) -> Schema:
+    """Return the JSON Schema of an object that has `fields`, less those named in `without`."""
+    kept = [field for field in fields if field.name not in without]
+    schema: Schema = {"type": "object", "additionalProperties": False, "properties": {
+        field.name: {**field.schema, "description": field.doc} for field in kept}}
+    required = [field.name for field in kept if field.required]
+    return {**schema, "required": required} if required else schema
+
+
+_TEXT: Schema = {"type": "string", "minLength": 1, "title": "a non-empty string"}
+_STATUS: Schema = {"type": "integer", "minimum": 100, "maximum": 599}
+HTTP_FIELDS = (
+    Field("url", _TEXT, "where to; http and https only", required=True),
+    Field("method", {"type": "string", "pattern": r"^[A-Z]+$", "title": "a method in capitals"},
+          "GET, or POST with a body, unless it is given"),
+    Field("headers", {"type": "object", "additionalProperties": _STR, "title": "an object of strings"},
+          "header fields"),
+    Field("json", {}, "a body that is sent as JSON"),
+    Field("body", _STR, "a body that is sent as it is"),
+    Field("expect_status", {"anyOf": [_STATUS, {"type": "array", "items": _STATUS, "minItems": 1}],
+                            "title": "a status from 100 to 599, or an array of them"},
+          "the status that is a success; 200 to 299 unless it is given"),
+    Field("save", _TEXT, "a file for the body of the answer, relative to cwd"),
+)
+WAIT_FIELDS = (
+    Field("file", _TEXT, "a pattern that a file matches, relative to cwd"),
+    Field("url", _TEXT, "an address that answers with 200 to 299"),
+    Field("command", {"type": "array", "items": _STR, "minItems": 1, "title": "a non-empty array of strings"},
+          "a command that ends with exit code 0"),
+    Field("seconds", _SECONDS, "so many seconds"),
+    Field("poll_s", _LIMIT, "seconds between two looks; default 5"),
+)
 ACTION_FIELDS = (
     Field("script", {"type": "string", "minLength": 1,
                      "title": "a path of a Python file below the tasks directory"},
           "Python file below the tasks directory, to be run"),
     Field("command", _COMMAND, "a string for /bin/sh -c, or an array that is run without a shell"),
+    Field("http", object_schema(HTTP_FIELDS), "a request to a web server"),
+    Field("wait_for", object_schema(WAIT_FIELDS), "something to wait for"),
 )
 
 TASK_FIELDS = (
@@ -1868,21 +1954,12 @@ TASK_FIELDS = (
 #: Fields that `defaults` can't give, and those that fit one action only.
 _NOT_INHERITED = frozenset(["id", "depends_on", "foreach", "matrix", "max_parallel"]
                            + [field.name for field in ACTION_FIELDS])
-_FOR_ACTION = {"python": "script"}
+_FOR_ACTION = {"python": ("script",), "args": ("script", "command"), "stdin": ("script", "command")}
 #: Fields that are members of Task as they stand.
 _PLAIN_FIELDS = frozenset(Task._fields) - {"action", "retry", "handler"}
 #: Members of Task whose field has a name that Python keeps for itself.
 _FIELD_OF = {"condition": "if"}
 _MEMBER_OF = {field: member for member, field in _FIELD_OF.items()}
-
-
-def object_schema(fields: Sequence[Field], without: Iterable[str] = ()) -> Schema:
-    """Return the JSON Schema of an object that has `fields`, less those named in `without`."""
-    kept = [field for field in fields if field.name not in without]
-    schema: Schema = {"type": "object", "additionalProperties": False, "properties": {
-        field.name: {**field.schema, "description": field.doc} for field in kept}}
-    required = [field.name for field in kept if field.required]
-    return {**schema, "required": required} if required else schema
 
 
 _PARAM_SCHEMA = object_schema(PARAM_FIELDS)
@@ -1929,7 +2006,8 @@ def flow_schema() -> Schema:
     schema["properties"]["params"]["additionalProperties"] = {"if": long_form, "then": _PARAM_SCHEMA}
     task = schema["properties"]["tasks"]["items"] = dict(_TASK_SCHEMA)
     task["oneOf"] = [{"required": [field.name]} for field in ACTION_FIELDS]
-    task["dependentRequired"] = {name: [action] for name, action in _FOR_ACTION.items()}
+    task["dependentSchemas"] = {name: {"anyOf": [{"required": [action]} for action in actions]}
+                                for name, actions in _FOR_ACTION.items()}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "MiniFlow flow", **schema}
 
 
@@ -1974,6 +2052,10 @@ def make_task(fields: Mapping[str, Any]) -> Task:
         action = Function(fields["function"], **pick(("kind",)))
     elif "script" in fields:
         action = Script(fields["script"], **pick(("args", "python", "stdin")))
+    elif "http" in fields:
+        action = Http(fields["http"])
+    elif "wait_for" in fields:
+        action = WaitFor(fields["wait_for"])
     else:
         action = Command(_frozen(fields["command"]), **pick(("args", "stdin")))
     members, retry = pick(_PLAIN_FIELDS), pick(Retry._fields)
@@ -1995,13 +2077,13 @@ def _read_task(raw: Any, place: Path, defaults: Dict[str, Any], problems: List[P
     elif len(given) > 1:
         problems.append(Problem(place + (given[1],), f"a second action beside {given[0]}; "
                                 f"give only one of {names}"))
-    for name, owner in _FOR_ACTION.items():
-        if name in raw and owner not in given:
-            problems.append(Problem(place + (name,), f"goes with {owner} only; remove it"))
+    for name, owners in _FOR_ACTION.items():
+        if name in raw and not set(owners) & set(given):
+            problems.append(Problem(place + (name,), f"goes with {' and '.join(owners)} only; remove it"))
     if "id" not in fields:
         return None
     inherited = {name: value for name, value in defaults.items()
-                 if name not in _FOR_ACTION or _FOR_ACTION[name] in given}
+                 if set(_FOR_ACTION.get(name, given)) & set(given)}
     if "env" in inherited and "env" in fields:
         fields["env"] = {**inherited["env"], **fields["env"]}
     fields = {**inherited, **fields}
@@ -2069,7 +2151,7 @@ def task_to_json(task: Task) -> Dict[str, Any]:
     """Return the fields of `task` as in a flow file, without those that have their default value."""
     action, members = task.action, _unusual(task)
     members.pop("retry", None)
-    return {"id": task.id, type(action).__name__.lower(): action[0],
+    return {"id": task.id, ACTION_WORDS[type(action)]: action[0],
             **{_FIELD_OF.get(name, name): value for name, value in members.items()}, **_unusual(action),
             **_unusual(task.retry)}
 
@@ -2741,6 +2823,8 @@ class Scopes:
 
 #: The pool of plain functions that have none of their own; no pool of a flow can have this name.
 PLAIN_FUNCTIONS = "(plain functions)"
+#: Among the limits of a task: it only waits, and takes up none of the slots of the run.
+WAITING = "(waiting)"
 
 
 class Queues:
@@ -2755,6 +2839,10 @@ class Queues:
         self._limits: Dict[str, Tuple[str, ...]] = {
             task.id: (task.pool or PLAIN_FUNCTIONS,) for task in plan.flow.tasks
             if task.pool or isinstance(task.action, Function) and task.action.kind != "async"}
+        for task in plan.flow.tasks:
+            if isinstance(task.action, WaitFor):
+                self._limits[task.id] = (*self.limits_of(task.id), WAITING)
+        self.some_wait = any(isinstance(task.action, WaitFor) for task in plan.flow.tasks)
         self.limits: Dict[str, int] = dict(plan.flow.pools)
         self.ready: Dict[Tuple[str, ...], List[Tuple[float, str]]] = {}
         self._running: Dict[str, int] = {}
@@ -2796,6 +2884,11 @@ class Queues:
         """Task `name` does not run any more."""
         for limit in self.limits_of(name):
             self._running[limit] -= 1
+
+    @property
+    def waiting(self) -> int:
+        """How many run that take up no slot."""
+        return self._running.get(WAITING, 0)
 
     def room(self, limits: Tuple[str, ...], taken: Mapping[str, int] = {}) -> bool:
         """Tell whether one more task may run under `limits`, beside what runs and has been `taken`."""
@@ -3336,8 +3429,6 @@ AT_ONCE = 500
 
 def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
     """Return a Start for the first `free` tasks by key: those that are ready, and retries that are due."""
-    if free is not None and free <= 0:
-        return []
     queues, late = run.queues, {}              # type: Queues, Dict[Tuple[str, ...], List[Tuple[float, str]]]
     for at, name, attempt in _ascending(run.retries):
         if at > now:
@@ -3354,14 +3445,15 @@ def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
     def first(limits: Tuple[str, ...], rest: Iterator[Tuple[float, str]]) -> List[Any]:
         return [(*entry, limits, rest) for entry in islice(rest, 1)]
 
-    at_once = AT_ONCE if free is None else min(free, AT_ONCE)
     starts: List[Due] = []
     taken: Dict[str, int] = {}
-    heads = [head for limits in {**queues.ready, **late} for head in first(limits, queue(limits))]
+    heads = [head for limits in {**queues.ready, **late} if free is None or free > 0 or WAITING in limits
+             for head in first(limits, queue(limits))]
     heapq.heapify(heads)
-    while heads and len(starts) < at_once:
+    while heads and len(starts) < AT_ONCE:
         _, name, limits, rest = heapq.heappop(heads)
-        if queues.room(limits, taken):          # else nothing more of its kind
+        slots = len(starts) - taken.get(WAITING, 0)
+        if queues.room(limits, taken) and (free is None or slots < free or WAITING in limits):
             starts.append(Start(name, run.tasks[name].attempt + 1))
             for limit in limits:
                 taken[limit] = taken.get(limit, 0) + 1
@@ -3373,7 +3465,7 @@ def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
 def free_slots(run: Run, slots: Optional[int]) -> Optional[int]:
     """Return how many more attempts may start; None: no limit."""
     limits = [limit for limit in (slots, run.room) if limit is not None]
-    return min(limits) - len(run.running) if limits else None
+    return min(limits) - len(run.running) + run.queues.waiting if limits else None
 
 
 def due(run: Run, now: float, slots: Optional[int]) -> List[Due]:
@@ -3408,10 +3500,11 @@ def next_wake(run: Run, slots: Optional[int]) -> Optional[float]:
     times = [run.deadlines[0][0]] if run.deadlines else []
     if run.expires is not None and not run.cancel:
         times.append(run.expires)
-    free = free_slots(run, slots)
-    if free is None or free > 0:
-        times += islice((at for at, name, _ in _ascending(run.retries)
-                         if run.queues.room(run.queues.limits_of(name))), 1)
+    free, queues = free_slots(run, slots), run.queues
+    if free is None or free > 0 or queues.some_wait:
+        times += islice((at for at, limits in ((at, queues.limits_of(name)) for at, name, _ in
+                                               _ascending(run.retries))
+                         if queues.room(limits) and (free is None or free > 0 or WAITING in limits)), 1)
     return min(times, default=None)
 
 
@@ -3926,6 +4019,188 @@ sys.exit(miniflow.answer_call(call))
 """
 
 
+#: Opens addresses as the two programs below do: http and https, proxies, nothing else.  A redirection never
+#: leads from https to http, and takes no credentials to another host.
+_OPENER = """
+import json, os, sys, urllib.error, urllib.parse, urllib.request
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, url):
+        old, new = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(url)
+        if new.scheme not in ("http", "https") or old.scheme == "https" != new.scheme:
+            raise urllib.error.URLError("it redirects to %s, which is not followed" % shown(url))
+        found = super().redirect_request(request, file, code, message, headers, url)
+        if found and old.netloc != new.netloc:
+            for name in ("Authorization", "Cookie", "Proxy-authorization"):
+                found.headers.pop(name, None)
+        return found
+
+
+def shown(url):
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def fail(reason, code=1):
+    print(reason, file=sys.stderr)
+    with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="ascii") as file:
+        json.dump({"reason": reason, "code": code}, file)
+    sys.exit(1)
+
+
+opener = urllib.request.OpenerDirector()
+for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+                Redirects, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor,
+                urllib.request.UnknownHandler):
+    opener.add_handler(handler())
+opener.addheaders = [("User-Agent", "MiniFlow")]
+ask = json.load(sys.stdin)
+"""
+
+#: So many bytes of an answer are handed on; more needs `save`.
+MAX_ANSWER = 2 * 2**20
+
+#: What the process of an `http` task executes.
+HTTP_PROGRAM = _OPENER + """
+import http.client
+headers, body = dict(ask.get("headers", {})), ask.get("body")
+given = {name.lower() for name in headers}
+if "json" in ask:
+    body = json.dumps(ask["json"])
+if body is not None and "content-type" not in given:
+    headers["Content-Type"] = "application/json" if "json" in ask else "text/plain; charset=utf-8"
+method = ask.get("method") or ("GET" if body is None else "POST")
+name = method + " " + shown(ask["url"])
+expected = ask.get("expect_status")
+expected = [expected] if isinstance(expected, int) else expected
+try:
+    body = body if body is None else body.encode()
+    request = urllib.request.Request(ask["url"], body, headers, method=method)
+    try:
+        answer = opener.open(request, timeout=60)
+    except urllib.error.HTTPError as exc:
+        answer = exc
+    status = answer.status
+    output = {"status": status, "headers": {}}
+    for key, value in answer.headers.items():
+        key = key.lower()
+        output["headers"][key] = output["headers"][key] + ", " + value if key in output["headers"] else value
+    if not (status in expected if expected else 200 <= status < 300):
+        fail("%s: HTTP %d %s" % (name, status, answer.reason), status)
+    if ask.get("save"):
+        part, size = "%s.%d.part" % (ask["save"], os.getpid()), 0
+        with open(part, "wb") as file:
+            for block in iter(lambda: answer.read(2**16), b""):
+                size += file.write(block)
+        if answer.length:
+            os.unlink(part)
+            fail("%s: the answer ended early" % name)
+        os.replace(part, ask["save"])
+        output.update(file=ask["save"], bytes=size)
+    else:
+        content = answer.read(ask["most"] + 1)
+        if len(content) > ask["most"]:
+            fail("%s: the answer is longer than %d bytes; give save" % (name, ask["most"]))
+        if answer.length:
+            fail("%s: the answer ended early" % name)
+        kind = answer.headers.get_content_type()
+        text = content.decode(answer.headers.get_content_charset("utf-8"), "replace")
+        if kind == "application/json" or kind.endswith("+json"):
+            output["json"] = json.loads(text, parse_constant=lambda word: fail(
+                "%s: %s in JSON" % (name, word)))
+        else:
+            output["text"] = text
+except (OSError, ValueError, LookupError, RecursionError, http.client.HTTPException) as exc:
+    what = getattr(exc, "reason", None) or exc
+    fail("%s: %s" % (name, what if str(what) else type(what).__name__))
+print("%s: HTTP %d %s" % (name, status, answer.reason), file=sys.stderr)
+with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="ascii") as file:
+    json.dump(output, file)
+"""
+
+#: What the process of a `wait_for` task executes.
+WAIT_PROGRAM = _OPENER + """
+import glob, http.client, subprocess, time
+
+
+def look():
+    if "file" in ask:
+        found = sorted(glob.glob(ask["file"], recursive=True))
+        return {"files": found} if found else "no file matches " + ask["file"]
+    if "url" in ask:
+        try:
+            status = opener.open(ask["url"], timeout=60).status
+        except (OSError, http.client.HTTPException) as exc:
+            return "%s: %s" % (shown(ask["url"]), getattr(exc, "reason", None) or exc)
+        return {"status": status}
+    if "command" in ask:
+        code = subprocess.call(ask["command"], stdin=subprocess.DEVNULL)
+        return "exit %d" % code if code else {}
+    return {}
+
+
+if "seconds" in ask:
+    time.sleep(ask["seconds"])
+said = None
+while True:
+    try:
+        found = look()
+    except (OSError, ValueError) as exc:
+        fail("%s" % exc)
+    if isinstance(found, dict):
+        break
+    if found != said:
+        print("not yet:", found, file=sys.stderr, flush=True)
+    said = found
+    time.sleep(ask.get("poll_s", 5))
+if found:
+    with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="ascii") as file:
+        json.dump(found, file)
+"""
+
+
+def _url_part(value: str) -> str:
+    from urllib.parse import quote
+    return quote(value, safe="")
+
+
+def _glob_part(value: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", value)
+
+
+#: How a value is written within an address or a pattern, so that it stays a part of it and no more.
+_ESCAPES: Dict[str, Callable[[str], str]] = {"url": _url_part, "file": _glob_part}
+
+
+def render_parts(name: str, text: str, values: Values) -> str:
+    """Return an address or a pattern with its templates replaced; each value stays within its part.
+
+    What an address begins with may be the value of a template, and the whole of a pattern.
+    """
+    parts, escape = parse_template(text), _ESCAPES[name]
+    return "".join(part if isinstance(part, str) else to_text(lookup(part, values))
+                   if n == 0 and (name == "url" or len(parts) == 1) else escape(to_text(lookup(part, values)))
+                   for n, part in enumerate(parts))
+
+
+def _asked(action: Union[Http, WaitFor], values: Values) -> str:
+    """Return what the program of an action reads from its standard input."""
+    ask: Dict[str, Any] = {"most": MAX_ANSWER}
+    for name, value in action[0].items():
+        if name in _ESCAPES:
+            ask[name] = render_parts(name, value, values)
+        elif name in ("body", "save"):
+            ask[name] = to_text(render(value, values))
+        elif name == "command":
+            ask[name] = [to_text(render(word, values)) for word in value]
+        elif name == "headers":
+            ask[name] = {key: to_text(render(text, values)) for key, text in value.items()}
+        else:
+            ask[name] = render_all(value, values)
+    return json.dumps(ask)
+
+
 def _flow_env(run: Run, task_id: str, environ: Mapping[str, str]) -> Tuple[Dict[str, str], Values]:
     """Return what the flow adds to the environment `environ` of a task, and the values that this leads to."""
     values = values_of(run, task_id, environ)
@@ -3968,12 +4243,15 @@ def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
                            for name in own)
     elif isinstance(action, Function):
         head = [setting.python, "-c", FUNCTION_PROGRAM]
+    elif isinstance(action, (Http, WaitFor)):
+        head = [setting.python, "-I", "-c", HTTP_PROGRAM if isinstance(action, Http) else WAIT_PROGRAM]
     elif isinstance(action.command, str):
         head = ["/bin/sh", "-c", action.command.replace("$${{", "${{"), "sh"]
     else:
         head = [to_text(render(text, values)) for text in action.command]
     cwd = _absolute(to_text(render(task.cwd, values)), setting.start_dir) if task.cwd else setting.start_dir
-    stdin = None if action.stdin is None else to_text(render(action.stdin, values))
+    stdin = (_asked(action, values) if isinstance(action, (Http, WaitFor)) else
+             None if action.stdin is None else to_text(render(action.stdin, values)))
     env = {**values.env, **_own_env(run, task, setting)}
     return Invocation(tuple(head + args), env, cwd, stdin, can_fork)
 
@@ -4044,12 +4322,16 @@ def attempt_end(run: Run, task_id: str, now: float, code: int, stopping: Optiona
         if run.cancel and stopping == run.cancel.reason:
             return AttemptEnded(now, task_id, attempt, CANCELLED, stopping)
         return AttemptEnded(now, task_id, attempt, FAILED, stopping, "timeout")
-    if code:
+    if code and not isinstance(run.defs[task_id].action, (Http, WaitFor)):
         return AttemptEnded(now, task_id, attempt, FAILED, *describe_exit(code))
     try:
         handed_on = output()
     except ValueError as exc:
         return AttemptEnded(now, task_id, attempt, FAILED, f"bad output: {exc}")
+    if code:                                   # of a program of ours, which says why
+        reason, number = describe_exit(code)
+        return AttemptEnded(now, task_id, attempt, FAILED, handed_on.get("reason", reason),
+                            handed_on.get("code", number))
     return AttemptEnded(now, task_id, attempt, SUCCESS, output=handed_on or None)
 
 
@@ -4231,6 +4513,11 @@ def describe_action(task: Task) -> str:
         return f"script {action.path}"
     if isinstance(action, Function):
         return f"function {action.name}"
+    if isinstance(action, Http):
+        return f"http {action.request.get('method', 'GET')} {shown(action.request['url'])}"
+    if isinstance(action, WaitFor):
+        return "wait_for " + ", ".join(f"{name} {shown(value)}" for name, value in action.condition.items())
+    assert isinstance(action, Command)
     text = action.command if isinstance(action.command, str) else " ".join(action.command)
     return "command " + (text if len(text) <= 50 and text.isprintable() else shown(text, 50))
 
@@ -4642,6 +4929,9 @@ class _BashTask:
             return [python, bash_quote(f"{tasks_dir}/{action.path}")]
         if isinstance(action, Function):
             raise ValueError(f"{action.name} is a Python function; bash runs scripts and commands")
+        if not isinstance(action, Command):
+            raise ValueError(f"{ACTION_WORDS[type(action)]} is for MiniFlow to do; use a command, or leave "
+                             "it out with --skip")
         if isinstance(action.command, str):
             return ["/bin/sh", "-c", bash_quote(action.command.replace("$${{", "${{")), "sh"]
         return [self.word(text) for text in action.command]

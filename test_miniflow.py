@@ -9,6 +9,7 @@ import collections
 import contextlib
 import errno
 import heapq
+import http.server
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import symtable
 import sys
@@ -55,7 +57,7 @@ KINDS = {
 
 def task(id, *upstream, **fields):
     """Return the JSON of a task; it runs `true` unless told otherwise."""
-    if not {"script", "command"} & set(fields):
+    if not {"script", "command", "http", "wait_for"} & set(fields):
         fields["command"] = "true"
     return {"id": id, **({"depends_on": list(upstream)} if upstream else {}), **fields}
 
@@ -248,6 +250,16 @@ class Project:
 def one(*tasks, scripts=None, **fields):
     """Return a Project with one flow, f."""
     return Project({"f": flow_json(*tasks, **fields)}, scripts)
+
+
+@contextlib.contextmanager
+def mock_stdin(text):
+    """Let sys.stdin hold `text`."""
+    before, sys.stdin = sys.stdin, io.StringIO(text)
+    try:
+        yield
+    finally:
+        sys.stdin = before
 
 
 def wait_for(condition, what, seconds=20):
@@ -763,12 +775,27 @@ class T05Checking(unittest.TestCase):
          'tasks[1].if: tasks.a.status: a is not upstream of b; add "a" to its depends_on'),
         (flow_json(task("a"), on_failure={"id": "a", "command": "true"}),
          'on_failure.id: a is the id of tasks[0] already; rename one'),
-        (flow_json(task("a"), **{"finally": {}}), 'finally: the task does nothing; give one of script, command'),
+        (flow_json(task("a"), **{"finally": {}}),
+        'finally: the task does nothing; give one of script, command, http, wait_for'),
         (flow_json(task("a"), **{"finally": {"command": "true", "depends_on": ["a"]}}),
          'finally.depends_on: unknown field; remove it (miniflow schema lists the fields)'),
         (flow_json(task("a"), on_success={"command": "true", "args": ["${{ tasks.b.status }}"]}),
          'on_success.args[0]: tasks.b.status: no task "b" in this flow'),
         (flow_json(task("a"), on_success=[1]), 'on_success: expected a task: an object, got [1]'),
+        (flow_json(task("a", http={"url": "ftp://x/"})),
+         'tasks[0].http.url: "ftp://x/" is no address; write http:// or https:// and a host'),
+        (flow_json(task("a", http={"method": "GET"})), 'tasks[0].http: url is missing; give a non-empty string'),
+        (flow_json(task("a", http={"url": "http://x", "json": 1, "body": "x"})),
+         'tasks[0].http.body: beside json; give only one of them'),
+        (flow_json(task("a", http={"url": "http://x", "headers": {"a b": "c"}})),
+         'tasks[0].http.headers["a b"]: not a name of a header field'),
+        (flow_json(task("a", http={"url": "http://x"}, args=[1])),
+         'tasks[0].args: goes with script and command only; remove it'),
+        (flow_json(task("a", wait_for={"poll_s": 3})),
+         'tasks[0].wait_for: give one of file, url, command and seconds, not none of them'),
+        (flow_json(task("a", wait_for={"file": "x", "seconds": 3})),
+         'tasks[0].wait_for: give one of file, url, command and seconds, not file and seconds'),
+        (flow_json(task("a", retry_on=[503])), 'tasks[0].retry_on[0]: expected an exit code from 1 to 255, got 503'),
         (flow_json(task("a"), timeout_s=0), 'timeout_s: expected a number from 0.001 to 315360000, got 0'),
         (flow_json(task("a", **{"if": True})), 'tasks[0].if: expected a string, got true'),
         (flow_json(task("a", foreach=[1], matrix={"x": [1]})),
@@ -806,7 +833,8 @@ class T05Checking(unittest.TestCase):
         (flow_json(task("a", args={"--x": 1})),
          'tasks[0].args.--x: not a name of an option; write it without leading dashes and ='),
         (flow_json(task("a", retry_on=["ValueError"])),
-         'tasks[0].retry_on[0]: expected an exit code from 1 to 255 or "timeout", got "ValueError"'),
+         'tasks[0].retry_on[0]: expected an exit code from 1 to 255, "timeout", or with http a status, '
+         'got "ValueError"'),
         (flow_json(task("a", args=["${{ params.dat }}"]), params={"date": ""}),
          'tasks[0].args[0]: params.dat: the flow has no param "dat", did you mean date?'),
         (flow_json(task("a"), env={"X": "${{ ctx.rows }}"}),
@@ -865,7 +893,7 @@ class T05Checking(unittest.TestCase):
             "flows/f.json:9:15: tasks[3].command: a template in a shell string would run its value as code; "
             "use $MINIFLOW_PARAM_NAME, an env entry, args ($1, $2, …) or an array command",
             "flows/f.json:9:50: tasks[3].python: goes with script only; remove it",
-            "flows/f.json:10:3: tasks[4]: the task does nothing; give one of script, command",
+            "flows/f.json:10:3: tasks[4]: the task does nothing; give one of script, command, http, wait_for",
             "flows/f.json:11:3: tasks[5]: id is missing; give a name of letters, digits, _, . and -, not "
             "starting with . or -, of at most 128 characters",
             "flows/f.json:12:3: tasks[6]: expected a task: an object, got 7"])
@@ -951,11 +979,12 @@ class T06JsonFrontEnd(unittest.TestCase):
         (flow_json(task("a", env={"X": None})),
          "tasks[0].env.X: expected a string, a number or a boolean, got null"),
         (flow_json(task("a", retry_on=[0])),
-         'tasks[0].retry_on[0]: expected an exit code from 1 to 255 or "timeout", got 0'),
+         'tasks[0].retry_on[0]: expected an exit code from 1 to 255, "timeout", or with http a status, got 0'),
         (flow_json(task("-a")), 'tasks[0].id: expected a name of letters, digits, _, . and -, not starting '
          'with . or -, of at most 128 characters, got "-a"'),
         (flow_json(task("a", script="x.py", command="true")),
-         "tasks[0].command: a second action beside script; give only one of script, command"),
+         "tasks[0].command: a second action beside script; give only one of script, command, "
+         "http, wait_for"),
         (flow_json(task("a"), params={"x": {"default": 1, "defualt": 2}}),
          "params.x.defualt: unknown field, did you mean default?"),
         (flow_json(task("a"), params={"x": {"type": "date"}}), 'params.x.type: expected one of "string", '
@@ -986,7 +1015,7 @@ class T06JsonFrontEnd(unittest.TestCase):
         for field in ("schedule", "secrets"):
             self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
                              f"{field}: unknown field")
-        for field in ("flow", "http", "wait_for", "inputs", "outputs", "executor"):
+        for field in ("flow", "inputs", "outputs", "executor"):
             self.assertEqual(errors_of(flow_json(task("a", **{field: {}})))[0][:len(field) + 24],
                              f"tasks[0].{field}: unknown field")
 
@@ -6697,6 +6726,147 @@ class T25CommandLine(unittest.TestCase):
             self.assertEqual(project.main("run", "mine.json", "--run-id", "r")[0], 0)
             self.assertEqual(project.state("r")["flow"], "mine")
             self.assertEqual(project.main("run", "./mine.json", "-o", project.at("o"))[0], 0)
+
+    def serve(self):
+        """Return the address of a web server that says what it was asked, and the list of that."""
+        asked = []
+
+        class Answers(http.server.BaseHTTPRequestHandler):
+            def answer(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                asked.append((self.command, self.path, dict(self.headers), self.rfile.read(length)))
+                kind, _, rest = self.path[1:].partition("?")[0].partition("/")
+                status, head, body = 200, {}, b"text \xc3\xbc"
+                if kind == "status":
+                    status = int(rest) if rest.isdigit() else 200 if len(asked) > 2 else 503
+                elif kind == "json":
+                    head, body = {"Content-Type": "application/json"}, b'{"n": [1, 2], "h": null}'
+                elif kind == "bad":
+                    head, body = {"Content-Type": "application/json"}, b"{"
+                elif kind == "to":
+                    status, head = 302, {"Location": rest}
+                elif kind == "large":
+                    body = b"x" * (mf.MAX_ANSWER + 1)
+                elif kind == "short":
+                    head = {"Content-Length": "100"}
+                elif kind == "latin":
+                    head, body = {"Content-Type": "text/plain; charset=latin-1"}, b"\xfc"
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), "X-Two": "a", **head}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_POST = do_PUT = answer
+
+            def log_message(self, *args):
+                """Say nothing."""
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return f"http://127.0.0.1:{server.server_port}", asked
+
+    def test_a_request_hands_on_its_answer_or_says_why_there_is_none(self):
+        place, asked = self.serve()
+        free = socket.socket()
+        free.bind(("127.0.0.1", 0))
+        self.addCleanup(free.close)
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}/"
+        asks = {
+            "get": ({"url": place + "/x/${{ params.odd }}?q=${{ params.odd }}"}, {"text": "text ü"}),
+            "json": ({"url": "${{ params.place }}/json", "expect_status": [200, 201]}, {"json": {"n": [1, 2],
+            "h": None}}),
+            "post": ({"url": place + "/p", "json": {"a": ["${{ params.odd }}", 1]},
+            "headers": {"X-Own": "${{ params.odd }}"}},
+                     {"text": "text ü"}),
+            "put": ({"url": place + "/p", "method": "PUT", "body": "ü ${{ params.odd }}"}, {"text": "text ü"}),
+            "saved": ({"url": place + "/json", "save": "out.json"}, {"file": "out.json", "bytes": 24}),
+            "latin": ({"url": place + "/latin"}, {"text": "ü"}), "moved": ({"url": f"{place}/to/{place}/json"}, None),
+            "other": ({"url": place + "/status/404", "expect_status": 404}, {"text": "text ü"}),
+            "gone": ({"url": place + "/status/404?secret=1"}, "GET %s/status/404: HTTP 404 Not Found" % place),
+            "file": ({"url": place + "/to/file:///etc/passwd"},
+            "Redirection to url 'file:///etc/passwd' is not allowed"),
+            "closed": ({"url": closed}, "Connection refused"), "large": ({"url": place + "/large"},
+            "longer than 2097152 bytes"),
+            "short": ({"url": place + "/short"}, "ended early"), "cut": ({"url": place + "/short",
+            "save": "cut"}, "ended early"),
+            "bad": ({"url": place + "/bad"}, "Expecting"), "header": ({"url": place,
+            "headers": {"X": "${{ params.crlf }}"}}, "header"),
+            "user": ({"url": closed.replace("//", "//ada:pw@")}, "GET " + closed),
+            "scheme": ({"url": "${{ params.scheme }}"}, "unknown url type"),
+            "turns": ({"url": place + "/to//to/x"}, "HTTP")}
+        with one(*[task(name, http=ask, allow_failure=True) for name, (ask, _) in asks.items()]) as project:
+            code, _, err = project.main("run", "f", "--run-id", "r", "--params", json.dumps({
+                "odd": "a b&c/../ü", "place": place, "crlf": "x\r\nY: z", "scheme": "file:///etc/passwd"}))
+            self.assertEqual(code, 0, err)
+            tasks = project.state("r")["tasks"]
+            for name, (_, expected) in asks.items():
+                with self.subTest(name):
+                    if isinstance(expected, str):
+                        self.assertEqual(tasks[name]["status"], "failed")
+                        self.assertIn(expected, tasks[name]["reason"])
+                        self.assertNotIn("secret", tasks[name]["reason"])
+                        self.assertNotIn("pw", tasks[name]["reason"])
+                    else:
+                        self.assertEqual(tasks[name]["status"], "success", tasks[name]["reason"])
+                        output = dict(tasks[name]["output"])
+                        self.assertEqual((output.pop("status"), output.pop("headers")["x-two"]),
+                                         (404 if name == "other" else 200, "a"))
+                        self.assertEqual(output, expected or {"json": {"n": [1, 2], "h": None}})
+            self.assertEqual(project.read("out.json"), '{"n": [1, 2], "h": null}')
+            self.assertEqual([name for name in os.listdir(project.path) if "cut" in name], [])
+        seen = {path: (method, head, body) for method, path, head, body in asked}
+        quoted = "a%20b%26c%2F..%2F%C3%BC"
+        self.assertIn(f"/x/{quoted}?q={quoted}", seen)
+        posted = [(method, json.loads(body), head["Content-Type"], head["X-Own"]) for method, path, head, body in asked
+                  if method == "POST"]
+        self.assertEqual(posted, [("POST", {"a": ["a b&c/../ü", 1]}, "application/json", "a b&c/../ü")])
+        self.assertEqual([body.decode() for method, _, _, body in asked if method == "PUT"], ["ü a b&c/../ü"])
+
+    def test_a_request_is_retried_by_its_status_and_takes_no_credentials_elsewhere(self):
+        place, asked = self.serve()
+        secret = {"Authorization": "Basic x"}
+        with one(task("a", http={"url": place + "/status/twice"}, max_retries=5, retry_on=[503]),
+                 task("b", "a", http={"url": place + "/status/500"}, max_retries=5, retry_on=[503], allow_failure=True),
+                 task("c", "b", http={"url": f"{place}/to/{place.replace('127.0.0.1', 'localhost')}/json",
+                 "headers": secret}),
+                 ) as project:
+            code, _, err = project.main("run", "f", "--run-id", "r")
+            self.assertEqual(code, 0, err)
+            self.assertEqual([len(t["attempts"]) for t in project.state("r")["tasks"].values()], [3, 1, 1])
+            self.assertIn("GET http://127.0.0.1", project.main("logs", "r", "a")[1])
+        self.assertEqual([head.get("Authorization") for _, _, head, _ in asked[-2:]], ["Basic x", None])
+        opener = {"__name__": "opener"}
+        with mock_stdin('{"url": "x"}'):
+            exec(compile(mf._OPENER, "opener", "exec"), opener)
+        request = opener["urllib"].request.Request("https://a/")
+        with self.assertRaises(OSError) as caught:
+            opener["Redirects"]().redirect_request(request, None, 302, "Found", {}, "http://a/")
+        self.assertIn("it redirects to http://a/, which is not followed", str(caught.exception))
+
+    def test_what_waits_takes_up_no_slot_and_ends_when_it_has_what_it_waits_for(self):
+        place, _ = self.serve()
+        tasks = [task("file", wait_for={"file": "in/${{ params.odd }}*.csv", "poll_s": 0.05}),
+                 task("url", wait_for={"url": place + "/status/later", "poll_s": 0.05}),
+                 task("command", wait_for={"command": ["sh", "-c",
+                 "echo x=1 >>\"$MINIFLOW_OUTPUT\"; test -e \"$1\"", "sh",
+                                                       "${{ params.odd }}"], "poll_s": 0.05}),
+                 task("seconds", wait_for={"seconds": 0.3}),
+                 task("never", wait_for={"file": "never", "poll_s": 0.05}, timeout_s=0.5, allow_failure=True),
+                 task("odd", wait_for={"command": ["./not-there"]}, allow_failure=True)]
+        feed = "sleep 0.4; mkdir in; echo >'in/*[a] 1.csv'; echo >in/other.csv; echo >'*[a]'"
+        with one(*tasks, task("feed", command=feed)) as project:
+            code, _, err = project.main("run", "f", "--run-id", "r", "-j", "1", "--param", "odd=*[a]")
+            self.assertEqual(code, 0, err)
+            found = project.state("r")["tasks"]
+            self.assertEqual(found["file"]["output"], {"files": ["in/*[a] 1.csv"]})
+            self.assertEqual(found["url"]["output"], {"status": 200})
+            self.assertEqual(found["command"]["output"], {"x": "1"})
+            self.assertEqual((found["seconds"]["status"], found["never"]["reason"]), ("success", "timeout after 0.5 s"))
+            self.assertIn("No such file", found["odd"]["reason"])
+            self.assertIn("not yet: no file matches never", project.main("logs", "r", "never")[1])
 
     def test_handlers_run_after_a_timeout_a_signal_and_a_kill(self):
         handlers = {name: {"command": f"echo {name} >>ran"} for name in mf.HANDLERS}
