@@ -430,6 +430,8 @@ class Task(NamedTuple):
     foreach: Union[None, str, Tuple[Any, ...]] = None               # one instance for each of these values
     matrix: Optional[Mapping[str, Any]] = None # one instance for each combination
     max_parallel: Optional[int] = None         # of the instances
+    inputs: Optional[Tuple[str, ...]] = None   # patterns of files; with one of these it runs only where
+    outputs: Optional[Tuple[str, ...]] = None  # something has changed since it last succeeded
     allow_failure: bool = False
     priority: int = 0
     pool: Optional[str] = None
@@ -440,7 +442,12 @@ class Task(NamedTuple):
     @property
     def asks(self) -> bool:
         """True if more than its upstream decides whether it runs, or how often."""
-        return self.condition is not None or self.many is not None
+        return self.condition is not None or self.many is not None or self.may_be_cached
+
+    @property
+    def may_be_cached(self) -> bool:
+        """True if it need not run where nothing has changed."""
+        return self.inputs is not None or self.outputs is not None
 
     @property
     def many(self) -> Optional[str]:
@@ -1372,6 +1379,8 @@ def templates(task: Task) -> Iterator[Tuple[Path, str]]:
     """Yield every string of `task` in which names are looked up, with its path below the task."""
     if task.condition is not None:
         yield ("if",), task.condition
+    yield from _strings(task.inputs, ("inputs",))
+    yield from _strings(task.outputs, ("outputs",))
     yield from _strings(task.foreach, ("foreach",))
     yield from _strings(task.matrix, ("matrix",))
     action = task.action
@@ -1844,6 +1853,8 @@ _NAME: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$(?!
                           "of at most 128 characters"}
 _STR: Schema = {"type": "string"}
 _STRS: Schema = {"type": "array", "items": _STR, "title": "an array of strings"}
+_PATTERNS: Schema = {"type": "array", "title": "an array of patterns of files",
+                     "items": {"type": "string", "minLength": 1, "title": "a non-empty string"}}
 _BOOL: Schema = {"type": "boolean"}
 _SECONDS: Schema = {"type": "number", "minimum": 0, "maximum": 315360000}
 _LIMIT: Schema = {"type": "number", "minimum": 0.001, "maximum": 315360000}
@@ -1944,6 +1955,8 @@ TASK_FIELDS = (
     Field("trigger_rule", {"type": "string", "enum": list(TRIGGER_RULES)},
           "how its upstream must have ended"),
     Field("if", _STR, "an expression; where it is false, the task is skipped"),
+    Field("inputs", _PATTERNS, "files that it reads: it runs where one of them has changed"),
+    Field("outputs", _PATTERNS, "files that it makes: it runs where one of them is not there"),
     Field("foreach", _FOREACH, "one instance for each value of this array"),
     Field("matrix", _MATRIX, "one instance for each combination of the values of these arrays"),
     Field("max_parallel", {"type": "integer", "minimum": 1, "maximum": 100000}, "instances at once"),
@@ -5028,6 +5041,9 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
             if task.handler:
                 raise ValueError(f"{task.handler} is for MiniFlow to run; let a task wait for all others and "
                                  "give it a trigger_rule, or leave it out with --skip")
+            if task.may_be_cached:
+                raise ValueError("inputs and outputs are for MiniFlow to look at, which bash can't; leave "
+                                 "them out of the flow, or the task by --skip")
             if task.many:
                 raise ValueError(f"{task.many}: how often a task runs is for MiniFlow to decide, which bash "
                                  "can't; write its instances as tasks, or leave it out with --skip")
@@ -7144,11 +7160,6 @@ class Clock:
         return round(self._offset + time.monotonic(), 6)
 
 
-def asker(clock: Clock, environ: Mapping[str, str]) -> Callable[[Run, Ask], List[Event]]:
-    """Return what a World finds out about a task that is asked for."""
-    return lambda run, action: [admit(run, action.task, clock.now(), environ)]
-
-
 class Waiter:
     """Waits for the first of: the end of a watched process, a signal to the engine, the time.
 
@@ -7414,17 +7425,180 @@ class Need:
                          f"what was recorded before is safe: miniflow resume {run.id}") from None
 
 
+def make_setting(tasks_dir: str, work: str, token: str) -> Setting:
+    """Return what the surroundings of this process contribute to attempts."""
+    return Setting(dict(os.environ), sys.executable or "python3", os.getcwd(), os.path.abspath(tasks_dir),
+                   work, token, "", "")
+
+
+def hash_of(content: bytes) -> str:
+    """Return the SHA-256 of some bytes."""
+    import hashlib
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest(path: str) -> str:
+    """Return the SHA-256 of a file's content."""
+    import hashlib
+    found = hashlib.sha256()
+    with open_file(path) as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            found.update(block)
+    return found.hexdigest()
+
+
+def matching(patterns: Iterable[str], cwd: str) -> List[str]:
+    """Return the paths, seen from `cwd`, that patterns match, each once, sorted."""
+    import glob
+    found = {path for pattern in patterns
+             for path in glob.glob(os.path.join(glob.escape(cwd), pattern), recursive=True)}
+    return sorted(os.path.relpath(path, cwd) if path.startswith(cwd + os.sep) else path for path in found)
+
+
+#: What is compared, in this order, and how a change of it is told.
+_RECIPE = {"script": "its script has changed", "args": "its arguments have changed",
+           "env": "its environment has changed", "cwd": "its directory has changed",
+           "params": "the params have changed", "upstream": "what its upstream hands on has changed"}
+_SETTLED_NS = 2 * 10**9                        # a file may change this long without a new time of change
+
+
+def _input(path: str, old: Any, recorded: int) -> List[Any]:
+    """Return size, time of change and hash of an input; the hash is that of `old` if nothing else differs.
+
+    A file that changed just before it was `recorded` may have changed again in the same instant.
+    """
+    found = os.stat(path)
+    sized = [found.st_size, found.st_mtime_ns]
+    if isinstance(old, list) and old[:2] == sized and recorded - found.st_mtime_ns > _SETTLED_NS:
+        return old
+    return [*sized, digest(path)]
+
+
+class Freshness:
+    """Tells which tasks with `inputs` or `outputs` need not run, as nothing changed since they succeeded.
+
+    What a task was made of when it last succeeded is recorded in OUTPUT/cache/FLOW/TASK.json.  Before it
+    runs again the record is replaced by one that says so: what an interrupted task has left is never taken
+    for good.
+    """
+
+    def __init__(self, store: Store, setting: Setting, now: Callable[[], float]) -> None:
+        self._store, self._setting, self._now = store, setting, now
+        self.force = False                     # tasks run although nothing has changed
+        self._stamps: Dict[str, Dict[str, Any]] = {}
+
+    def look(self, run: Run, name: str) -> Tuple[Event, Optional[str]]:
+        """Return what becomes of a task that its upstream lets run, and if it runs, why it has to."""
+        event, task = admit(run, name, self._now(), self._setting.environ), run.defs[name]
+        if not isinstance(event, TaskAdmitted) or not task.may_be_cached:
+            return event, "it has neither inputs nor outputs"
+        try:
+            stamp, record = self.stamp(run, name), self.record(run, name)
+            reason = "it is forced to" if self.force else self.why(stamp, record)
+        except (LookupError, ValueError) as exc:
+            return TaskSettled(event.at, name, FAILED, f"cannot start: {exc}"), None
+        except OSError as exc:
+            return TaskSettled(event.at, name, FAILED, f"inputs: {exc.filename}: {exc.strerror}"), None
+        if reason is None:
+            return TaskSettled(event.at, name, CACHED, "nothing has changed", record["output"]), None
+        self._stamps[name] = stamp
+        return event, reason
+
+    def ask(self, run: Run, action: Ask) -> List[Event]:
+        """Find out whether a task is to run, and if so put its record out of force."""
+        event, _ = self.look(run, action.task)
+        if isinstance(event, TaskAdmitted) and action.task in self._stamps:
+            try:
+                self._put(run, action.task, {"incomplete": run.id})
+            except OSError as exc:
+                return [TaskSettled(event.at, action.task, FAILED,
+                                    f"cannot start: {exc.filename or 'its record'}: {exc.strerror}")]
+        return [event]
+
+    def made(self, run: Run, end: AttemptEnded) -> AttemptEnded:
+        """Return the end of an attempt, which fails without its outputs; record a success."""
+        stamp = self._stamps.get(end.task)
+        if stamp is None or end.status != SUCCESS:
+            return end
+        for pattern in stamp["outputs"]:
+            if not matching([pattern], stamp["place"]):
+                return AttemptEnded(end.at, end.task, end.attempt, FAILED,
+                                    f"output {pattern} is not there, although the task has succeeded")
+        try:
+            self._put(run, end.task, {**stamp, "output": end.output})
+        except OSError:
+            pass                               # it runs once more, then
+        return end
+
+    def _path(self, run: Run, name: str) -> str:
+        return os.path.join(self._store.path, "cache", _id_stem(run.flow), f"{name}.json")
+
+    def _put(self, run: Run, name: str, record: Mapping[str, Any]) -> None:
+        self._store.prepare("cache", _id_stem(run.flow))
+        self._store.disk.put(self._path(run, name), json.dumps(record).encode(), True)
+
+    def record(self, run: Run, name: str) -> Dict[str, Any]:
+        """Return what is recorded of a task; {}: nothing that could be read."""
+        try:
+            record = json.loads(read_file(self._path(run, name), follow=False))
+            return record if isinstance(record, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def stamp(self, run: Run, name: str) -> Dict[str, Any]:
+        """Return what a task is made of now; raise LookupError, ValueError or OSError if that can't be told.
+
+        But for the names of files only hashes are recorded, as values may be secret.
+        """
+        task, values = run.defs[name], _flow_env(run, name, self._setting.environ)[1]
+        does = invoke(run, name, self._setting)
+        patterns = {field: [render_parts("file", text, values) for text in getattr(task, field) or ()]
+                    for field in ("inputs", "outputs")}
+        env = {key: does.env[key] for key in sorted({*run.plan.flow.env, *task.env})}
+        recipe = {"args": [does.argv, does.stdin], "env": env, "cwd": does.cwd, "params": run.params,
+                  "upstream": run.ctx_of(name)}
+        stamp = {key: hash_of(json.dumps(value, sort_keys=True).encode()) for key, value in recipe.items()}
+        if isinstance(task.action, Script):
+            stamp["script"] = digest(f"{self._setting.tasks_dir}/{task.action.path}")
+        old = self.record(run, name)
+        files = [path for path in matching(patterns["inputs"], does.cwd)
+                 if os.path.isfile(os.path.join(does.cwd, path))]
+        known, at = old.get("inputs", {}), old.get("at", 0)
+        inputs = {path: _input(os.path.join(does.cwd, path), known.get(path), at) for path in files}
+        return {**stamp, "at": time.time_ns(), "inputs": inputs, "outputs": patterns["outputs"],
+                "place": does.cwd}
+
+    @staticmethod
+    def why(stamp: Mapping[str, Any], record: Mapping[str, Any]) -> Optional[str]:
+        """Return why a task has to run; None: it need not."""
+        if not record:
+            return "it has not succeeded yet"
+        if "incomplete" in record:
+            return f"it did not end well in run {record['incomplete']}"
+        for key, told in _RECIPE.items():
+            if record.get(key) != stamp.get(key):
+                return told
+        for path in sorted({*stamp["inputs"], *record["inputs"]}):
+            if path not in record["inputs"]:
+                return f"input {path} is new"
+            if path not in stamp["inputs"]:
+                return f"input {path} is gone"
+            if stamp["inputs"][path][2] != record["inputs"][path][2]:
+                return f"input {path} has changed"
+        return next((f"output {pattern} is not there" for pattern in stamp["outputs"]
+                     if not matching([pattern], stamp["place"])), None)
+
+
 class Processes:
     """The real World: attempts are processes of this machine.  To be used as a context manager."""
 
     def __init__(self, store: Store, run_id: str, tasks_dir: str, clock: Clock, token: str,
                  take_signals: bool = True) -> None:
         self.now, self._store, self._files = clock.now, store, store.files(run_id)
-        self.ask = asker(clock, os.environ)
         self._exchange = Exchange(store, run_id)
-        self._setting = Setting(dict(os.environ), sys.executable or "python3", os.getcwd(),
-                                os.path.abspath(tasks_dir), self._exchange.work, token,
-                                "", "")
+        self._setting = make_setting(tasks_dir, self._exchange.work, token)
+        self.freshness = Freshness(store, self._setting, self.now)
+        self.ask = self.freshness.ask
         self._watchdog = Watchdog(token, self._exchange.work)
         self._inherited = inheritable_fds() if sys.platform == "linux" else None
         self._children: Dict[str, Child] = {}
@@ -7643,7 +7817,7 @@ class Processes:
             self._unwatch(child)               # its leader has told all it can
             return []
         self._forget(child)
-        end = self._end(run, child, child.code)
+        end = self.freshness.made(run, self._end(run, child, child.code))
         return [end._replace(error="unkillable: some of its processes are given up") if left else end]
 
     def _unwatch(self, child: Child) -> None:
@@ -8040,7 +8214,7 @@ class Functions:
         import asyncio
         self._loop = asyncio.get_running_loop()
         self._functions, self._place, self.now = functions, place, clock.now
-        self.ask = asker(clock, os.environ)
+        self.ask = lambda run, action: [admit(run, action.task, clock.now(), os.environ)]
         self._make_processes, self._processes = processes, None     # type: Any, Optional[FunctionProcesses]
         self._threads = Threads()
         self._calls: Dict[str, Call] = {}
@@ -8373,6 +8547,7 @@ class Order(NamedTuple):
     on_orphan: str = "kill"
     force_host: bool = False
     fork: bool = True                          # scripts may be forked from a template interpreter
+    force: bool = False                        # tasks run although nothing has changed
 
 
 class Source(NamedTuple):
@@ -8401,6 +8576,7 @@ def carry_out(opened: Opened, store: Store, order: Order, watcher: Watcher) -> R
     try:
         with Processes(store, run.id, order.tasks_dir, opened.clock, journal.engine["token"]) as world:
             journal.note, journal.hurry, world.note = watcher.note, world.is_signalled, watcher.note
+            world.freshness.force = order.force
             if order.fork:
                 world.templates.foresee(run)
             journal.begin(run, opened.last)
@@ -9738,6 +9914,9 @@ def _add_run(parser: Any) -> None:
     _add_params(parser)
     parser.add_argument("--dry-run", action="store_true",
                         help="write the bash script, print its path and the plan")
+    parser.add_argument("--explain", action="store_true",
+                        help="tell which tasks would run, and why; run nothing")
+    parser.add_argument("--force", action="store_true", help="run tasks although nothing has changed")
     parser.add_argument("--run-id", metavar="ID", help="name the run; one that exists is resumed")
     parser.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
     for flag, does in (("--only", "run just this task"),
@@ -9810,7 +9989,48 @@ def _finish(run: Run, options: Any) -> int:
 def _order(options: Any) -> Order:
     """Return how the options want the run to be made."""
     return Order(options.tasks_dir, options.jobs, options.durability, options.on_orphan, options.force_host,
-                 not options.no_fork)
+                 not options.no_fork, getattr(options, "force", False))
+
+
+def _foretell(run: Run, freshness: Freshness, name: str) -> str:
+    """Return what would become of a task whose upstream need not run, and let the run know its end."""
+    event, reason = freshness.look(run, name)
+    if isinstance(event, TaskSettled):
+        run.apply(event)
+        return f"{event.status}: {event.reason}"
+    if isinstance(event, TaskExpanded):
+        run.apply(event)
+        return SUCCESS
+    return f"run: {reason}"
+
+
+def _explain(mini: MiniFlow, source: Source, params: Dict[str, Any], options: Any) -> int:
+    """Tell which tasks would run, and why; nothing runs, and nothing is written."""
+    flow = source.flow
+    plan = make_plan(flow, last_outputs(mini.store, source.stem, select(flow, _selection(options))))
+    run = Run(plan, "explain", complete_params(flow, params), time.time(), source.stem)
+    freshness = Freshness(mini.store, make_setting(mini.tasks_dir, "", ""), time.time)
+    freshness.force = options.force
+    told: Dict[str, str] = {}
+    for name in plan.order:
+        up = next((up for up in plan.tasks[name].depends_on if told[up].startswith(("run", "perhaps"))), None)
+        if name in plan.left_out:
+            told[name] = "left out"
+            run.apply(TaskSettled(0, name, SKIPPED, "left out", plan.left_out[name]))
+        elif up is not None:
+            told[name] = f"perhaps: {up} comes before it"
+        elif name in run.barred:
+            told[name] = ": ".join(run.barred[name])
+            run.apply(TaskSettled(0, name, *run.barred[name]))
+        else:
+            told[name] = _foretell(run, freshness, name)
+            if name not in run.groups:
+                continue
+            found = {each: _foretell(run, freshness, each) for each in run.groups[name]}
+            told[name] = "run: some of its instances run" if run.waits[name] else "cached: none of it runs"
+            told.update(found)
+    print_result("\n".join(f"{name}  {safe(text)}" for name, text in told.items()))
+    return 0
 
 
 def _dry_run(mini: MiniFlow, stem: str, flow: Flow, params: Dict[str, Any], options: Any) -> int:
@@ -9832,6 +10052,8 @@ def run_run(options: Any) -> int:
     params = read_params(options, source.flow)
     if options.dry_run:
         return _dry_run(mini, source.stem, source.flow, params, options)
+    if options.explain:
+        return _explain(mini, source, params, options)
     order = _order(options)
     opened = open_run(mini.store, source, params or None, order, _selection(options), options.run_id, say)
     return _finish(run_to_end(opened, mini.store, source, order, _watcher(options, mini.store)), options)

@@ -1015,7 +1015,7 @@ class T06JsonFrontEnd(unittest.TestCase):
         for field in ("schedule", "secrets"):
             self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
                              f"{field}: unknown field")
-        for field in ("flow", "inputs", "outputs", "executor"):
+        for field in ("flow", "executor"):
             self.assertEqual(errors_of(flow_json(task("a", **{field: {}})))[0][:len(field) + 24],
                              f"tasks[0].{field}: unknown field")
 
@@ -2074,6 +2074,14 @@ class T13Exporters(unittest.TestCase):
         with open(os.path.join(logs[1], "ends.tsv"), encoding="utf-8") as file:
             rows = [line.rstrip("\n").split("\t") for line in file]
         return done.returncode, {row[0]: (row[1], int(row[2])) for row in rows}, logs[1]
+
+    def test_what_only_miniflow_can_do_is_refused_for_bash_by_name(self):
+        flow = make(task("a", inputs=["x"]), task("b", http={"url": "http://x"}), task("c", wait_for={"seconds": 1}),
+                    **{"finally": {"command": "true"}})
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.to_bash(mf.make_plan(flow), {}, "tasks")
+        self.assertEqual([line.split(" is ")[0].split(" are ")[0] for line in str(caught.exception).splitlines()],
+                         ["task a: inputs and outputs", "task b: http", "task c: wait_for", "task finally: finally"])
 
     def test_instances_are_shown_by_the_graph_and_refused_for_bash(self):
         flow = make(task("a", foreach=[1]), task("b", matrix={"x": [1]}))
@@ -4647,7 +4655,7 @@ class T19TemplateInterpreter(unittest.TestCase):
         with self.several("", first=text) as project:
             engine, template, pids = self.leaving(project)
             os.kill(engine.pid, signal.SIGSTOP)              # or it would start another watchdog
-            for pid in {*children(engine.pid), *template, engine.pid}:
+            for pid in (*children(engine.pid), *template, engine.pid):
                 os.kill(pid, signal.SIGKILL)
             engine.communicate()
             project.write("go", "")
@@ -6726,6 +6734,125 @@ class T25CommandLine(unittest.TestCase):
             self.assertEqual(project.main("run", "mine.json", "--run-id", "r")[0], 0)
             self.assertEqual(project.state("r")["flow"], "mine")
             self.assertEqual(project.main("run", "./mine.json", "-o", project.at("o"))[0], 0)
+
+    def test_a_task_runs_only_where_something_has_changed_and_says_what(self):
+        flow = flow_json(
+            task("first", command="echo n=1 >>$MINIFLOW_OUTPUT; cat >/dev/null"),
+            task("t", "first", script="t.py", args=["x"], env={"E": "1"}, inputs=["in/*.csv"],
+            outputs=["out/${{ params.p }}"]),
+            task("below", "t", command=["echo", "${{ tasks.t.outputs.rows }}"]), params={"p": "a"})
+        script = ("import glob, json, os\nos.makedirs('out', exist_ok=True)\nopen('ran', 'a').write('x')\n"
+                  "open('out/' + os.environ['MINIFLOW_PARAM_P'], 'w').write('made')\n"
+                  "json.dump({'rows': len(glob.glob('in/*.csv'))}, open(os.environ['MINIFLOW_OUTPUT'], 'w'))\n")
+
+        def change(**fields):
+            flow["tasks"][1].update(fields)
+            project.write("flows/f.json", json.dumps(flow))
+
+        def edit(name, text, keep_time=False):
+            before = os.stat(project.at(name)).st_mtime_ns if keep_time else 0
+            project.write(name, text)
+            if keep_time:
+                os.utime(project.at(name), ns=(before, before))
+
+        def same():
+            """Nothing."""
+
+        options = []
+        with Project({"f": flow}, {"t.py": script}) as project:
+            project.write("in/a.csv", "1")
+            steps = [
+                ("it has not succeeded yet", same), (None, same),
+                ("input in/a.csv has changed", lambda: edit("in/a.csv", "22")),
+                (None, lambda: os.utime(project.at("in/a.csv"))), (None, lambda: edit("in/a.csv", "22")),
+                ("input in/a.csv has changed", lambda: edit("in/a.csv", "33", True)),
+                ("input in/b.csv is new", lambda: edit("in/b.csv", "1")), (None, lambda: edit("in/c.txt", "1")),
+                ("input in/b.csv is gone", lambda: os.unlink(project.at("in/b.csv"))),
+                ("output out/a is not there", lambda: os.unlink(project.at("out/a"))),
+                (None, lambda: edit("out/a", "other")),
+                ("its script has changed", lambda: edit("tasks/t.py", script + "# more\n")),
+                ("its arguments have changed", lambda: change(args=["y"])),
+                ("its environment has changed", lambda: change(env={"E": "2"})),
+                (None, lambda: change(description="other", max_retries=1, timeout_s=9)),
+                ("the params have changed", lambda: options.append("--param=p=b")), (None, same),
+                ("what its upstream hands on has changed",
+                 lambda: (flow["tasks"][0].update(command="echo n=2 >>$MINIFLOW_OUTPUT"), change())),
+                ("it is forced to", lambda: options.append("--force")), (None, lambda: options.pop())]
+            for n, (reason, what) in enumerate(steps):
+                with self.subTest(n=n, reason=reason):
+                    what()
+                    ran = project.read("ran") if os.path.exists(project.at("ran")) else ""
+                    code, _, err = project.main("run", "f", "--run-id", f"r{n}", *options)
+                    self.assertEqual(code, 0, err)
+                    state = project.state(f"r{n}")["tasks"]
+                    self.assertEqual(state["t"]["status"], "success" if reason else "cached")
+                    self.assertEqual(len(project.read("ran")) - len(ran), 1 if reason else 0)
+                    self.assertEqual(state["below"]["status"], "success")
+                    self.assertEqual(project.log(f"r{n}", "below"), b"%d\n" % state["t"]["output"]["rows"])
+
+    def test_explain_says_why_in_words_and_runs_and_writes_nothing(self):
+        tasks = [task("a", inputs=["in"], outputs=["out"], command="cp in out"), task("b", "a", inputs=["out"]),
+                 task("each", foreach=["x", "y"], outputs=["${{ item }}"], command="touch $1", args=["${{ item }}"]),
+                 task("no", inputs=[], **{"if": "false"}), task("plain", "b"), task("skipped", "no")]
+
+        def explain(*options):
+            code, out, err = project.main("run", "f", "--explain", *options)
+            self.assertEqual((code, err), (0, ""))
+            return dict(line.split("  ", 1) for line in out.splitlines())
+
+        with one(*tasks) as project:
+            project.write("in", "1")
+            self.assertEqual(explain(), {
+                "a": "run: it has not succeeded yet", "b": "perhaps: a comes before it",
+                "plain": "perhaps: b comes before it",
+                "each": "run: some of its instances run", "each[0]": "run: it has not succeeded yet",
+                "each[1]": "run: it has not succeeded yet", "no": "skipped: if is false",
+                "skipped": "skipped: upstream no was skipped"})
+            self.assertFalse(os.path.exists(project.at("miniflow_output")))
+            self.assertEqual(project.main("run", "f")[0], 0)
+            before = sorted(os.listdir(project.at("miniflow_output", "runs")))
+            self.assertEqual(explain(), {
+                "a": "cached: nothing has changed", "b": "cached: nothing has changed",
+                "plain": "run: it has neither inputs nor outputs", "each": "cached: none of it runs",
+                "each[0]": "cached: nothing has changed", "each[1]": "cached: nothing has changed",
+                "no": "skipped: if is false", "skipped": "skipped: upstream no was skipped"})
+            os.unlink(project.at("y"))
+            self.assertEqual(explain()["each[1]"], "run: output y is not there")
+            self.assertEqual(explain("--force")["a"], "run: it is forced to")
+            self.assertEqual(explain("--only", "b"), {**dict.fromkeys(["a", "each", "no", "plain", "skipped"],
+            "left out"),
+                                                      "b": "cached: nothing has changed"})
+            project.write("in", "2")
+            self.assertEqual(explain()["a"], "run: input in has changed")
+            self.assertEqual(sorted(os.listdir(project.at("miniflow_output", "runs"))), before)
+
+    def test_what_an_interrupted_task_has_left_is_never_taken_for_good(self):
+        half = "echo half >out; test -e go || kill -9 $PPID; test -e ok || exit 3; echo whole >out"
+        with one(task("a", inputs=["in"], outputs=["out"], command=half)) as project:
+            project.write("in", "1")
+            self.assertEqual(project.cli("run", "f", "--run-id", "killed").returncode, -9)
+            self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it did not end well in run killed\n")
+            project.write("go", "")
+            self.assertEqual(project.main("run", "f", "--run-id", "failed")[0], 1)
+            self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it did not end well in run failed\n")
+            project.write("ok", "")
+            self.assertEqual(project.main("resume", "failed")[0], 0)
+            self.assertEqual(project.read("out"), "whole\n")
+            self.assertEqual(project.main("run", "f", "--explain")[1], "a  cached: nothing has changed\n")
+            project.write("miniflow_output/cache/f/a.json", "{")
+            self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it has not succeeded yet\n")
+
+    def test_a_task_that_does_not_make_its_outputs_fails(self):
+        with one(task("a", outputs=["out", "other*"], command="echo >out", max_retries=1),
+                 task("b", inputs=["gone/${{ params.x }}"]), task("c", inputs=["${{ tasks.b.outputs.no }}"],
+                 depends_on=["b"]),
+                 params={"x": "*"}) as project:
+            code, _, _ = project.main("run", "f", "--run-id", "r")
+            state = project.state("r")["tasks"]
+            self.assertEqual((code, state["a"]["reason"], len(state["a"]["attempts"])),
+                             (1, "output other* is not there, although the task has succeeded", 2))
+            self.assertEqual((state["b"]["status"], state["c"]["status"]), ("success", "failed"))
+            self.assertIn('cannot start: tasks.b.outputs.no: there is no "no"', state["c"]["reason"])
 
     def serve(self):
         """Return the address of a web server that says what it was asked, and the list of that."""
