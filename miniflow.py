@@ -358,6 +358,15 @@ class WaitFor(NamedTuple):
     stdin: None = None
 
 
+class SubFlow(NamedTuple):
+    """An action: another flow of the same directory, with params of its own."""
+
+    flow: str
+    params: Mapping[str, Any] = {}
+    args: Tuple[()] = ()
+    stdin: None = None
+
+
 class Function(NamedTuple):
     """An action: a Python function, known as module:name, which is called with the task's context.
 
@@ -379,11 +388,14 @@ class Function(NamedTuple):
 
 
 if TYPE_CHECKING:
-    Action = Union[Script, Command, Http, WaitFor, Function]
+    Action = Union[Script, Command, Http, WaitFor, SubFlow, Function]
 
 
 #: The field of a flow file, or of the record of a run, that holds each action.
-ACTION_WORDS = {Script: "script", Command: "command", Http: "http", WaitFor: "wait_for", Function: "function"}
+ACTION_WORDS = {Script: "script", Command: "command", Http: "http", WaitFor: "wait_for", SubFlow: "flow",
+                Function: "function"}
+#: Actions that are programs of ours: such a process says why it failed.
+TELLING = (Http, WaitFor, SubFlow)
 
 
 def chance(*names: Any) -> float:
@@ -1389,6 +1401,8 @@ def templates(task: Task) -> Iterator[Tuple[Path, str]]:
             yield ("command", n), word
     if isinstance(action, (Http, WaitFor)):
         yield from _strings(action[0], (ACTION_WORDS[type(action)],))
+    if isinstance(action, SubFlow):
+        yield from _strings(action.params, ("params",))
     args = action.args
     for key, value in args.items() if isinstance(args, dict) else enumerate(args):
         for n, item in enumerate(value if isinstance(value, list) else [value]):
@@ -1931,6 +1945,7 @@ ACTION_FIELDS = (
     Field("command", _COMMAND, "a string for /bin/sh -c, or an array that is run without a shell"),
     Field("http", object_schema(HTTP_FIELDS), "a request to a web server"),
     Field("wait_for", object_schema(WAIT_FIELDS), "something to wait for"),
+    Field("flow", _NAME, "another flow of the directory, as a run of its own"),
 )
 
 TASK_FIELDS = (
@@ -1939,6 +1954,7 @@ TASK_FIELDS = (
     Field("description", _STR, "shown by graph"),
     Field("tags", _STRS, "run --tags takes the tasks with a tag and what they need"),
     Field("depends_on", _STRS, "ids of the tasks that it waits for"),
+    Field("params", {"type": "object"}, "params of the other flow"),
     Field("args", _ARGS, "arguments: an array as it is, or an object of options"),
     Field("env", _ENV, "environment variables"),
     Field("cwd", _STR, "working directory, relative to where MiniFlow was started"),
@@ -1967,7 +1983,8 @@ TASK_FIELDS = (
 #: Fields that `defaults` can't give, and those that fit one action only.
 _NOT_INHERITED = frozenset(["id", "depends_on", "foreach", "matrix", "max_parallel"]
                            + [field.name for field in ACTION_FIELDS])
-_FOR_ACTION = {"python": ("script",), "args": ("script", "command"), "stdin": ("script", "command")}
+_FOR_ACTION = {"python": ("script",), "args": ("script", "command"), "stdin": ("script", "command"),
+               "params": ("flow",)}
 #: Fields that are members of Task as they stand.
 _PLAIN_FIELDS = frozenset(Task._fields) - {"action", "retry", "handler"}
 #: Members of Task whose field has a name that Python keeps for itself.
@@ -2054,6 +2071,10 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+#: The grace of a task that is a flow, unless it is given: its own tasks have one, too.
+SUBFLOW_GRACE_S = 15
+
+
 def make_task(fields: Mapping[str, Any]) -> Task:
     """Make a Task from sound fields of the flow file, one action among them."""
     def pick(names: Collection[str]) -> Dict[str, Any]:
@@ -2069,6 +2090,9 @@ def make_task(fields: Mapping[str, Any]) -> Task:
         action = Http(fields["http"])
     elif "wait_for" in fields:
         action = WaitFor(fields["wait_for"])
+    elif "flow" in fields:
+        action = SubFlow(fields["flow"], **pick(("params",)))
+        fields = {"grace_s": SUBFLOW_GRACE_S, **fields}
     else:
         action = Command(_frozen(fields["command"]), **pick(("args", "stdin")))
     members, retry = pick(_PLAIN_FIELDS), pick(Retry._fields)
@@ -2134,10 +2158,12 @@ def read_flow(raw: Any, problems: List[Problem]) -> Optional[Flow]:
 
 
 def parse_flow(content: Union[bytes, str], where: str,
-               script_problem: Callable[[str], Optional[str]] = lambda path: None) -> Flow:
+               script_problem: Callable[[str], Optional[str]] = lambda path: None,
+               flow_problem: Callable[[SubFlow], Iterable[Problem]] = lambda action: ()) -> Flow:
     """Read a flow file; raise FlowError with all that is wrong with it, each with its place in `where`.
 
-    `script_problem` tells what is wrong with a script's path, which only somebody who sees the disk can know.
+    `script_problem` tells what is wrong with a script's path, which only somebody who sees the disk can know,
+    and `flow_problem` what is wrong with a task that is another flow.
     """
     document = read_json(content, where)
     problems: List[Problem] = []
@@ -2148,6 +2174,9 @@ def parse_flow(content: Union[bytes, str], where: str,
             what = script_problem(task.action.path) if isinstance(task.action, Script) else None
             if what:
                 problems.append(Problem(_place(flow, n) + ("script",), what))
+            if isinstance(task.action, SubFlow):
+                problems += [Problem(_place(flow, n) + found.path, found.what)
+                             for found in flow_problem(task.action)]
     if problems or document.flaws or not flow:
         raise document.error(problems)
     return flow
@@ -3945,6 +3974,8 @@ class Setting(NamedTuple):
     token: str                                 # the engine's, by which its tasks' processes are known
     context: str                               # path of the context file
     output: str                                # path of the file that the task may write
+    output_dir: str = ""
+    engine: str = ""                           # path of this file
 
 
 class Invocation(NamedTuple):
@@ -4173,6 +4204,31 @@ if found:
 """
 
 
+#: What the process of a task that is a flow executes.
+SUBFLOW_PROGRAM = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("miniflow", sys.argv[1])
+miniflow = sys.modules["miniflow"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(miniflow)
+sys.exit(miniflow.run_subflow(sys.argv[2], sys.argv[3:]))
+"""
+
+
+def subflow_id(run: Run, task_id: str, params: Mapping[str, Any]) -> str:
+    """Return the id of the run that a task with those params is: the same one for each attempt."""
+    name = re.sub("[^A-Za-z0-9_-]", "_", f"{run.id}-{task_id}")[:110]
+    return f"{name}-{zlib.crc32(json.dumps([task_id, params], sort_keys=True).encode()):08x}"
+
+
+def _subflow_argv(run: Run, task_id: str, setting: Setting, params: Mapping[str, Any]) -> List[str]:
+    """Return what runs another flow."""
+    action, flows_dir = run.defs[task_id].action, run.source.rpartition("/")[0] or "."
+    run_id = subflow_id(run, task_id, params)
+    return [setting.python, "-c", SUBFLOW_PROGRAM, setting.engine, run_id, "-f", flows_dir,
+            "-t", setting.tasks_dir, "-o", setting.output_dir, "run", str(action[0]), "--run-id", run_id,
+            "--params", "-"]
+
+
 def _url_part(value: str) -> str:
     from urllib.parse import quote
     return quote(value, safe="")
@@ -4256,6 +4312,8 @@ def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
                            for name in own)
     elif isinstance(action, Function):
         head = [setting.python, "-c", FUNCTION_PROGRAM]
+    elif isinstance(action, SubFlow):
+        head = _subflow_argv(run, task_id, setting, render_all(action.params, values))
     elif isinstance(action, (Http, WaitFor)):
         head = [setting.python, "-I", "-c", HTTP_PROGRAM if isinstance(action, Http) else WAIT_PROGRAM]
     elif isinstance(action.command, str):
@@ -4264,6 +4322,7 @@ def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
         head = [to_text(render(text, values)) for text in action.command]
     cwd = _absolute(to_text(render(task.cwd, values)), setting.start_dir) if task.cwd else setting.start_dir
     stdin = (_asked(action, values) if isinstance(action, (Http, WaitFor)) else
+             json.dumps(render_all(action.params, values)) if isinstance(action, SubFlow) else
              None if action.stdin is None else to_text(render(action.stdin, values)))
     env = {**values.env, **_own_env(run, task, setting)}
     return Invocation(tuple(head + args), env, cwd, stdin, can_fork)
@@ -4335,7 +4394,7 @@ def attempt_end(run: Run, task_id: str, now: float, code: int, stopping: Optiona
         if run.cancel and stopping == run.cancel.reason:
             return AttemptEnded(now, task_id, attempt, CANCELLED, stopping)
         return AttemptEnded(now, task_id, attempt, FAILED, stopping, "timeout")
-    if code and not isinstance(run.defs[task_id].action, (Http, WaitFor)):
+    if code and not isinstance(run.defs[task_id].action, TELLING):
         return AttemptEnded(now, task_id, attempt, FAILED, *describe_exit(code))
     try:
         handed_on = output()
@@ -4530,7 +4589,8 @@ def describe_action(task: Task) -> str:
         return f"http {action.request.get('method', 'GET')} {shown(action.request['url'])}"
     if isinstance(action, WaitFor):
         return "wait_for " + ", ".join(f"{name} {shown(value)}" for name, value in action.condition.items())
-    assert isinstance(action, Command)
+    if isinstance(action, SubFlow):
+        return f"flow {action.flow}"
     text = action.command if isinstance(action.command, str) else " ".join(action.command)
     return "command " + (text if len(text) <= 50 and text.isprintable() else shown(text, 50))
 
@@ -7425,10 +7485,10 @@ class Need:
                          f"what was recorded before is safe: miniflow resume {run.id}") from None
 
 
-def make_setting(tasks_dir: str, work: str, token: str) -> Setting:
+def make_setting(tasks_dir: str, output_dir: str, work: str, token: str) -> Setting:
     """Return what the surroundings of this process contribute to attempts."""
     return Setting(dict(os.environ), sys.executable or "python3", os.getcwd(), os.path.abspath(tasks_dir),
-                   work, token, "", "")
+                   work, token, "", "", os.path.abspath(output_dir), os.path.abspath(__file__))
 
 
 def hash_of(content: bytes) -> str:
@@ -7596,7 +7656,7 @@ class Processes:
                  take_signals: bool = True) -> None:
         self.now, self._store, self._files = clock.now, store, store.files(run_id)
         self._exchange = Exchange(store, run_id)
-        self._setting = make_setting(tasks_dir, self._exchange.work, token)
+        self._setting = make_setting(tasks_dir, store.path, self._exchange.work, token)
         self.freshness = Freshness(store, self._setting, self.now)
         self.ask = self.freshness.ask
         self._watchdog = Watchdog(token, self._exchange.work)
@@ -9585,7 +9645,45 @@ def script_checker(tasks_dir: str) -> Callable[[str], Optional[str]]:
     return remembered
 
 
-def load_flow(path: str, stem: str, tasks_dir: str) -> Source:
+def flow_checker(path: str, outer: Sequence[str], load_file: Callable[[str, str, Sequence[str]], Flow],
+                 ) -> Callable[[SubFlow], List[Problem]]:
+    """Return what tells what is wrong with a task that is another flow, in the flow file at `path`.
+
+    `outer` are the files of the flows that this one is a part of.
+    """
+    known: Dict[str, Union[Flow, str]] = {}
+    chain = [*outer, os.path.realpath(path)]
+
+    def load(name: str) -> Union[Flow, str]:
+        try:
+            _, found = find_flow(os.path.dirname(path) or ".", name)
+            if os.path.realpath(found) in chain:
+                names = [os.path.basename(file).rpartition(".")[0] for file in chain]
+                return f"a flow that runs itself: {' -> '.join(names)} -> {name}; take it out of one of them"
+            return load_file(found, name, chain)
+        except FlowError as exc:
+            return f"flow {name} is invalid: {exc.problems[0]}"
+        except MiniFlowError as exc:
+            return str(exc)
+
+    def check(action: SubFlow) -> List[Problem]:
+        found = known[action.flow] = known.get(action.flow) or load(action.flow)
+        if isinstance(found, str):
+            return [Problem(("flow",), found)]
+        declared = found.params
+        if declared is None:
+            return []
+        problems = [Problem(("params", name), f"flow {action.flow} has no such param"
+                            + (near(name, declared) or f"; it has {', '.join(declared) or 'none'}"))
+                    for name in action.params if name not in declared]
+        lacking = [name for name, param in declared.items() if param.required and name not in action.params]
+        place = "params" if action.params else "flow"
+        return problems + [Problem((place,), f"flow {action.flow} requires {name}; give it in params")
+                           for name in lacking]
+    return check
+
+
+def load_flow(path: str, stem: str, tasks_dir: str, outer: Sequence[str] = ()) -> Source:
     """Read and check a flow file, in JSON or in Python; raise FlowError with all that is wrong with it."""
     where = short_path(path)
     try:
@@ -9596,7 +9694,8 @@ def load_flow(path: str, stem: str, tasks_dir: str) -> Source:
         workflow = import_workflow(path, stem, where)
         flow = workflow.flow if workflow.name else workflow.flow._replace(name=stem)
         return Source(flow, stem, path, workflow.functions)
-    return Source(parse_flow(content, where, script_checker(tasks_dir)), stem, path)
+    check = flow_checker(path, outer, lambda *file: load_flow(file[0], file[1], tasks_dir, file[2]).flow)
+    return Source(parse_flow(content, where, script_checker(tasks_dir), check), stem, path)
 
 
 def write_script(store: Store, stem: str, plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
@@ -10009,7 +10108,7 @@ def _explain(mini: MiniFlow, source: Source, params: Dict[str, Any], options: An
     flow = source.flow
     plan = make_plan(flow, last_outputs(mini.store, source.stem, select(flow, _selection(options))))
     run = Run(plan, "explain", complete_params(flow, params), time.time(), source.stem)
-    freshness = Freshness(mini.store, make_setting(mini.tasks_dir, "", ""), time.time)
+    freshness = Freshness(mini.store, make_setting(mini.tasks_dir, mini.store.path, "", ""), time.time)
     freshness.force = options.force
     told: Dict[str, str] = {}
     for name in plan.order:
@@ -10526,6 +10625,24 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         say(f"this is a bug in MiniFlow {__version__}; "
             "please report it with the lines above and what you typed")
         return 70
+
+
+def run_subflow(run_id: str, argv: Sequence[str]) -> int:
+    """Run a flow as the task of another run; hand on its final context, or say why it failed."""
+    output, output_dir = os.environ["MINIFLOW_OUTPUT"], argv[argv.index("-o") + 1]
+    for name in list(os.environ):
+        if name in OWN_VARIABLES and name != "MINIFLOW_COOKIE" or name.startswith("MINIFLOW_PARAM_"):
+            del os.environ[name]                # the outer run's
+    code = main(argv)
+    try:
+        run: Optional[Run] = Store(output_dir).load(run_id).run
+    except MiniFlowError:
+        run = None
+    told = run.ctx if run and not code else {"reason": f"run {run_id}: {run.status}" + (
+        f" ({run.reason})" if run.reason else "") if run else f"exit {code}", "code": code}
+    with open(output, "w", encoding="ascii") as file:
+        json.dump(told, file)
+    return code
 
 
 if __name__ == "__main__":

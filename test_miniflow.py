@@ -57,7 +57,7 @@ KINDS = {
 
 def task(id, *upstream, **fields):
     """Return the JSON of a task; it runs `true` unless told otherwise."""
-    if not {"script", "command", "http", "wait_for"} & set(fields):
+    if not {"script", "command", "http", "wait_for", "flow"} & set(fields):
         fields["command"] = "true"
     return {"id": id, **({"depends_on": list(upstream)} if upstream else {}), **fields}
 
@@ -776,7 +776,7 @@ class T05Checking(unittest.TestCase):
         (flow_json(task("a"), on_failure={"id": "a", "command": "true"}),
          'on_failure.id: a is the id of tasks[0] already; rename one'),
         (flow_json(task("a"), **{"finally": {}}),
-        'finally: the task does nothing; give one of script, command, http, wait_for'),
+        'finally: the task does nothing; give one of script, command, http, wait_for, flow'),
         (flow_json(task("a"), **{"finally": {"command": "true", "depends_on": ["a"]}}),
          'finally.depends_on: unknown field; remove it (miniflow schema lists the fields)'),
         (flow_json(task("a"), on_success={"command": "true", "args": ["${{ tasks.b.status }}"]}),
@@ -893,7 +893,7 @@ class T05Checking(unittest.TestCase):
             "flows/f.json:9:15: tasks[3].command: a template in a shell string would run its value as code; "
             "use $MINIFLOW_PARAM_NAME, an env entry, args ($1, $2, …) or an array command",
             "flows/f.json:9:50: tasks[3].python: goes with script only; remove it",
-            "flows/f.json:10:3: tasks[4]: the task does nothing; give one of script, command, http, wait_for",
+            "flows/f.json:10:3: tasks[4]: the task does nothing; give one of script, command, http, wait_for, flow",
             "flows/f.json:11:3: tasks[5]: id is missing; give a name of letters, digits, _, . and -, not "
             "starting with . or -, of at most 128 characters",
             "flows/f.json:12:3: tasks[6]: expected a task: an object, got 7"])
@@ -984,7 +984,7 @@ class T06JsonFrontEnd(unittest.TestCase):
          'with . or -, of at most 128 characters, got "-a"'),
         (flow_json(task("a", script="x.py", command="true")),
          "tasks[0].command: a second action beside script; give only one of script, command, "
-         "http, wait_for"),
+         "http, wait_for, flow"),
         (flow_json(task("a"), params={"x": {"default": 1, "defualt": 2}}),
          "params.x.defualt: unknown field, did you mean default?"),
         (flow_json(task("a"), params={"x": {"type": "date"}}), 'params.x.type: expected one of "string", '
@@ -1015,7 +1015,7 @@ class T06JsonFrontEnd(unittest.TestCase):
         for field in ("schedule", "secrets"):
             self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
                              f"{field}: unknown field")
-        for field in ("flow", "executor"):
+        for field in ("executor", "resources"):
             self.assertEqual(errors_of(flow_json(task("a", **{field: {}})))[0][:len(field) + 24],
                              f"tasks[0].{field}: unknown field")
 
@@ -6734,6 +6734,78 @@ class T25CommandLine(unittest.TestCase):
             self.assertEqual(project.main("run", "mine.json", "--run-id", "r")[0], 0)
             self.assertEqual(project.state("r")["flow"], "mine")
             self.assertEqual(project.main("run", "./mine.json", "-o", project.at("o"))[0], 0)
+
+    INNER = flow_json(
+        task("one",
+        command="echo said=$MINIFLOW_PARAM_NAME >>$MINIFLOW_OUTPUT; env >env; test ! -e \"bad-$MINIFLOW_PARAM_NAME\""),
+        task("two", "one", command="echo up >>up; test ! -e slow || exec sleep 60"),
+        name="inner", params={"name": {"type": "string", "required": True}, "other": 1})
+
+    def test_a_flow_within_a_flow_is_a_run_of_its_own_that_hands_on_its_context(self):
+        outer = flow_json(
+            task("sub", flow="inner", params={"name": "${{ params.who }}"}),
+            task("each", foreach=["x", "y"], flow="inner", params={"name": "${{ item }}", "other": [1]}),
+            task("after", "sub", "each", command=["echo", "${{ tasks.sub.outputs.said }}",
+            "${{ tasks.each.outputs.items }}"]),
+            name="outer", params={"who": "a; b", "secret": 1})
+        with Project({"outer": outer, "inner": self.INNER}) as project:
+            project.write("bad-y", "")
+            code, _, _ = project.main("run", "outer", "--run-id", "o")
+            state = project.state("o")["tasks"]
+            self.assertEqual((code, state["each[1]"]["status"], state["each[0]"]["status"]), (1, "failed", "success"))
+            self.assertRegex(state["each[1]"]["reason"], r"^run o-each_1_-[0-9a-f]{8}: failed \(one failed\)$")
+            self.assertNotIn("MINIFLOW_PARAM_SECRET", project.read("env"))
+            runs = {head["id"]: head["status"] for head in json.loads(project.main("runs", "--json")[1])}
+            self.assertEqual(sorted(runs.values()), ["failed", "failed", "success", "success"])
+            os.unlink(project.at("bad-y"))
+            self.assertEqual(project.main("resume", "o")[0], 0)
+            self.assertEqual({head["id"]: head["status"] for head in json.loads(project.main("runs", "--json")[1])},
+                             dict.fromkeys(runs, "success"))
+            self.assertEqual(project.log("o", "after").decode(), "a; b " + json.dumps(
+                [{"name": name, "other": [1], "said": name} for name in "xy"]) + "\n")
+
+    def test_a_flow_within_a_flow_ends_and_goes_on_with_it(self):
+        outer = flow_json(task("sub", flow="inner", params={"name": "n"}), name="outer")
+        for number, status in ((signal.SIGTERM, "cancelled"), (signal.SIGKILL, "interrupted")):
+            with self.subTest(number), Project({"outer": outer, "inner": self.INNER}) as project:
+                project.write("slow", "")
+                engine = project.start("run", "outer", "--run-id", "o")
+                wait_for(lambda: os.path.exists(project.at("up")), "the task of the inner flow")
+                engine.send_signal(number)
+                engine.communicate(timeout=60)
+
+                def runs():
+                    return {head["flow"]: head["status"] for head in json.loads(project.main("runs", "--json")[1])}
+
+                wait_for(lambda: runs()["inner"] in ("cancelled", "interrupted"), "the end of the inner run")
+                self.assertEqual(runs()["outer"], status)
+                os.unlink(project.at("slow"))
+                self.assertEqual(project.main("resume", "o")[0], 0)
+                self.assertEqual(runs(), {"outer": "success", "inner": "success"})
+                inner = next(head["id"] for head in json.loads(project.main("runs",
+                "--json")[1]) if head["flow"] == "inner")
+                tasks = project.state(inner)["tasks"]
+                self.assertEqual((tasks["one"]["attempt"], tasks["two"]["attempt"]), (1, 2))
+
+    def test_flows_within_flows_are_checked_before_anything_runs(self):
+        flows = {"a": flow_json(task("x", flow="b"), task("y", flow="c"), task("z", flow="inner", params={"nam": 1}),
+                                task("w", flow="bad"), task("v", flow="inner"), task("p", flow="../a"), name="a"),
+                 "b": flow_json(task("x", flow="a"), name="b"), "inner": self.INNER,
+                 "bad": flow_json(task("x", "gone"), name="bad"), "fine": flow_json(task("x", flow="inner", params={
+                     "name": "${{ run.id }}"}), task("y", command="true", params={}), name="fine")}
+        with Project(flows) as project:
+            code, _, err = project.main("validate", "a")
+            self.assertEqual(code, 2)
+            for line, said in zip(err.splitlines(), [
+                    "tasks[0].flow: flow b is invalid: flows/b.json:6:4: tasks[0].flow: a flow that runs itself: "
+                    "a -> b -> a; take it out of one of them", 'tasks[1].flow: no flow "c" in ./flows',
+                    "tasks[2].params: flow inner requires name; give it in params",
+                    "tasks[2].params.nam: flow inner has no such param, did you mean name?",
+                    "tasks[3].flow: flow bad is invalid: flows/bad.json:",
+                    "tasks[4].flow: flow inner requires name; give it",
+                    "tasks[5].flow: expected"]):
+                self.assertIn(said, line)
+            self.assertIn("tasks[1].params: goes with flow only; remove it", project.main("validate", "fine")[2])
 
     def test_a_task_runs_only_where_something_has_changed_and_says_what(self):
         flow = flow_json(
