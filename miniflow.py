@@ -486,6 +486,7 @@ class Flow(NamedTuple):
     pools: Mapping[str, int] = {}
     fail_fast: bool = False
     timeout_s: Optional[float] = None
+    secrets: Tuple[str, ...] = ()              # environment variables whose values are never shown
     preload: Tuple[str, ...] = ()              # modules that Python scripts find imported already
 
 
@@ -1321,7 +1322,7 @@ def _strings(value: Any, path: Path) -> Iterator[Tuple[Path, str]]:
     """Yield every string in a JSON value, with its path."""
     if isinstance(value, str):
         yield path, value
-    members = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(
+    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(
         value, (list, tuple)) else ()
     for key, item in members:
         yield from _strings(item, path + (key,))
@@ -1391,10 +1392,9 @@ def templates(task: Task) -> Iterator[Tuple[Path, str]]:
     """Yield every string of `task` in which names are looked up, with its path below the task."""
     if task.condition is not None:
         yield ("if",), task.condition
-    yield from _strings(task.inputs, ("inputs",))
-    yield from _strings(task.outputs, ("outputs",))
-    yield from _strings(task.foreach, ("foreach",))
-    yield from _strings(task.matrix, ("matrix",))
+    if task.asks:
+        for field in ("inputs", "outputs", "foreach", "matrix"):
+            yield from _strings(getattr(task, field), (field,))
     action = task.action
     if isinstance(action, Command) and not isinstance(action.command, str):
         for n, word in enumerate(action.command):
@@ -1414,6 +1414,36 @@ def templates(task: Task) -> Iterator[Tuple[Path, str]]:
     for field, text in (("cwd", task.cwd), ("stdin", action.stdin)):
         if text is not None:
             yield (field,), text
+
+
+# -- secrets --
+
+MASK = "***"
+_WHOLE_LINE = 4                                # shorter lines of a secret are not looked for by themselves
+
+
+def secret_texts(names: Iterable[str], environ: Mapping[str, str]) -> Tuple[str, ...]:
+    """Return the texts in which the values of environment variables may show, the longest first."""
+    texts = set()
+    for value in filter(None, map(environ.get, names)):
+        for text in (value, value.strip(), *(line.strip() for line in value.splitlines())):
+            if text == value or len(text) >= _WHOLE_LINE:
+                texts |= {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1],
+                          repr(text)[1:-1]}
+    return tuple(sorted(texts, key=lambda text: (-len(text), text)))
+
+
+def masked(value: Any, secrets: Sequence[str]) -> Any:
+    """Return a JSON value with each of `secrets` in its strings replaced by ***."""
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, MASK)
+        return value
+    if isinstance(value, Mapping):
+        return {masked(key, secrets): masked(item, secrets) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [masked(item, secrets) for item in value]
+    return value
 
 
 # -- params --
@@ -1761,10 +1791,12 @@ def _roots_for(task: Task, path: Path) -> List[str]:
 
 def _check_instances(task: Task, path: Path) -> Iterator[Problem]:
     """Yield what is wrong with the fields that make instances of a task."""
+    if not task.many:
+        if task.max_parallel is not None:
+            yield Problem(path + ("max_parallel",), "goes with foreach or matrix only; remove it")
+        return
     if task.foreach is not None and task.matrix is not None:
         yield Problem(path + ("matrix",), "beside foreach; give only one of them")
-    if task.max_parallel is not None and not task.many:
-        yield Problem(path + ("max_parallel",), "goes with foreach or matrix only; remove it")
     if isinstance(task.foreach, str) and not _is_template(task.foreach):
         yield Problem(path + ("foreach",), f"{shown(task.foreach)} is not one template that gives an array; "
                       "write ${{ … }} and nothing else, or an array")
@@ -2019,6 +2051,10 @@ FLOW_FIELDS = (
                       "title": "an array of names of Python modules"},
           "Python modules that are imported once for all Python scripts"),
     Field("timeout_s", _LIMIT, "seconds that the whole run may take"),
+    Field("secrets", {"type": "array", "items": {"type": "string", "pattern": r"^[A-Za-z_][A-Za-z0-9_]*$",
+                                                 "title": "the name of an environment variable"},
+                      "title": "an array of names of environment variables"},
+          "environment variables whose values are shown and stored as ***"),
     Field("on_success", _HANDLER_SCHEMA, "a task that runs when all others have ended and none has failed"),
     Field("on_failure", _HANDLER_SCHEMA, "a task that runs when all others have ended and one has failed"),
     Field("finally", _HANDLER_SCHEMA, "a task that runs last, however the others ended"),
@@ -2077,9 +2113,11 @@ SUBFLOW_GRACE_S = 15
 
 def make_task(fields: Mapping[str, Any]) -> Task:
     """Make a Task from sound fields of the flow file, one action among them."""
+    if "if" in fields:
+        fields = {_MEMBER_OF.get(name, name): value for name, value in fields.items()}
+
     def pick(names: Collection[str]) -> Dict[str, Any]:
-        return {_MEMBER_OF.get(name, name): _frozen(value) for name, value in fields.items()
-                if _MEMBER_OF.get(name, name) in names}
+        return {name: _frozen(value) for name, value in fields.items() if name in names}
 
     action: Action
     if "function" in fields:                    # only in the record of a run
@@ -2748,7 +2786,7 @@ class Scope(NamedTuple):
     def extended(self, rank: int, output: Mapping[str, Any], unsaved: Iterable[str]) -> Scope:
         """Return the scope of those downstream of the task with `rank` that may read this one."""
         values, lost = {**self.values, **output}, frozenset(unsaved)
-        for key in lost:
+        for key in lost - output.keys():
             values.pop(key, None)
         writers = {**self.writers, **dict.fromkeys([*output, *lost], rank)}
         return Scope(Lineage((self.lineage,), rank), writers, values, (self.unsaved - output.keys()) | lost,
@@ -2767,12 +2805,11 @@ def join_scopes(scopes: Sequence[Scope]) -> Scope:
         for key, rank in scope.writers.items():
             if rank > writers.get(key, -1):
                 writers[key] = rank
-                if key in scope.unsaved:
-                    unsaved.add(key)
-                    values.pop(key, None)
-                else:
+                unsaved.discard(key)
+                unsaved |= scope.unsaved & {key}
+                values.pop(key, None)
+                if key in scope.values:
                     values[key] = scope.values[key]
-                    unsaved.discard(key)
     return Scope(Lineage(tuple(scope.lineage for scope in scopes)), writers, values, frozenset(unsaved),
                  all(scope.flat for scope in scopes))
 
@@ -3006,6 +3043,7 @@ class Run:
         self.deadlines: List[Tuple[float, str, int, str]] = []         # heap of (time, task, attempt, signal)
         self.stopping = self.killed = 0
         self.expires: Optional[float] = None   # when it will have taken too long
+        self.secrets: Tuple[str, ...] = ()     # texts that are stored as ***
         self.room: Optional[int] = None                      # attempts at once that the system has means for
         self._scopes = Scopes(plan)
         self._found_instances: Dict[str, List[str]] = {}
@@ -3093,6 +3131,8 @@ class Run:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         reason = f"{len(bad)} of {len(ends)} {status}: {', '.join(bad[:3])}{more}" if bad else None
         items = [self.tasks[instance].output for instance in self.groups[name]]
+        if any(self.tasks[instance].unsaved for instance in self.groups[name]):
+            self.tasks[name].unsaved = {"items": "secret"}
         self.settle(name, status, at, reason, {"items": items} if status == SUCCESS else None, None)
 
     def __repr__(self) -> str:
@@ -3141,10 +3181,6 @@ class Run:
             heapq.heappop(self.deadlines)
         while self.retries and not self._waits_for_retry(*self.retries[0][1:]):
             heapq.heappop(self.retries)
-
-    def handler(self, name: str) -> Optional[str]:
-        """Return which of HANDLERS task `name` is, or an instance of, if any."""
-        return self.defs[name].handler
 
     def is_ready(self, name: str) -> bool:
         """Tell whether an entry of `ready` still holds."""
@@ -3432,7 +3468,7 @@ def _settle_rest(run: Run, reason: str, spared: Collection[str]) -> List[Due]:
     if run.unsettled == len(run.running):
         return []
     return [Settle(name, CANCELLED, reason) for name, task_run in run.tasks.items()
-            if task_run.status in (PENDING, RETRYING) and run.handler(name) not in spared]
+            if task_run.status in (PENDING, RETRYING) and run.defs[name].handler not in spared]
 
 
 def _stop_all(run: Run, cancel: CancelRequested, spared: Collection[str]) -> List[Due]:
@@ -3443,7 +3479,7 @@ def _stop_all(run: Run, cancel: CancelRequested, spared: Collection[str]) -> Lis
     word = "KILL" if cancel.kill else "TERM"
     return [Stop(name, run.tasks[name].attempt, cancel.reason, word) for name in run.running
             if not (run.tasks[name].killed if cancel.kill else run.tasks[name].stopping)
-            and run.handler(name) not in spared]
+            and run.defs[name].handler not in spared]
 
 
 def _spared(cancel: CancelRequested) -> Collection[str]:
@@ -3484,23 +3520,25 @@ def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
             entries = heapq.merge(entries, sorted(late[limits]))
         return (entry for entry in entries if run.is_ready(entry[1]))
 
-    def first(limits: Tuple[str, ...], rest: Iterator[Tuple[float, str]]) -> List[Any]:
-        return [(*entry, limits, rest) for entry in islice(rest, 1)]
-
     starts: List[Due] = []
     taken: Dict[str, int] = {}
-    heads = [head for limits in {**queues.ready, **late} if free is None or free > 0 or WAITING in limits
-             for head in first(limits, queue(limits))]
+    heads = [(*entry, limits, rest) for limits in {**queues.ready, **late}
+             if free is None or free > 0 or WAITING in limits
+             for rest in [queue(limits)] for entry in islice(rest, 1)]
     heapq.heapify(heads)
     while heads and len(starts) < AT_ONCE:
-        _, name, limits, rest = heapq.heappop(heads)
+        _, name, limits, rest = heads[0]
         slots = len(starts) - taken.get(WAITING, 0)
+        following = None                        # where there is no room, nothing more of its kind
         if queues.room(limits, taken) and (free is None or slots < free or WAITING in limits):
             starts.append(Start(name, run.tasks[name].attempt + 1))
             for limit in limits:
                 taken[limit] = taken.get(limit, 0) + 1
-            for head in first(limits, rest):
-                heapq.heappush(heads, head)
+            following = next(rest, None)
+        if following:
+            heapq.heapreplace(heads, (*following, limits, rest))
+        else:
+            heapq.heappop(heads)
     return starts
 
 
@@ -3750,17 +3788,30 @@ def encode_definition(flow: Flow) -> bytes:
     return "".join([parts, "\n ", *rows, "\n]}"]).encode("ascii")
 
 
+#: Members of events and rows that may hold what a task or a user has said.
+_MAY_HOLD_SECRETS = ("reason", "error", "output", "ctx")
+
+
+def without_secrets(members: Mapping[str, Any], secrets: Sequence[str]) -> Mapping[str, Any]:
+    """Return the members of an event, a row or a head as they are stored."""
+    if not secrets:
+        return members
+    return {name: masked(value, secrets) if name in _MAY_HOLD_SECRETS else
+            [without_secrets(item, secrets) for item in value] if name == "attempts" else value
+            for name, value in members.items()}
+
+
 def _state_pieces(run: Run, engine: Optional[Mapping[str, Any]], seq: int, definition: bytes
                   ) -> Iterator[bytes]:
     """Yield the members of a state: a line of head, and one for each part and each task."""
-    parts = _parts_to_json(run, engine)
+    parts = dict(without_secrets(_parts_to_json(run, engine), run.secrets))
     head = _encode({**{name: parts.pop(name) for name in _HEAD}, "seq": seq})[1:-1]
     lines = [f"{_encode(name)}: {_encode(value)}" for name, value in parts.items()]
     yield ",\n".join([head, *lines, '"tasks": {\n ']).encode("ascii")
     encode = _encoder(None)
     untouched = encode(task_run_to_json(TaskRun()))
-    rows = (encode(task_run_to_json(task_run)) if task_run.is_touched else untouched
-            for task_run in run.tasks.values())
+    rows = (encode(without_secrets(task_run_to_json(task_run), run.secrets))
+            if task_run.is_touched else untouched for task_run in run.tasks.values())
     for piece in _joined(f"{encode(name)}: {row}" for name, row in zip(run.tasks, rows)):
         yield piece.encode("ascii")
     yield b'\n},\n"definition": ' + definition
@@ -3935,7 +3986,8 @@ def reopen(old: Run, flow: Flow) -> Run:
     for name in plan.order:
         tasks[name] = old.tasks.get(name) or TaskRun()
         names = old.groups.get(name, ())
-        anew = not names or name in changes or bool(again.intersection(plan.tasks[name].depends_on))
+        anew = (not names or name in changes or name in unsaved
+                or bool(again.intersection(plan.tasks[name].depends_on)))
         if name in again and anew:
             tasks[name] = _afresh(tasks[name])
             names = ()
@@ -4288,7 +4340,11 @@ def admit(run: Run, task_id: str, now: float, environ: Mapping[str, str]) -> Eve
         if task.many is None:
             return TaskAdmitted(now, task_id)
         field = task.many
-        return TaskExpanded(now, task_id, instances(task, values))
+        each = instances(task, values)
+        if run.secrets and masked(each, run.secrets) != each:
+            raise ValueError("a value holds a secret, which can't be recorded; let the task read it from its "
+                             "environment")
+        return TaskExpanded(now, task_id, each)
     except (LookupError, ValueError) as exc:
         return TaskSettled(now, task_id, FAILED, f"{field}: {exc}")
 
@@ -4547,6 +4603,13 @@ def function_failed(run: Run, task_id: str, now: float, stopping: Optional[str],
                 next((name for name in classes if name in names), classes[0]))
     return AttemptEnded(now, task_id, run.tasks[task_id].attempt, FAILED, reason, code, error=error,
                         final=code == NoRetry.__name__, inputs=inputs)
+
+
+def note_secrets(run: Run, end: AttemptEnded) -> AttemptEnded:
+    """Return an end that says which of its outputs hold a secret, and so are not stored as they are."""
+    found = {key: "secret" for key, value in (end.output or {}).items()
+             if masked({key: value}, run.secrets) != {key: value}} if run.secrets else {}
+    return end._replace(unsaved={**end.unsaved, **found}) if found else end
 
 
 def attempt_unkillable(run: Run, task_id: str, now: float, stopping: str, pid: int) -> AttemptEnded:
@@ -5885,8 +5948,8 @@ class Journal:
         if began >= self._checked + _TRUST_S:
             self._check_ownership()
         while True:
-            content = b"".join(encode_record(event_to_json(event), self._seq + n)
-                               for n, event in enumerate(events, 1))
+            content = b"".join(encode_record(without_secrets(event_to_json(event), self._run.secrets),
+                                             self._seq + n) for n, event in enumerate(events, 1))
             try:
                 self._write(content)
                 break
@@ -7584,8 +7647,9 @@ class Freshness:
             if not matching([pattern], stamp["place"]):
                 return AttemptEnded(end.at, end.task, end.attempt, FAILED,
                                     f"output {pattern} is not there, although the task has succeeded")
+        record = {"secret": run.id} if end.unsaved else {**stamp, "output": end.output}
         try:
-            self._put(run, end.task, {**stamp, "output": end.output})
+            self._put(run, end.task, record)
         except OSError:
             pass                               # it runs once more, then
         return end
@@ -7635,6 +7699,8 @@ class Freshness:
             return "it has not succeeded yet"
         if "incomplete" in record:
             return f"it did not end well in run {record['incomplete']}"
+        if "secret" in record:
+            return "what it hands on holds a secret, which is not kept"
         for key, told in _RECIPE.items():
             if record.get(key) != stamp.get(key):
                 return told
@@ -7877,7 +7943,7 @@ class Processes:
             self._unwatch(child)               # its leader has told all it can
             return []
         self._forget(child)
-        end = self.freshness.made(run, self._end(run, child, child.code))
+        end = self.freshness.made(run, note_secrets(run, self._end(run, child, child.code)))
         return [end._replace(error="unkillable: some of its processes are given up") if left else end]
 
     def _unwatch(self, child: Child) -> None:
@@ -8716,10 +8782,21 @@ def last_outputs(store: Store, flow: str, names: Iterable[str]) -> Dict[str, Dic
     return outputs
 
 
+def check_secrets(flow: Flow, params: Mapping[str, Any]) -> Tuple[str, ...]:
+    """Return the texts that are not to be shown; raise UsageError for a param that holds one."""
+    secrets = secret_texts(flow.secrets, os.environ)
+    for name, value in params.items():
+        if masked(value, secrets) != value:
+            raise UsageError(f"params.{name}: it holds the value of a secret, which would be stored; let "
+                             "tasks read it from their environment")
+    return secrets
+
+
 def open_new(store: Store, source: Source, params: Optional[Mapping[str, Any]], order: Order,
              selection: Selection = Selection(), run_id: Optional[str] = None) -> Opened:
     """Make a run of a checked flow; raise RunExists if there is one of that id."""
     flow, values = source.flow, complete_params(source.flow, params or {})
+    secrets = check_secrets(flow, values)
     store.prepare("runs", durable=True)
     ids = store.ids()
     plan = make_plan(flow, last_outputs(store, source.stem, select(flow, selection)),
@@ -8737,7 +8814,9 @@ def open_new(store: Store, source: Source, params: Optional[Mapping[str, Any]], 
         journal.close(remove=True)
         raise RunExists(f"run {run_id} exists; resume it, or give another run id")
     path = os.path.abspath(source.path) if source.path else ""
-    return Opened(Run(plan, run_id, values, now, source.stem, path), journal, clock)
+    run = Run(plan, run_id, values, now, source.stem, path)
+    run.secrets = secrets
+    return Opened(run, journal, clock)
 
 
 ON_ORPHAN = ("kill", "wait", "fail")
@@ -8840,6 +8919,7 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
             note(f"task {name} was {change} since run {run_id} began"
                  + ("" if change == "removed" else "; it runs again, and so does its downstream"))
         run = reopen(last.run, flow)
+        run.secrets = secret_texts(flow.secrets, os.environ)
         if source and source.path:
             run.source = os.path.abspath(source.path)
         return Opened(run, journal, Clock(), last)
@@ -8886,6 +8966,15 @@ _COLOURS = {SUCCESS: "32", CACHED: "32", FAILED: "31", UPSTREAM_FAILED: "31", CA
 TAIL_LINES = 20
 
 
+#: What is not to be shown, in any form; hide() adds to it.
+hidden: List[str] = []
+
+
+def hide(names: Iterable[str]) -> None:
+    """Show the values of these environment variables as *** from now on."""
+    hidden[:] = sorted({*hidden, *secret_texts(names, os.environ)}, key=lambda text: (-len(text), text))
+
+
 def safe(text: Any) -> str:
     """Return `text` with every character that could drive a terminal written as an escape."""
     text = str(text)
@@ -8896,7 +8985,7 @@ def safe(text: Any) -> str:
 def say(text: str) -> None:
     """Write a line of talk to stderr; if nobody listens any more, that is no reason to stop."""
     try:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(masked(text, hidden) + "\n")
         sys.stderr.flush()
     except (OSError, ValueError):
         pass
@@ -9167,7 +9256,7 @@ class Live(Lines):
     def write(self, text: str) -> None:
         """Write to the terminal as it is."""
         try:
-            sys.stderr.write(text)
+            sys.stderr.write(masked(text, hidden))
             sys.stderr.flush()
         except (OSError, ValueError):
             pass
@@ -9217,7 +9306,8 @@ class JsonLines(Watcher):
         task = members.get("task")
         status = (RUNNING if isinstance(event, AttemptSpawned) else
                   self.run.tasks[task].status if task else self.run.status)
-        text = json.dumps({**members, "run": self.run.id, "task": task, "status": status})
+        text = json.dumps({**without_secrets(members, hidden), "run": self.run.id, "task": task,
+                           "status": status})
         try:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
@@ -9695,11 +9785,14 @@ def load_flow(path: str, stem: str, tasks_dir: str, outer: Sequence[str] = ()) -
         flow = workflow.flow if workflow.name else workflow.flow._replace(name=stem)
         return Source(flow, stem, path, workflow.functions)
     check = flow_checker(path, outer, lambda *file: load_flow(file[0], file[1], tasks_dir, file[2]).flow)
-    return Source(parse_flow(content, where, script_checker(tasks_dir), check), stem, path)
+    flow = parse_flow(content, where, script_checker(tasks_dir), check)
+    hide(flow.secrets)
+    return Source(flow, stem, path)
 
 
 def write_script(store: Store, stem: str, plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
     """Write the bash script of a plan into the output directory and return its path."""
+    check_secrets(plan.flow, params)
     folder = store.prepare("scripts")
     content = to_bash(plan, params, os.path.abspath(tasks_dir)).encode("utf-8", "surrogateescape")
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -9817,6 +9910,8 @@ def command(name: str, does: str, example: str, add: Callable[[Any], None] = lam
 
 def write_result(content: bytes) -> None:
     """Write a result to stdout; raise StateError if that fails, BrokenPipeError if its reader has gone."""
+    for text in hidden:
+        content = content.replace(text.encode("utf-8", "surrogateescape"), MASK.encode())
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(content)
@@ -10174,6 +10269,7 @@ def run_resume(options: Any) -> int:
     mini = _miniflow(options)
     run_id = mini.store.resolve(options.run)
     recorded = mini.store.load(run_id).run
+    hide(recorded.plan.flow.secrets)
     source: Optional[Source] = None
     if recorded.outcome == SUCCESS:
         pass                                   # whatever its flow is by now
@@ -10268,6 +10364,7 @@ def run_show(options: Any) -> int:
     """Show a run; with --json its whole state as in RUN.json."""
     store = _miniflow(options).store
     loaded = store.load(store.resolve(options.run))
+    hide(loaded.run.plan.flow.secrets)
     if options.json:
         print_json({**run_to_json(loaded.run, loaded.engine), "status": loaded.status})
     else:
@@ -10282,12 +10379,27 @@ def _add_logs(parser: Any) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="show what comes until the run ends")
 
 
+def _overlapping(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield blocks so that nothing that is hidden begins in one and ends in the next."""
+    secrets = [text.encode("utf-8", "surrogateescape") for text in hidden]
+    keep, rest = max(map(len, secrets), default=1) - 1, b""
+    for block in blocks:
+        rest += block
+        for secret in secrets:
+            rest = rest.replace(secret, MASK.encode())
+        cut = max(0, len(rest) - keep)
+        yield rest[:cut]
+        rest = rest[cut:]
+    yield rest
+
+
 def _print_log(path: str) -> None:
     """Copy a log to stdout."""
     terminal = sys.stdout.isatty()
     try:
         with open_file(path) as file:
-            for chunk in iter(lambda: file.readline(1 << 16) if terminal else file.read(1 << 20), b""):
+            blocks = iter(lambda: file.readline(1 << 16) if terminal else file.read(1 << 20), b"")
+            for chunk in blocks if terminal else _overlapping(blocks):
                 if terminal:
                     print_result(safe(chunk.decode("utf-8", "replace").rstrip("\r\n")))
                 else:
@@ -10320,6 +10432,7 @@ def run_logs(options: Any) -> int:
     """Print the logs: bytes as they are into a file or pipe, made safe on a terminal."""
     store = _miniflow(options).store
     run = store.load(store.resolve(options.run)).run
+    hide(run.plan.flow.secrets)
     if options.task is not None and options.task not in run.tasks:
         raise NotFound(f"run {run.id} has no task {shown(options.task)}{near(options.task, run.tasks)}")
     if options.follow:
@@ -10359,6 +10472,7 @@ def run_export(options: Any) -> int:
     mini = _miniflow(options)
     flow = mini.load(options.flow)
     params = complete_params(flow, read_params(options, flow))
+    check_secrets(flow, params)
     text = EXPORTERS[options.to](make_plan(flow), params, os.path.abspath(mini.tasks_dir))
     content = text.encode("utf-8", "surrogateescape")
     if options.file is None:

@@ -1012,7 +1012,7 @@ class T06JsonFrontEnd(unittest.TestCase):
                 self.assertTrue(errors_of({**flow_json(task("a")), "name": name}))
 
     def test_fields_that_do_not_exist_yet_are_unknown(self):
-        for field in ("schedule", "secrets"):
+        for field in ("schedule", "executor"):
             self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
                              f"{field}: unknown field")
         for field in ("executor", "resources"):
@@ -6740,6 +6740,62 @@ class T25CommandLine(unittest.TestCase):
         command="echo said=$MINIFLOW_PARAM_NAME >>$MINIFLOW_OUTPUT; env >env; test ! -e \"bad-$MINIFLOW_PARAM_NAME\""),
         task("two", "one", command="echo up >>up; test ! -e slow || exec sleep 60"),
         name="inner", params={"name": {"type": "string", "required": True}, "other": 1})
+
+    def test_a_secret_is_neither_shown_nor_stored_and_reaches_who_needs_it(self):
+        secret = 'pä"ss\\w0rd\nline two\n}'
+        flow = flow_json(
+            task("make",
+            command="printf '%s' \"$TOKEN\"; python3 -c \"import json,os; json.dump({'t': os.environ['TOKEN'], "
+                                 "'n': 1}, open(os.environ['MINIFLOW_OUTPUT'], 'w'))\""),
+            task("use", "make", command="printf '%s' \"$T\" >got; test -e ok",
+            env={"T": "${{ tasks.make.outputs.t }}"}),
+            task("fail", command="printf '%s' \"$TOKEN\" >&2; exit 3", allow_failure=True),
+            task("reason", command=["./no-${{ env.TOKEN }}"], allow_failure=True),
+            task("each", foreach=["${{ env.TOKEN }}"], allow_failure=True), secrets=["TOKEN", "ABSENT"])
+
+        def everything(project):
+            for folder, _, names in os.walk(project.at("miniflow_output")):
+                for name in names if "/logs/" not in folder and "/tmp/" not in folder else ():
+                    with open(os.path.join(folder, name), "rb") as file:
+                        yield folder + name, file.read().decode("utf-8", "replace")
+
+        forms = [secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], "line two", "w0rd"]
+        with Project({"f": flow}) as project:
+            env = {**os.environ, "TOKEN": secret, "ABSENT": ""}
+            shown = []
+            for args in (["run", "f", "--run-id", "r"], ["run", "f", "--run-id", "j", "--output", "json"],
+                         ["run", "f", "--run-id", "p", "--output", "prefix"], ["show", "r"], ["show", "r", "--json"],
+                         ["logs", "r", "make"], ["logs", "r"], ["runs", "--json"]):
+                done = project.cli(*args, env=env)
+                shown.append((args, done.stdout + done.stderr))
+            self.assertEqual(project.read("got"), secret)
+            self.assertEqual(project.log("r", "make").decode(), secret, "its own log is its own")
+            self.assertIn("***", dict((args[0], text) for args, text in shown)["logs"])
+            for where, text in [*shown, *everything(project)]:
+                for form in forms:
+                    self.assertNotIn(form, text, where)
+            state = project.state("r")["tasks"]
+            self.assertEqual(state["make"]["output"], {"t": "***", "n": 1})
+            self.assertIn("a value holds a secret", state["each"]["reason"])
+            project.write("ok", "")
+            os.unlink(project.at("got"))
+            done = project.cli("resume", "r", env=env)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(project.read("got"), secret)
+            self.assertEqual(len(project.state("r")["tasks"]["make"]["attempts"]), 2, "what was masked is made again")
+            done = project.cli("run", "f", "--param", f"x=a{secret}b", env=env)
+            self.assertEqual(done.returncode, 2)
+            self.assertIn("params.x: it holds the value of a secret", done.stderr)
+
+    def test_a_secret_is_found_across_the_blocks_of_a_log(self):
+        mf.hidden[:] = ["secret"]
+        self.addCleanup(mf.hidden.clear)
+        text = b"xsecretsecre" * 3 + b"t se"
+        for size in range(1, 20):
+            blocks = [text[n:n + size] for n in range(0, len(text), size)]
+            self.assertEqual(b"".join(mf._overlapping(blocks)), text.replace(b"secret", b"***"))
+        self.assertEqual(mf.secret_texts(["A", "B", "C"], {"A": "ab", "B": "", "C": "x\nlonger\n"}),
+                         ("x\\nlonger\\n", "x\nlonger\n", "x\\nlonger", "x\nlonger", "longer", "ab"))
 
     def test_a_flow_within_a_flow_is_a_run_of_its_own_that_hands_on_its_context(self):
         outer = flow_json(
