@@ -249,8 +249,12 @@ def near(name: str, names: Collection[str]) -> str:
 
 def shown(value: Any, width: int = 60) -> str:
     """Return `value` as JSON text for a message: ASCII, on one line, cut to `width`."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= width else text[:width - 1] + "…"
+    text, told = "", value[:width] if isinstance(value, str) else value
+    for piece in json.JSONEncoder(default=repr).iterencode(told):
+        text += piece[:width + 1]
+        if len(text) > width:                  # of a large value no more is written than is shown
+            return text[:width - 1] + "…"
+    return text + ("…" if isinstance(value, str) and len(value) > width else "")
 
 
 # ============================================================================
@@ -1169,9 +1173,8 @@ def _read_node(node: Any, depth: int = 0) -> Expression:
         return Expression(_ARITHMETIC[operator], (read(node.left), read(node.right)))
     words = [type(op).__name__ for op in getattr(node, "ops", ())]
     if kind == "Compare" and set(words) <= _COMPARISONS.keys():
-        parts = list(map(read, [node.left, *node.comparators]))
-        pairs = [Expression(_COMPARISONS[word], pair) for word, pair in zip(words, zip(parts, parts[1:]))]
-        return pairs[0] if len(pairs) == 1 else Expression("and", tuple(pairs))
+        operators = [_COMPARISONS[word] for word in words]
+        return Expression("chain", (read(node.left), *chain(*zip(operators, map(read, node.comparators)))))
     what = next((_REFUSED[name] for name in (kind, operator, *words, type(getattr(node, "slice", 0)).__name__)
                  if name in _REFUSED), f"{operator if kind.endswith('Op') else kind} of Python")
     raise ValueError(f"{what} is not possible here; there are names, JSON values, [ ], comparisons, in, "
@@ -1183,6 +1186,9 @@ def parse_expression(text: str) -> Expression:
     """Read the expression of an `if`; raise ValueError that says what is wrong with it."""
     if "${{" in text:
         raise ValueError("an expression has no ${{ }}; write the names as they are: params.x == 1")
+    if "#" in text and "\n" in text.strip():
+        raise ValueError("an expression of several lines can't hold a #, which would hide the rest of its "
+                         "line")
     if len(text) > MAX_EXPRESSION:
         raise ValueError(f"an expression of {len(text):,} characters is too long; at most {MAX_EXPRESSION:,}")
     import ast
@@ -1281,6 +1287,14 @@ def evaluate(node: Expression, values: Values) -> Any:
     if kind in ("and", "or"):
         return next((found for part in parts for found in [_truth(evaluate(part, values))]
                      if found is (kind == "or")), kind == "and")
+    if kind == "chain":                        # a < b < c: each part is evaluated once, as far as needed
+        left = evaluate(parts[0], values)
+        for operator, part in zip(parts[1::2], parts[2::2]):
+            right = evaluate(part, values)
+            if not _apply(operator, left, right):
+                return False
+            left = right
+        return True
     found = [evaluate(part, values) for part in parts]
     if kind == "array":
         return found
@@ -1338,6 +1352,7 @@ def render_all(value: Any, values: Values) -> Any:
 
 
 MAX_INSTANCES = 100_000
+MAX_EACH = 64 * 2**20                          # characters in the values of all instances of a task
 
 
 def matrix_combinations(matrix: Mapping[str, Any]) -> List[Dict[str, Any]]:
@@ -1385,6 +1400,12 @@ def instances(task: Task, values: Values) -> List[Dict[str, Any]]:
         found = [{"item": item} for item in items]
     if len(found) > MAX_INSTANCES:
         raise ValueError(f"{len(found):,} instances; at most {MAX_INSTANCES:,}")
+    size = 0
+    for each in found:                         # they are recorded
+        size += sum(len(text) for _, text in _strings(each, ()))
+        if size > MAX_EACH:
+            raise ValueError(f"the values of its instances take more than {MAX_EACH:,} characters; hand on "
+                             "the paths of files")
     return found
 
 
@@ -1419,7 +1440,12 @@ def templates(task: Task) -> Iterator[Tuple[Path, str]]:
 # -- secrets --
 
 MASK = "***"
-_WHOLE_LINE = 4                                # shorter lines of a secret are not looked for by themselves
+SHORTEST_SECRET = 4                            # what is shorter is found everywhere, and hides nothing
+
+
+def _url_part(value: str) -> str:
+    from urllib.parse import quote
+    return quote(value, safe="", errors="surrogatepass")
 
 
 def secret_texts(names: Iterable[str], environ: Mapping[str, str]) -> Tuple[str, ...]:
@@ -1427,8 +1453,9 @@ def secret_texts(names: Iterable[str], environ: Mapping[str, str]) -> Tuple[str,
     texts = set()
     for value in filter(None, map(environ.get, names)):
         for text in (value, value.strip(), *(line.strip() for line in value.splitlines())):
-            if text == value or len(text) >= _WHOLE_LINE:
-                texts |= {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1],
+            if len(text) >= SHORTEST_SECRET:
+                texts |= {_url_part(text), text, json.dumps(text)[1:-1],
+                          json.dumps(text, ensure_ascii=False)[1:-1],
                           repr(text)[1:-1]}
     return tuple(sorted(texts, key=lambda text: (-len(text), text)))
 
@@ -1443,7 +1470,7 @@ def masked(value: Any, secrets: Sequence[str]) -> Any:
         return {masked(key, secrets): masked(item, secrets) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [masked(item, secrets) for item in value]
-    return value
+    return MASK if type(value) in (int, float) and str(value) in secrets else value
 
 
 # -- params --
@@ -2016,7 +2043,7 @@ TASK_FIELDS = (
 _NOT_INHERITED = frozenset(["id", "depends_on", "foreach", "matrix", "max_parallel"]
                            + [field.name for field in ACTION_FIELDS])
 _FOR_ACTION = {"python": ("script",), "args": ("script", "command"), "stdin": ("script", "command"),
-               "params": ("flow",)}
+               "params": ("flow",), **dict.fromkeys(["inputs", "outputs"], ("script", "command", "http"))}
 #: Fields that are members of Task as they stand.
 _PLAIN_FIELDS = frozenset(Task._fields) - {"action", "retry", "handler"}
 #: Members of Task whose field has a name that Python keeps for itself.
@@ -3359,7 +3386,10 @@ def _on_settled(run: Run, event: TaskSettled) -> None:
 
 @_applies(CancelRequested)
 def _on_cancel(run: Run, event: CancelRequested) -> None:
-    run.cancel = run.cancel._replace(kill=run.cancel.kill or event.kill) if run.cancel else event
+    if run.cancel and not run.cancel.expired:
+        run.cancel = run.cancel._replace(kill=run.cancel.kill or event.kill)
+    else:                                      # the first that is somebody's
+        run.cancel = event
 
 
 @_applies(RunFinished)
@@ -3482,6 +3512,18 @@ def _stop_all(run: Run, cancel: CancelRequested, spared: Collection[str]) -> Lis
             and run.defs[name].handler not in spared]
 
 
+def was_cancelled(run: Run) -> bool:
+    """Tell whether somebody has cancelled the run; that it has taken too long is nobody's doing."""
+    return run.cancel is not None and not run.cancel.expired
+
+
+def _some_task_left(run: Run) -> bool:
+    """Tell whether a task has not settled that is no handler: the time of the run is for these only."""
+    late = [name for task in run.plan.flow.tasks[-len(HANDLERS):] if task.handler
+            for name in (task.id, *run.groups.get(task.id, ()))]
+    return run.unsettled > sum(run.tasks[name].status not in SETTLED for name in late)
+
+
 def _spared(cancel: CancelRequested) -> Collection[str]:
     """Return the handlers that run although their run is cancelled, or has taken too long."""
     return () if cancel.kill else ("on_failure", "finally") if cancel.expired else ("finally",)
@@ -3556,7 +3598,7 @@ def due(run: Run, now: float, slots: Optional[int]) -> List[Due]:
     if run.cancel:
         spared = _spared(run.cancel)
         actions = _settle_rest(run, run.cancel.reason, spared) + _stop_all(run, run.cancel, spared)
-    elif run.expires is not None and run.expires <= now:
+    elif run.expires is not None and run.expires <= now and _some_task_left(run):
         return [Expire("run timeout")]
     elif run.first_failure is not None and run.plan.flow.fail_fast:
         actions = _settle_rest(run, f"fail_fast: {run.first_failure} failed", HANDLERS)
@@ -3578,7 +3620,7 @@ def next_wake(run: Run, slots: Optional[int]) -> Optional[float]:
     A retry whose time has come and that waits for a slot is no reason to wake: the end of an attempt is.
     """
     times = [run.deadlines[0][0]] if run.deadlines else []
-    if run.expires is not None and not run.cancel:
+    if run.expires is not None and not run.cancel and _some_task_left(run):
         times.append(run.expires)
     free, queues = free_slots(run, slots), run.queues
     if free is None or free > 0 or queues.some_wait:
@@ -4134,7 +4176,11 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def shown(url):
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        assert parts.port != 0
+    except (ValueError, AssertionError):
+        return "(no address)"
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
@@ -4177,22 +4223,27 @@ try:
         answer = opener.open(request, timeout=60)
     except urllib.error.HTTPError as exc:
         answer = exc
-    status = answer.status
+    except (ValueError, http.client.InvalidURL) as exc:   # says what is in query, password or header
+        fail("%s: the address or a header is not valid (%s)" % (name, type(exc).__name__))
+    status, word = answer.status, http.client.responses.get(answer.status, "")
     output = {"status": status, "headers": {}}
     for key, value in answer.headers.items():
         key = key.lower()
         output["headers"][key] = output["headers"][key] + ", " + value if key in output["headers"] else value
     if not (status in expected if expected else 200 <= status < 300):
-        fail("%s: HTTP %d %s" % (name, status, answer.reason), status)
+        fail("%s: HTTP %d %s" % (name, status, word), status)
     if ask.get("save"):
         part, size = "%s.%d.part" % (ask["save"], os.getpid()), 0
-        with open(part, "wb") as file:
-            for block in iter(lambda: answer.read(2**16), b""):
-                size += file.write(block)
-        if answer.length:
-            os.unlink(part)
-            fail("%s: the answer ended early" % name)
-        os.replace(part, ask["save"])
+        try:
+            with open(part, "wb") as file:
+                for block in iter(lambda: answer.read(2**16), b""):
+                    size += file.write(block)
+            if answer.length:
+                fail("%s: the answer ended early" % name)
+            os.replace(part, ask["save"])
+        finally:
+            if os.path.exists(part):
+                os.unlink(part)
         output.update(file=ask["save"], bytes=size)
     else:
         content = answer.read(ask["most"] + 1)
@@ -4202,15 +4253,15 @@ try:
             fail("%s: the answer ended early" % name)
         kind = answer.headers.get_content_type()
         text = content.decode(answer.headers.get_content_charset("utf-8"), "replace")
-        if kind == "application/json" or kind.endswith("+json"):
+        if text.strip() and (kind == "application/json" or kind.endswith("+json")):
             output["json"] = json.loads(text, parse_constant=lambda word: fail(
                 "%s: %s in JSON" % (name, word)))
         else:
-            output["text"] = text
+            output["text"] = text.replace("\\0", "\\ufffd")
 except (OSError, ValueError, LookupError, RecursionError, http.client.HTTPException) as exc:
     what = getattr(exc, "reason", None) or exc
     fail("%s: %s" % (name, what if str(what) else type(what).__name__))
-print("%s: HTTP %d %s" % (name, status, answer.reason), file=sys.stderr)
+print("%s: HTTP %d %s" % (name, status, word), file=sys.stderr)
 with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="ascii") as file:
     json.dump(output, file)
 """
@@ -4231,11 +4282,15 @@ def look():
             return "%s: %s" % (shown(ask["url"]), getattr(exc, "reason", None) or exc)
         return {"status": status}
     if "command" in ask:
+        if os.path.exists(os.environ["MINIFLOW_OUTPUT"]):
+            os.unlink(os.environ["MINIFLOW_OUTPUT"])                # of the look before
         code = subprocess.call(ask["command"], stdin=subprocess.DEVNULL)
         return "exit %d" % code if code else {}
     return {}
 
 
+if "url" in ask and not shown(ask["url"]).startswith(("http://", "https://")):
+    fail("%s is no address; it has to begin with http:// or https://" % shown(ask["url"]))
 if "seconds" in ask:
     time.sleep(ask["seconds"])
 said = None
@@ -4267,23 +4322,28 @@ sys.exit(miniflow.run_subflow(sys.argv[2], sys.argv[3:]))
 
 
 def subflow_id(run: Run, task_id: str, params: Mapping[str, Any]) -> str:
-    """Return the id of the run that a task with those params is: the same one for each attempt."""
-    name = re.sub("[^A-Za-z0-9_-]", "_", f"{run.id}-{task_id}")[:110]
-    return f"{name}-{zlib.crc32(json.dumps([task_id, params], sort_keys=True).encode()):08x}"
+    """Return the id of the run that a task with those params is.
+
+    It is the same one for each attempt, so that the next goes on where the last one stopped; what is to run
+    again although it succeeded gets another one.
+    """
+    import hashlib
+    successes = sum(attempt.status == SUCCESS for attempt in run.tasks[task_id].attempts)
+    content = json.dumps([run.id, task_id, params, successes], sort_keys=True).encode()
+    name = re.sub("[^A-Za-z0-9_-]", "_", f"{run.id}-{task_id}")[:100]
+    return f"{name}-{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def _subflow_argv(run: Run, task_id: str, setting: Setting, params: Mapping[str, Any]) -> List[str]:
     """Return what runs another flow."""
     action, flows_dir = run.defs[task_id].action, run.source.rpartition("/")[0] or "."
     run_id = subflow_id(run, task_id, params)
+    if masked(params, run.secrets) != params:
+        raise LookupError("cannot start: a param holds a secret, which would be stored; let tasks read it "
+                          "from their environment")
     return [setting.python, "-c", SUBFLOW_PROGRAM, setting.engine, run_id, "-f", flows_dir,
             "-t", setting.tasks_dir, "-o", setting.output_dir, "run", str(action[0]), "--run-id", run_id,
             "--params", "-"]
-
-
-def _url_part(value: str) -> str:
-    from urllib.parse import quote
-    return quote(value, safe="")
 
 
 def _glob_part(value: str) -> str:
@@ -4450,7 +4510,7 @@ def attempt_end(run: Run, task_id: str, now: float, code: int, stopping: Optiona
         if run.cancel and stopping == run.cancel.reason:
             return AttemptEnded(now, task_id, attempt, CANCELLED, stopping)
         return AttemptEnded(now, task_id, attempt, FAILED, stopping, "timeout")
-    if code and not isinstance(run.defs[task_id].action, TELLING):
+    if code < 0 or code and not isinstance(run.defs[task_id].action, TELLING):
         return AttemptEnded(now, task_id, attempt, FAILED, *describe_exit(code))
     try:
         handed_on = output()
@@ -4575,7 +4635,7 @@ class ContextDict(dict[str, "Any"]):
 def inputs_read(run: Run, task_id: str, keys: Iterable[str]) -> Dict[str, str]:
     """Return which task each of `keys` came from that the running attempt of a task has read."""
     writers = run.tasks[task_id].scope.writers
-    return {key: run.plan.order[writers[key]] for key in sorted(keys) if key in writers}
+    return {key: run.plan.order[writers[key]] for key in sorted(filter(writers.__contains__, keys))}
 
 
 def function_ended(run: Run, task_id: str, now: float, stopping: Optional[str], returned: Returned,
@@ -6736,6 +6796,8 @@ class End:
 
 def ends_plainly():
     """Tell whether nothing of this process's end is for Python alone to do."""
+    if len(modules) < count or "__main__" not in modules:
+        return False
     newest = reversed(modules)
     added = [next(newest) for _ in range(len(modules) - count)]
     return (not for_python and code is not None and next(newest) == last
@@ -7597,6 +7659,12 @@ def _input(path: str, old: Any, recorded: int) -> List[Any]:
     return [*sized, digest(path)]
 
 
+def _folder(flow: str) -> str:
+    """Return the name of a directory for a flow, which no other flow has."""
+    name = _id_stem(flow)
+    return name if name == flow else f"{name}-{hash_of(os.fsencode(flow))[:12]}"
+
+
 class Freshness:
     """Tells which tasks with `inputs` or `outputs` need not run, as nothing changed since they succeeded.
 
@@ -7655,18 +7723,20 @@ class Freshness:
         return end
 
     def _path(self, run: Run, name: str) -> str:
-        return os.path.join(self._store.path, "cache", _id_stem(run.flow), f"{name}.json")
+        return os.path.join(self._store.path, "cache", _folder(run.flow), f"{name}.json")
 
     def _put(self, run: Run, name: str, record: Mapping[str, Any]) -> None:
-        self._store.prepare("cache", _id_stem(run.flow))
+        self._store.prepare("cache", _folder(run.flow))
         self._store.disk.put(self._path(run, name), json.dumps(record).encode(), True)
 
     def record(self, run: Run, name: str) -> Dict[str, Any]:
         """Return what is recorded of a task; {}: nothing that could be read."""
         try:
             record = json.loads(read_file(self._path(run, name), follow=False))
-            return record if isinstance(record, dict) else {}
-        except (OSError, ValueError):
+            whole = isinstance(record.get("inputs"), dict) and isinstance(record.get("at"), int) and all(
+                isinstance(known, list) and len(known) == 3 for known in record["inputs"].values())
+            return record if whole or "incomplete" in record or "secret" in record else {}
+        except (OSError, ValueError, AttributeError, RecursionError):
             return {}
 
     def stamp(self, run: Run, name: str) -> Dict[str, Any]:
@@ -7680,7 +7750,7 @@ class Freshness:
                     for field in ("inputs", "outputs")}
         env = {key: does.env[key] for key in sorted({*run.plan.flow.env, *task.env})}
         recipe = {"args": [does.argv, does.stdin], "env": env, "cwd": does.cwd, "params": run.params,
-                  "upstream": run.ctx_of(name)}
+                  "upstream": [run.ctx_of(name), run.outputs_of(run.tasks[name].scope)]}
         stamp = {key: hash_of(json.dumps(value, sort_keys=True).encode()) for key, value in recipe.items()}
         if isinstance(task.action, Script):
             stamp["script"] = digest(f"{self._setting.tasks_dir}/{task.action.path}")
@@ -7856,8 +7926,8 @@ class Processes:
         while self._waiter.signals:
             name = self._waiter.signals.pop(0)
             events.append(CancelRequested(self.now(), f"cancelled by {name}", SIGNAL_EXITS[name],
-                                          bool(run.cancel
-                                               or events and isinstance(events[-1], CancelRequested))))
+                                          was_cancelled(run) or bool(
+                                              events and isinstance(events[-1], CancelRequested))))
         return events
 
     def patience(self, until: Optional[float]) -> float:
@@ -8080,7 +8150,7 @@ def answer_call(call: Mapping[str, Any]) -> int:
     else:
         answer = _answer(value)
     with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="ascii") as file:
-        json.dump({**answer, "read": sorted(ctx.read)}, file)
+        json.dump({**answer, "read": sorted(key for key in ctx.read if isinstance(key, str))}, file)
     try:
         sys.stderr.write(answer.get("error") or "")
     except (OSError, ValueError, AttributeError):
@@ -8496,7 +8566,7 @@ class Functions:
             events.append(self._requests.pop(0))
         while self.signals.names:
             name = self.signals.names.pop(0)
-            again = bool(run.cancel or any(isinstance(event, CancelRequested) for event in events))
+            again = was_cancelled(run) or any(isinstance(event, CancelRequested) for event in events)
             events.append(CancelRequested(self.now(), f"cancelled by {name}", SIGNAL_EXITS[name], again))
         return events + (self._processes.wait(run, 0) if self._processes else [])
 
@@ -9735,16 +9805,22 @@ def script_checker(tasks_dir: str) -> Callable[[str], Optional[str]]:
     return remembered
 
 
+MAX_FLOWS_DEEP = 20                            # flows within flows
+
+
 def flow_checker(path: str, outer: Sequence[str], load_file: Callable[[str, str, Sequence[str]], Flow],
-                 ) -> Callable[[SubFlow], List[Problem]]:
+                 known: Dict[str, Union[Flow, str]]) -> Callable[[SubFlow], List[Problem]]:
     """Return what tells what is wrong with a task that is another flow, in the flow file at `path`.
 
-    `outer` are the files of the flows that this one is a part of.
+    `outer` are the files of the flows that this one is a part of, `known` the flows that are known already.
     """
-    known: Dict[str, Union[Flow, str]] = {}
     chain = [*outer, os.path.realpath(path)]
 
     def load(name: str) -> Union[Flow, str]:
+        if name.endswith((".json", ".py")):
+            return f"{shown(name)} is the name of a file; give that of the flow, without its ending"
+        if len(chain) > MAX_FLOWS_DEEP:
+            return f"flows within flows, more than {MAX_FLOWS_DEEP} deep"
         try:
             _, found = find_flow(os.path.dirname(path) or ".", name)
             if os.path.realpath(found) in chain:
@@ -9773,7 +9849,8 @@ def flow_checker(path: str, outer: Sequence[str], load_file: Callable[[str, str,
     return check
 
 
-def load_flow(path: str, stem: str, tasks_dir: str, outer: Sequence[str] = ()) -> Source:
+def load_flow(path: str, stem: str, tasks_dir: str, outer: Sequence[str] = (),
+              known: Optional[Dict[str, Union[Flow, str]]] = None) -> Source:
     """Read and check a flow file, in JSON or in Python; raise FlowError with all that is wrong with it."""
     where = short_path(path)
     try:
@@ -9784,7 +9861,12 @@ def load_flow(path: str, stem: str, tasks_dir: str, outer: Sequence[str] = ()) -
         workflow = import_workflow(path, stem, where)
         flow = workflow.flow if workflow.name else workflow.flow._replace(name=stem)
         return Source(flow, stem, path, workflow.functions)
-    check = flow_checker(path, outer, lambda *file: load_flow(file[0], file[1], tasks_dir, file[2]).flow)
+    found: Dict[str, Union[Flow, str]] = {} if known is None else known
+
+    def load_file(file: str, name: str, chain: Sequence[str]) -> Flow:
+        return load_flow(file, name, tasks_dir, chain, found).flow
+
+    check = flow_checker(path, outer, load_file, found)
     flow = parse_flow(content, where, script_checker(tasks_dir), check)
     hide(flow.secrets)
     return Source(flow, stem, path)
@@ -10221,7 +10303,9 @@ def _explain(mini: MiniFlow, source: Source, params: Dict[str, Any], options: An
             if name not in run.groups:
                 continue
             found = {each: _foretell(run, freshness, each) for each in run.groups[name]}
-            told[name] = "run: some of its instances run" if run.waits[name] else "cached: none of it runs"
+            end = run.tasks[name]
+            told[name] = ("run: some of its instances run" if run.waits[name] else
+                          f"{end.status}: {end.reason}" if end.reason else "cached: none of it runs")
             told.update(found)
     print_result("\n".join(f"{name}  {safe(text)}" for name, text in told.items()))
     return 0
@@ -10312,7 +10396,10 @@ def run_cancel(options: Any) -> int:
     store = _miniflow(options).store
     run_id = store.resolve(options.run)
     loaded = store.load(run_id)
-    grace = max(task.grace_s for task in loaded.run.plan.flow.tasks)
+    tasks = loaded.run.plan.flow.tasks
+    grace = max(task.grace_s for task in tasks)
+    if any(task.handler == "finally" for task in tasks):
+        grace = _FOREVER_S                     # it runs to its end
     for name, patience in (("SIGTERM", grace + CANCEL_S), ("SIGTERM", CANCEL_S), ("SIGKILL", CANCEL_S)):
         if not _signal_engine(store, run_id, name):
             break

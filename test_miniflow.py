@@ -119,7 +119,7 @@ class SimWorld:
         self.clock = max(self.clock, min(times))
         if self.cancels and self.cancels[0] <= self.clock:
             self.cancels.pop(0)
-            return [mf.CancelRequested(self.clock, "cancelled by SIGINT", 130, run.cancel is not None)]
+            return [mf.CancelRequested(self.clock, "cancelled by SIGINT", 130, mf.was_cancelled(run))]
         if self.ends and self.ends[0][0] <= self.clock:
             _, _, name, code = heapq.heappop(self.ends)
             return [mf.attempt_end(run, name, self.clock, code, run.tasks[name].stopping, dict)]
@@ -732,6 +732,25 @@ class T04Values(unittest.TestCase):
                 mf.holds(text, values)
             self.assertIn(what, str(caught.exception))
             self.assertLess(len(str(caught.exception)), 400)
+
+    def test_an_expression_costs_no_more_than_its_length_and_the_values_that_it_looks_at(self):
+        text = "true"
+        for _ in range(40):
+            text = f"true == ({text}) == true"
+        self.assertIs(mf.holds(text, self.VALUES), True)
+        self.assertLess(len(list(mf.parse_expression("1 < params.n < params.n < 9").refs())), 3)
+        self.assertIs(mf.holds("1 < 2 < 1 < params.gone", self.VALUES), False, "not looked at any further")
+        large = self.VALUES._replace(ctx={"b": "x" * 2**20})
+        with self.assertRaises(ValueError) as caught:
+            mf.holds(f"[{','.join(['ctx.b'] * 400)}] < 1", large)
+        self.assertLess(len(str(caught.exception)), 200)
+        with self.assertRaises(ValueError) as caught:
+            mf.parse_expression("true # x\n and false")
+        self.assertIn("several lines", str(caught.exception))
+        flow = make(task("a", matrix={"n": list(range(400)), "c": ["${{ params.c }}"]}), params={"c": ""})
+        with self.assertRaises(ValueError) as caught:
+            mf.instances(flow.tasks[0], self.VALUES._replace(params={"c": "x" * 2**20}))
+        self.assertIn("take more than", str(caught.exception))
 
     def test_random_expressions_are_refused_or_answered_soon_and_nothing_else(self):
         chance, words = random.Random(4), [
@@ -1527,6 +1546,15 @@ class T10Scheduler(unittest.TestCase):
                 events = world.wait(again, steps.send(events))
         self.assertEqual((again.status, again.cancel), ("success", None), "a resumed run has its time anew")
         self.assertEqual(simulate(make(task("a"), timeout_s=4))[0].status, "success")
+
+    def test_the_time_of_a_run_is_for_its_tasks_and_its_end_is_nobodys_cancellation(self):
+        late = {"clean": {1: (9, 0)}, "on_success": {1: (9, 0)}}
+        run, world, _ = simulate(make(task("a"), timeout_s=4, **self.HANDLERS), late)
+        self.assertEqual((run.status, world.log), ("success", ["0 start a", "1 start on_success", "10 start clean"]))
+        run, world, _ = simulate(make(task("a", grace_s=9), timeout_s=4, **self.HANDLERS), {"a": {1: (99, 0)}},
+                                 cancels=[5], stubborn=["a"])
+        self.assertEqual(world.log, ["0 start a", "4 TERM a", "13 KILL a", "13 start clean"])
+        self.assertEqual((run.status, run.cancel.exit_code), ("cancelled", 130))
 
     def test_a_task_ends_as_the_worst_of_its_instances(self):
         tasks = [task("each", foreach=[0, 1, 2, 3, 4]), task("below", "each"),
@@ -4209,6 +4237,15 @@ IMPORTS = {
     "profile": row("import cProfile; cProfile.run('sum([1])')", vague=r"[0-9.]+"),
     "faulthandler": row("import faulthandler, os; faulthandler.enable(); print(faulthandler.is_enabled())"),
     "frames": row("import sys; print(sys._getframe().f_lineno, sys._getframe().f_code.co_name)"),
+    "a_module_that_is_taken_out": row("""
+        import re, sys
+        del sys.modules["re"]
+        class Report:
+            def __init__(self): self.file = open("a", "w")
+        r = Report()
+        r.me = r
+        r.file.write("data")
+        """, cwd=True),
     "modules_that_are_let_go": row("""
         import collections, datetime, functools, json, re, select, socket, sys
         class Loud:
@@ -6795,7 +6832,8 @@ class T25CommandLine(unittest.TestCase):
             blocks = [text[n:n + size] for n in range(0, len(text), size)]
             self.assertEqual(b"".join(mf._overlapping(blocks)), text.replace(b"secret", b"***"))
         self.assertEqual(mf.secret_texts(["A", "B", "C"], {"A": "ab", "B": "", "C": "x\nlonger\n"}),
-                         ("x\\nlonger\\n", "x\nlonger\n", "x\\nlonger", "x\nlonger", "longer", "ab"))
+                         ("x%0Alonger%0A", "x\\nlonger\\n", "x%0Alonger", "x\nlonger\n", "x\\nlonger", "x\nlonger",
+                          "longer"))
 
     def test_a_flow_within_a_flow_is_a_run_of_its_own_that_hands_on_its_context(self):
         outer = flow_json(
@@ -6809,7 +6847,7 @@ class T25CommandLine(unittest.TestCase):
             code, _, _ = project.main("run", "outer", "--run-id", "o")
             state = project.state("o")["tasks"]
             self.assertEqual((code, state["each[1]"]["status"], state["each[0]"]["status"]), (1, "failed", "success"))
-            self.assertRegex(state["each[1]"]["reason"], r"^run o-each_1_-[0-9a-f]{8}: failed \(one failed\)$")
+            self.assertRegex(state["each[1]"]["reason"], r"^run o-each_1_-[0-9a-f]{12}: failed \(one failed\)$")
             self.assertNotIn("MINIFLOW_PARAM_SECRET", project.read("env"))
             runs = {head["id"]: head["status"] for head in json.loads(project.main("runs", "--json")[1])}
             self.assertEqual(sorted(runs.values()), ["failed", "failed", "success", "success"])
@@ -6819,6 +6857,46 @@ class T25CommandLine(unittest.TestCase):
                              dict.fromkeys(runs, "success"))
             self.assertEqual(project.log("o", "after").decode(), "a; b " + json.dumps(
                 [{"name": name, "other": [1], "said": name} for name in "xy"]) + "\n")
+
+    def test_a_flow_within_a_flow_runs_again_where_its_upstream_has(self):
+        outer = flow_json(task("prep", command="echo one >data"), task("sub", "prep", flow="in"),
+                          task("check", "sub", command=["test", "${{ tasks.sub.outputs.v }}", "=", "two"]),
+                          name="outer")
+        inner = flow_json(task("read", command="echo v=$(cat data) >>$MINIFLOW_OUTPUT"), name="in")
+        with Project({"outer": outer, "in": inner}) as project:
+            self.assertEqual(project.main("run", "outer", "--run-id", "r")[0], 1)
+            outer["tasks"][0]["command"] = "echo two >data"
+            project.write("flows/outer.json", json.dumps(outer))
+            self.assertEqual(project.main("resume", "r")[0], 0)
+            long = "n" * 115
+            outer["name"] = long
+            project.write(f"flows/{long}.json", json.dumps(outer))
+            self.assertEqual([project.main("run", long)[0] for _ in range(2)], [0, 0])
+            runs = [head["flow"] for head in json.loads(project.main("runs", "--json")[1])]
+            self.assertEqual(runs.count("in"), 4)
+        secret = flow_json(task("sub", flow="in", params={"x": "${{ env.TOK }}"}), name="outer", secrets=["TOK"])
+        with Project({"outer": secret, "in": {**inner, "params": {"x": ""}}}) as project:
+            done = project.cli("run", "outer", env={**os.environ, "TOK": "s3cretvalue99"})
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("a param holds a secret", done.stderr)
+
+    def test_flows_within_flows_may_share_flows_and_are_not_endlessly_deep(self):
+        many = {f"f{n}": flow_json(task("a", flow=f"f{n + 1}"), task("b", flow=f"f{min(n + 2, 17)}"), name=f"f{n}")
+                for n in range(16)}
+        ends = {name: flow_json(task("a"), name=name) for name in ("f16", "f17")}
+        deep = {f"d{n}": flow_json(task("a", flow=f"d{n + 1}"), name=f"d{n}") for n in range(60)}
+        with Project({**many, **ends, **deep, "d60": flow_json(task("a"), name="d60"),
+                      "file": flow_json(task("a", flow="f0.json"), name="file")}) as project:
+            calls = [mf.parse_flow]
+            count = itertools.count()
+            self.addCleanup(setattr, mf, "parse_flow", calls[0])
+            mf.parse_flow = lambda *args: (next(count), calls[0](*args))[1]
+            self.assertEqual(project.main("validate", "f0")[0], 0)
+            self.assertEqual(next(count), 18)
+            code, _, err = project.main("validate", "d0")
+            self.assertEqual(code, 2)
+            self.assertIn("flows within flows, more than 20 deep", err)
+            self.assertIn("is the name of a file", project.main("validate", "file")[2])
 
     def test_a_flow_within_a_flow_ends_and_goes_on_with_it(self):
         outer = flow_json(task("sub", flow="inner", params={"name": "n"}), name="outer")
@@ -6967,8 +7045,9 @@ class T25CommandLine(unittest.TestCase):
             self.assertEqual(project.main("resume", "failed")[0], 0)
             self.assertEqual(project.read("out"), "whole\n")
             self.assertEqual(project.main("run", "f", "--explain")[1], "a  cached: nothing has changed\n")
-            project.write("miniflow_output/cache/f/a.json", "{")
-            self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it has not succeeded yet\n")
+            for broken in ("{", "[]", '{"inputs": []}', '{"inputs": {"in": 3}, "at": 1}', '{"inputs": {}, "at": "x"}'):
+                project.write("miniflow_output/cache/f/a.json", broken)
+                self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it has not succeeded yet\n")
 
     def test_a_task_that_does_not_make_its_outputs_fails(self):
         with one(task("a", outputs=["out", "other*"], command="echo >out", max_retries=1),
@@ -7042,7 +7121,7 @@ class T25CommandLine(unittest.TestCase):
             "other": ({"url": place + "/status/404", "expect_status": 404}, {"text": "text ü"}),
             "gone": ({"url": place + "/status/404?secret=1"}, "GET %s/status/404: HTTP 404 Not Found" % place),
             "file": ({"url": place + "/to/file:///etc/passwd"},
-            "Redirection to url 'file:///etc/passwd' is not allowed"),
+            ": HTTP 302 Found"),
             "closed": ({"url": closed}, "Connection refused"), "large": ({"url": place + "/large"},
             "longer than 2097152 bytes"),
             "short": ({"url": place + "/short"}, "ended early"), "cut": ({"url": place + "/short",
