@@ -1082,7 +1082,7 @@ _COMPARISONS = {"Eq": "==", "NotEq": "!=", "Lt": "<", "LtE": "<=", "Gt": ">", "G
 _ARITHMETIC = {"Add": "+", "Sub": "-", "Mult": "*", "Div": "/", "FloorDiv": "//", "Mod": "%"}
 _CONSTANTS = {"true": True, "false": False, "null": None}
 _REFUSED = {"Call": "a call", "IfExp": "if … else", "Lambda": "a lambda", "JoinedStr": "an f-string",
-            "NamedExpr": ":=", "Pow": "**", "Is": "is; write ==", "IsNot": "is not; write !=",
+            "NamedExpr": ":=", "Pow": "**", "Is": "is (write ==)", "IsNot": "is not (write !=)",
             "Slice": "a slice", "Starred": "*", "Await": "await"}
 
 
@@ -1374,6 +1374,10 @@ def matrix_combinations(matrix: Mapping[str, Any]) -> List[Dict[str, Any]]:
     found: List[Dict[str, Any]] = [{}] if axes else []
     for name, values in axes.items():
         found = [{**each, name: value} for each in found for value in values]
+    entries = len(matrix.get("exclude", ())) + len(matrix.get("include", ()))
+    if len(found) * entries > 100 * MAX_INSTANCES:
+        raise ValueError(f"{entries:,} entries of include and exclude for {len(found):,} combinations are "
+                         "too many; write fewer of either")
     found = [each for each in found if not any(
         all(name in each and _same(each[name], value) for name, value in entry.items())
         for entry in matrix.get("exclude", ()))]
@@ -1926,8 +1930,8 @@ _NAME: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$(?!
                           "of at most 128 characters"}
 _STR: Schema = {"type": "string"}
 _STRS: Schema = {"type": "array", "items": _STR, "title": "an array of strings"}
-_PATTERNS: Schema = {"type": "array", "title": "an array of patterns of files",
-                     "items": {"type": "string", "minLength": 1, "title": "a non-empty string"}}
+_TEXT: Schema = {"type": "string", "minLength": 1, "title": "a non-empty string"}
+_PATTERNS: Schema = {"type": "array", "items": _TEXT, "title": "an array of patterns of files"}
 _BOOL: Schema = {"type": "boolean"}
 _SECONDS: Schema = {"type": "number", "minimum": 0, "maximum": 315360000}
 _LIMIT: Schema = {"type": "number", "minimum": 0.001, "maximum": 315360000}
@@ -1974,7 +1978,6 @@ def object_schema(fields: Sequence[Field], without: Iterable[str] = ()) -> Schem
     return {**schema, "required": required} if required else schema
 
 
-_TEXT: Schema = {"type": "string", "minLength": 1, "title": "a non-empty string"}
 _STATUS: Schema = {"type": "integer", "minimum": 100, "maximum": 599}
 HTTP_FIELDS = (
     Field("url", _TEXT, "where to; http and https only", required=True),
@@ -2017,8 +2020,7 @@ TASK_FIELDS = (
     Field("args", _ARGS, "arguments: an array as it is, or an object of options"),
     Field("env", _ENV, "environment variables"),
     Field("cwd", _STR, "working directory, relative to where MiniFlow was started"),
-    Field("python", {"type": "string", "minLength": 1, "title": "a non-empty string"},
-          "the interpreter for script"),
+    Field("python", _TEXT, "the interpreter for script"),
     Field("stdin", _STR, "text for standard input, which is empty otherwise"),
     Field("max_retries", {"type": "integer", "minimum": 0, "maximum": 1000000}, "attempts after the first"),
     Field("backoff_s", _SECONDS, "seconds before attempt 2, doubled before each further one"),
@@ -2258,6 +2260,8 @@ def task_to_json(task: Task) -> Dict[str, Any]:
     """Return the fields of `task` as in a flow file, without those that have their default value."""
     action, members = task.action, _unusual(task)
     members.pop("retry", None)
+    if isinstance(action, SubFlow):            # which has another default
+        members["grace_s"] = task.grace_s
     return {"id": task.id, ACTION_WORDS[type(action)]: action[0],
             **{_FIELD_OF.get(name, name): value for name, value in members.items()}, **_unusual(action),
             **_unusual(task.retry)}
@@ -2644,6 +2648,9 @@ def make_plan(flow: Flow, left_out: Mapping[str, Mapping[str, Any]] = {},
 # What a task sees is decided by its upstream alone.  A Scope says, for each key, which ancestor wrote it last
 # in topological order.  Scopes are shared as long as nothing new is written, so a chain of thousands of tasks
 # without outputs has one Scope, and values are never copied into it.
+#
+# A task with foreach or matrix becomes a group: its instances are tasks like others, which came to be by an
+# event, and it ends as part of what the last of them does.
 
 class AttemptStarted(NamedTuple):
     """An attempt is about to start; `inputs` names the task that each key it reads comes from."""
@@ -7324,6 +7331,8 @@ def end_unseen(token: str, cookies: Collection[str]) -> Set[str]:
 # group have not, they get SIGTERM, grace_s later SIGKILL, and only then is the attempt over: nothing of a
 # task survives it.
 #
+# What a task with inputs or outputs was made of is recorded here as well, so that it need not run again.
+#
 # One clock: the system's, read once, and monotonic time since, in whole microseconds.  Times never go back
 # within an engine's life, and durations are right even where somebody sets the system's clock.
 
@@ -9990,10 +9999,8 @@ def command(name: str, does: str, example: str, add: Callable[[Any], None] = lam
     return enter
 
 
-def write_result(content: bytes) -> None:
-    """Write a result to stdout; raise StateError if that fails, BrokenPipeError if its reader has gone."""
-    for text in hidden:
-        content = content.replace(text.encode("utf-8", "surrogateescape"), MASK.encode())
+def _write_out(content: bytes) -> None:
+    """Write to stdout what has no secrets in it any more; raises as write_result() does."""
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(content)
@@ -10005,6 +10012,13 @@ def write_result(content: bytes) -> None:
         raise StateError(f"stdout: can't be written: {exc.strerror}; send it elsewhere") from None
 
 
+def write_result(content: bytes) -> None:
+    """Write a result to stdout; raise StateError if that fails, BrokenPipeError if its reader has gone."""
+    for text in hidden:
+        content = content.replace(text.encode("utf-8", "surrogateescape"), MASK.encode())
+    _write_out(content)
+
+
 def print_result(text: str) -> None:
     """Write a line of text to stdout."""
     write_result((text + "\n").encode(sys.stdout.encoding or "utf-8", "backslashreplace"))
@@ -10012,7 +10026,7 @@ def print_result(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Write a result to stdout as JSON."""
-    print_result(json.dumps(value, indent=1))
+    _write_out((json.dumps(masked(value, hidden), indent=1) + "\n").encode())
 
 
 def _miniflow(options: Any) -> MiniFlow:

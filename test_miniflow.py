@@ -639,6 +639,9 @@ class T04Values(unittest.TestCase):
         self.assertEqual(mf.matrix_combinations({"include": [{"a": 1}, {"b": 2}]}), [{"a": 1}, {"b": 2}])
         self.assertEqual(mf.matrix_combinations({"a": [1, True], "exclude": [{"a": True}]}), [{"a": 1}])
         self.assertEqual(mf.matrix_combinations({"a": [], "b": [1]}), [])
+        with self.assertRaises(ValueError) as caught:
+            mf.matrix_combinations({"a": list(range(10**4)), "exclude": [{"a": n} for n in range(2000)]})
+        self.assertIn("2,000 entries of include and exclude for 10,000 combinations", str(caught.exception))
         self.assertEqual(mf.matrix_combinations({"a": [1], "exclude": [{"gone": 1}]}), [{"a": 1}])
 
     EXPRESSIONS = {
@@ -6823,6 +6826,20 @@ class T25CommandLine(unittest.TestCase):
             done = project.cli("run", "f", "--param", f"x=a{secret}b", env=env)
             self.assertEqual(done.returncode, 2)
             self.assertIn("params.x: it holds the value of a secret", done.stderr)
+
+    def test_a_secret_that_is_a_number_leaves_json_what_it_is(self):
+        flow = flow_json(task("a", command="echo '{\"pin\": 86753091}' >$MINIFLOW_OUTPUT"), secrets=["PIN"])
+        with Project({"f": flow}) as project:
+            env = {**os.environ, "PIN": "86753091"}
+            self.assertEqual(project.cli("run", "f", "--run-id", "r", env=env).returncode, 0)
+            shown = json.loads(project.cli("show", "r", "--json", env=env).stdout)
+            self.assertEqual(shown["tasks"]["a"]["output"], {"pin": "***"})
+
+    def test_a_grace_of_a_flow_within_a_flow_is_kept(self):
+        for grace, kept in ((None, 15), (5, 5), (15, 15)):
+            fields = {} if grace is None else {"grace_s": grace}
+            flow = make(task("a", flow="other", **fields))
+            self.assertEqual((flow.tasks[0].grace_s, mf.recorded_flow(mf.flow_to_json(flow))), (kept, flow))
 
     def test_a_secret_is_found_across_the_blocks_of_a_log(self):
         mf.hidden[:] = ["secret"]
