@@ -7205,7 +7205,7 @@ class T25CommandLine(unittest.TestCase):
                  "echo x=1 >>\"$MINIFLOW_OUTPUT\"; test -e \"$1\"", "sh",
                                                        "${{ params.odd }}"], "poll_s": 0.05}),
                  task("seconds", wait_for={"seconds": 0.3}),
-                 task("never", wait_for={"file": "never", "poll_s": 0.05}, timeout_s=0.5, allow_failure=True),
+                 task("never", wait_for={"file": "never", "poll_s": 0.05}, timeout_s=3, allow_failure=True),
                  task("odd", wait_for={"command": ["./not-there"]}, allow_failure=True)]
         feed = "sleep 0.4; mkdir in; echo >'in/*[a] 1.csv'; echo >in/other.csv; echo >'*[a]'"
         with one(*tasks, task("feed", command=feed)) as project:
@@ -7215,7 +7215,7 @@ class T25CommandLine(unittest.TestCase):
             self.assertEqual(found["file"]["output"], {"files": ["in/*[a] 1.csv"]})
             self.assertEqual(found["url"]["output"], {"status": 200})
             self.assertEqual(found["command"]["output"], {"x": "1"})
-            self.assertEqual((found["seconds"]["status"], found["never"]["reason"]), ("success", "timeout after 0.5 s"))
+            self.assertEqual((found["seconds"]["status"], found["never"]["reason"]), ("success", "timeout after 3 s"))
             self.assertIn("No such file", found["odd"]["reason"])
             self.assertIn("not yet: no file matches never", project.main("logs", "r", "never")[1])
 
