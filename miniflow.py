@@ -47,19 +47,21 @@ Contents
     11. STATE: how is a run written down, and read back?
     12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
     13. EXPORTERS: how does a plan look in other languages?
+    14. BASH: how does a flow run where there is no MiniFlow?
     --- the line: all above is pure ---
-    14. DISK: how does a byte get onto the disk, and stay there?
-    15. LOCKS: which one engine may work on a run?
-    16. STORE: where do runs live, and how do they survive?
-    17. SPAWN: how does a process begin with nothing of ours but what it is given?
-    18. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
-    19. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
-    20. PROCESSES: how are attempts started, watched and ended?
-    21. FUNCTIONS: how are Python functions called, and what becomes of what they return?
-    22. RUNNER: how is one run driven to its end?
-    23. REPORTING: how is it told to a person?
-    24. LIBRARY: what does a Python program use?
-    25. COMMAND LINE: what can be typed?
+    15. DISK: how does a byte get onto the disk, and stay there?
+    16. LOCKS: which one engine may work on a run?
+    17. STORE: where do runs live, and how do they survive?
+    18. SPAWN: how does a process begin with nothing of ours but what it is given?
+    19. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+    20. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
+    21. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
+    22. PROCESSES: how are attempts started, watched and ended?
+    23. FUNCTIONS: how are Python functions called, and what becomes of what they return?
+    24. RUNNER: how is one run driven to its end?
+    25. REPORTING: how is it told to a person?
+    26. LIBRARY: what does a Python program use?
+    27. COMMAND LINE: what can be typed?
 
 
 Licence (MIT)
@@ -161,9 +163,9 @@ __all__ = [
     "Run", "TaskRun", "Attempt",
     # 10. SCHEDULER
     "due", "next_wake", "drive",
-    # 24. LIBRARY
+    # 26. LIBRARY
     "MiniFlow", "Workflow", "StateStore", "JSONStateStore", "MemoryStateStore",
-    # 25. COMMAND LINE
+    # 27. COMMAND LINE
     "main",
 ]
 
@@ -4750,7 +4752,11 @@ def to_text_graph(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-# -- bash: the tasks one after another, in the order of the plan --
+
+# ============================================================================
+# == 14. BASH: how does a flow run where there is no MiniFlow?
+# ============================================================================
+# The script runs the tasks one after another, in the order of the plan.
 #
 # A script is four parts: a head, the flow as arrays by the number of the task, a function a task, and an
 # engine that is the same for all flows.  Numbers are in topological order, so the outputs of what is upstream
@@ -5265,7 +5271,7 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
 
 
 # ============================================================================
-# == 14. DISK: how does a byte get onto the disk, and stay there?
+# == 15. DISK: how does a byte get onto the disk, and stay there?
 # ============================================================================
 # All state is written through the few calls of Disk, so that a test can put a fault at each of them, and
 # rebuild what a power cut may leave behind.  A file is replaced by writing a new one beside it and renaming
@@ -5416,7 +5422,7 @@ def read_file(path: str, limit: int = -1, follow: bool = True) -> bytes:
 
 
 # ============================================================================
-# == 15. LOCKS: which one engine may work on a run?
+# == 16. LOCKS: which one engine may work on a run?
 # ============================================================================
 # The engine that works on a run holds the system's lock on RUN.lock (flock; on Windows that of a byte), which
 # dies with it however it dies, so that there are no stale locks.  What the file says of its owner is for
@@ -5675,7 +5681,7 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
 
 
 # ============================================================================
-# == 16. STORE: where do runs live, and how do they survive?
+# == 17. STORE: where do runs live, and how do they survive?
 # ============================================================================
 # The engine that holds the lock of a run appends to its journal RUN.jsonl, and now and then rewrites the view
 # RUN.json.  The protocol:
@@ -6261,7 +6267,7 @@ def open_journal(store: Store, run_id: str, durability: str, force: bool) -> Uni
 
 
 # ============================================================================
-# == 17. SPAWN: how does a process begin with nothing of ours but what it is given?
+# == 18. SPAWN: how does a process begin with nothing of ours but what it is given?
 # ============================================================================
 # posix_spawn starts a process three times as fast as Popen does on Python 3.9, which forks, and still saves
 # the engine half of its work where Popen uses vfork.  It can't do everything: another directory, a system
@@ -6391,7 +6397,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], cwd: str, files: Tuple[in
 
 
 # ============================================================================
-# == 18. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+# == 19. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
 # ============================================================================
 # Three signs tell that something of an attempt runs: its log is locked (whoever inherited it holds the lock),
 # its process is there with the start time that was recorded, or some process carries the attempt's cookie in
@@ -6669,7 +6675,7 @@ class Watchdog:
 
 
 # ============================================================================
-# == 19. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
+# == 20. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
 # ============================================================================
 # A start of Python costs ten to twenty milliseconds before the first line of a script runs; a fork of one
 # that has started costs two.  So one process for each interpreter does nothing but fork: it imports what most
@@ -7323,7 +7329,183 @@ def end_unseen(token: str, cookies: Collection[str]) -> Set[str]:
 
 
 # ============================================================================
-# == 20. PROCESSES: how are attempts started, watched and ended?
+# == 21. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
+# ============================================================================
+# A task with `inputs` or `outputs` is made of its script, arguments, environment, directory, params, what its
+# upstream hands on, and the content of its inputs.  What that was when it last succeeded is recorded; sizes
+# and times of change spare reading files again, and are trusted only where they are older than the record.
+
+def hash_of(content: bytes) -> str:
+    """Return the SHA-256 of some bytes."""
+    import hashlib
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest(path: str) -> str:
+    """Return the SHA-256 of a file's content."""
+    import hashlib
+    found = hashlib.sha256()
+    with open_file(path) as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            found.update(block)
+    return found.hexdigest()
+
+
+def matching(patterns: Iterable[str], cwd: str) -> List[str]:
+    """Return the paths, seen from `cwd`, that patterns match, each once, sorted."""
+    import glob
+    found = {path for pattern in patterns
+             for path in glob.glob(os.path.join(glob.escape(cwd), pattern), recursive=True)}
+    return sorted(os.path.relpath(path, cwd) if path.startswith(cwd + os.sep) else path for path in found)
+
+
+#: What is compared, in this order, and how a change of it is told.
+_RECIPE = {"script": "its script has changed", "args": "its arguments have changed",
+           "env": "its environment has changed", "cwd": "its directory has changed",
+           "params": "the params have changed", "upstream": "what its upstream hands on has changed"}
+_SETTLED_NS = 2 * 10**9                        # a file may change this long without a new time of change
+
+
+def _input(path: str, old: Any, recorded: int) -> List[Any]:
+    """Return size, time of change and hash of an input; the hash is that of `old` if nothing else differs.
+
+    A file that changed just before it was `recorded` may have changed again in the same instant.
+    """
+    found = os.stat(path)
+    sized = [found.st_size, found.st_mtime_ns]
+    if isinstance(old, list) and old[:2] == sized and recorded - found.st_mtime_ns > _SETTLED_NS:
+        return old
+    return [*sized, digest(path)]
+
+
+def _folder(flow: str) -> str:
+    """Return the name of a directory for a flow, which no other flow has."""
+    name = _id_stem(flow)
+    return name if name == flow else f"{name}-{hash_of(os.fsencode(flow))[:12]}"
+
+
+class Freshness:
+    """Tells which tasks with `inputs` or `outputs` need not run, as nothing changed since they succeeded.
+
+    What a task was made of when it last succeeded is recorded in OUTPUT/cache/FLOW/TASK.json.  Before it
+    runs again the record is replaced by one that says so: what an interrupted task has left is never taken
+    for good.
+    """
+
+    def __init__(self, store: Store, setting: Setting, now: Callable[[], float]) -> None:
+        self._store, self._setting, self._now = store, setting, now
+        self.force = False                     # tasks run although nothing has changed
+        self._stamps: Dict[str, Dict[str, Any]] = {}
+
+    def look(self, run: Run, name: str) -> Tuple[Event, Optional[str]]:
+        """Return what becomes of a task that its upstream lets run, and if it runs, why it has to."""
+        event, task = admit(run, name, self._now(), self._setting.environ), run.defs[name]
+        if not isinstance(event, TaskAdmitted) or not task.may_be_cached:
+            return event, "it has neither inputs nor outputs"
+        try:
+            stamp, record = self.stamp(run, name), self.record(run, name)
+            reason = "it is forced to" if self.force else self.why(stamp, record)
+        except (LookupError, ValueError) as exc:
+            return TaskSettled(event.at, name, FAILED, f"cannot start: {exc}"), None
+        except OSError as exc:
+            return TaskSettled(event.at, name, FAILED, f"inputs: {exc.filename}: {exc.strerror}"), None
+        if reason is None:
+            return TaskSettled(event.at, name, CACHED, "nothing has changed", record["output"]), None
+        self._stamps[name] = stamp
+        return event, reason
+
+    def ask(self, run: Run, action: Ask) -> List[Event]:
+        """Find out whether a task is to run, and if so put its record out of force."""
+        event, _ = self.look(run, action.task)
+        if isinstance(event, TaskAdmitted) and action.task in self._stamps:
+            try:
+                self._put(run, action.task, {"incomplete": run.id})
+            except OSError as exc:
+                return [TaskSettled(event.at, action.task, FAILED,
+                                    f"cannot start: {exc.filename or 'its record'}: {exc.strerror}")]
+        return [event]
+
+    def made(self, run: Run, end: AttemptEnded) -> AttemptEnded:
+        """Return the end of an attempt, which fails without its outputs; record a success."""
+        stamp = self._stamps.get(end.task)
+        if stamp is None or end.status != SUCCESS:
+            return end
+        for pattern in stamp["outputs"]:
+            if not matching([pattern], stamp["place"]):
+                return AttemptEnded(end.at, end.task, end.attempt, FAILED,
+                                    f"output {pattern} is not there, although the task has succeeded")
+        record = {"secret": run.id} if end.unsaved else {**stamp, "output": end.output}
+        try:
+            self._put(run, end.task, record)
+        except OSError:
+            pass                               # it runs once more, then
+        return end
+
+    def _path(self, run: Run, name: str) -> str:
+        return os.path.join(self._store.path, "cache", _folder(run.flow), f"{name}.json")
+
+    def _put(self, run: Run, name: str, record: Mapping[str, Any]) -> None:
+        self._store.prepare("cache", _folder(run.flow))
+        self._store.disk.put(self._path(run, name), json.dumps(record).encode(), True)
+
+    def record(self, run: Run, name: str) -> Dict[str, Any]:
+        """Return what is recorded of a task; {}: nothing that could be read."""
+        try:
+            record = json.loads(read_file(self._path(run, name), follow=False))
+            whole = isinstance(record.get("inputs"), dict) and isinstance(record.get("at"), int) and all(
+                isinstance(known, list) and len(known) == 3 for known in record["inputs"].values())
+            return record if whole or "incomplete" in record or "secret" in record else {}
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return {}
+
+    def stamp(self, run: Run, name: str) -> Dict[str, Any]:
+        """Return what a task is made of now; raise LookupError, ValueError or OSError if that can't be told.
+
+        But for the names of files only hashes are recorded, as values may be secret.
+        """
+        task, values = run.defs[name], _flow_env(run, name, self._setting.environ)[1]
+        does = invoke(run, name, self._setting)
+        patterns = {field: [render_parts("file", text, values) for text in getattr(task, field) or ()]
+                    for field in ("inputs", "outputs")}
+        env = {key: does.env[key] for key in sorted({*run.plan.flow.env, *task.env})}
+        recipe = {"args": [does.argv, does.stdin], "env": env, "cwd": does.cwd, "params": run.params,
+                  "upstream": [run.ctx_of(name), run.outputs_of(run.tasks[name].scope)]}
+        stamp = {key: hash_of(json.dumps(value, sort_keys=True).encode()) for key, value in recipe.items()}
+        if isinstance(task.action, Script):
+            stamp["script"] = digest(f"{self._setting.tasks_dir}/{task.action.path}")
+        old = self.record(run, name)
+        files = [path for path in matching(patterns["inputs"], does.cwd)
+                 if os.path.isfile(os.path.join(does.cwd, path))]
+        known, at = old.get("inputs", {}), old.get("at", 0)
+        inputs = {path: _input(os.path.join(does.cwd, path), known.get(path), at) for path in files}
+        return {**stamp, "at": time.time_ns(), "inputs": inputs, "outputs": patterns["outputs"],
+                "place": does.cwd}
+
+    @staticmethod
+    def why(stamp: Mapping[str, Any], record: Mapping[str, Any]) -> Optional[str]:
+        """Return why a task has to run; None: it need not."""
+        if not record:
+            return "it has not succeeded yet"
+        if "incomplete" in record:
+            return f"it did not end well in run {record['incomplete']}"
+        if "secret" in record:
+            return "what it hands on holds a secret, which is not kept"
+        for key, told in _RECIPE.items():
+            if record.get(key) != stamp.get(key):
+                return told
+        for path in sorted({*stamp["inputs"], *record["inputs"]}):
+            if path not in record["inputs"]:
+                return f"input {path} is new"
+            if path not in stamp["inputs"]:
+                return f"input {path} is gone"
+            if stamp["inputs"][path][2] != record["inputs"][path][2]:
+                return f"input {path} has changed"
+        return next((f"output {pattern} is not there" for pattern in stamp["outputs"]
+                     if not matching([pattern], stamp["place"])), None)
+
+
+# ============================================================================
+# == 22. PROCESSES: how are attempts started, watched and ended?
 # ============================================================================
 # Every attempt is a process group (and session) of its own whose output goes straight into its log, so
 # nothing of it passes through the engine.  The end of the group's leader is seen by its pidfd where there is
@@ -7625,175 +7807,6 @@ def make_setting(tasks_dir: str, output_dir: str, work: str, token: str) -> Sett
                    work, token, "", "", os.path.abspath(output_dir), os.path.abspath(__file__))
 
 
-def hash_of(content: bytes) -> str:
-    """Return the SHA-256 of some bytes."""
-    import hashlib
-    return hashlib.sha256(content).hexdigest()
-
-
-def digest(path: str) -> str:
-    """Return the SHA-256 of a file's content."""
-    import hashlib
-    found = hashlib.sha256()
-    with open_file(path) as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            found.update(block)
-    return found.hexdigest()
-
-
-def matching(patterns: Iterable[str], cwd: str) -> List[str]:
-    """Return the paths, seen from `cwd`, that patterns match, each once, sorted."""
-    import glob
-    found = {path for pattern in patterns
-             for path in glob.glob(os.path.join(glob.escape(cwd), pattern), recursive=True)}
-    return sorted(os.path.relpath(path, cwd) if path.startswith(cwd + os.sep) else path for path in found)
-
-
-#: What is compared, in this order, and how a change of it is told.
-_RECIPE = {"script": "its script has changed", "args": "its arguments have changed",
-           "env": "its environment has changed", "cwd": "its directory has changed",
-           "params": "the params have changed", "upstream": "what its upstream hands on has changed"}
-_SETTLED_NS = 2 * 10**9                        # a file may change this long without a new time of change
-
-
-def _input(path: str, old: Any, recorded: int) -> List[Any]:
-    """Return size, time of change and hash of an input; the hash is that of `old` if nothing else differs.
-
-    A file that changed just before it was `recorded` may have changed again in the same instant.
-    """
-    found = os.stat(path)
-    sized = [found.st_size, found.st_mtime_ns]
-    if isinstance(old, list) and old[:2] == sized and recorded - found.st_mtime_ns > _SETTLED_NS:
-        return old
-    return [*sized, digest(path)]
-
-
-def _folder(flow: str) -> str:
-    """Return the name of a directory for a flow, which no other flow has."""
-    name = _id_stem(flow)
-    return name if name == flow else f"{name}-{hash_of(os.fsencode(flow))[:12]}"
-
-
-class Freshness:
-    """Tells which tasks with `inputs` or `outputs` need not run, as nothing changed since they succeeded.
-
-    What a task was made of when it last succeeded is recorded in OUTPUT/cache/FLOW/TASK.json.  Before it
-    runs again the record is replaced by one that says so: what an interrupted task has left is never taken
-    for good.
-    """
-
-    def __init__(self, store: Store, setting: Setting, now: Callable[[], float]) -> None:
-        self._store, self._setting, self._now = store, setting, now
-        self.force = False                     # tasks run although nothing has changed
-        self._stamps: Dict[str, Dict[str, Any]] = {}
-
-    def look(self, run: Run, name: str) -> Tuple[Event, Optional[str]]:
-        """Return what becomes of a task that its upstream lets run, and if it runs, why it has to."""
-        event, task = admit(run, name, self._now(), self._setting.environ), run.defs[name]
-        if not isinstance(event, TaskAdmitted) or not task.may_be_cached:
-            return event, "it has neither inputs nor outputs"
-        try:
-            stamp, record = self.stamp(run, name), self.record(run, name)
-            reason = "it is forced to" if self.force else self.why(stamp, record)
-        except (LookupError, ValueError) as exc:
-            return TaskSettled(event.at, name, FAILED, f"cannot start: {exc}"), None
-        except OSError as exc:
-            return TaskSettled(event.at, name, FAILED, f"inputs: {exc.filename}: {exc.strerror}"), None
-        if reason is None:
-            return TaskSettled(event.at, name, CACHED, "nothing has changed", record["output"]), None
-        self._stamps[name] = stamp
-        return event, reason
-
-    def ask(self, run: Run, action: Ask) -> List[Event]:
-        """Find out whether a task is to run, and if so put its record out of force."""
-        event, _ = self.look(run, action.task)
-        if isinstance(event, TaskAdmitted) and action.task in self._stamps:
-            try:
-                self._put(run, action.task, {"incomplete": run.id})
-            except OSError as exc:
-                return [TaskSettled(event.at, action.task, FAILED,
-                                    f"cannot start: {exc.filename or 'its record'}: {exc.strerror}")]
-        return [event]
-
-    def made(self, run: Run, end: AttemptEnded) -> AttemptEnded:
-        """Return the end of an attempt, which fails without its outputs; record a success."""
-        stamp = self._stamps.get(end.task)
-        if stamp is None or end.status != SUCCESS:
-            return end
-        for pattern in stamp["outputs"]:
-            if not matching([pattern], stamp["place"]):
-                return AttemptEnded(end.at, end.task, end.attempt, FAILED,
-                                    f"output {pattern} is not there, although the task has succeeded")
-        record = {"secret": run.id} if end.unsaved else {**stamp, "output": end.output}
-        try:
-            self._put(run, end.task, record)
-        except OSError:
-            pass                               # it runs once more, then
-        return end
-
-    def _path(self, run: Run, name: str) -> str:
-        return os.path.join(self._store.path, "cache", _folder(run.flow), f"{name}.json")
-
-    def _put(self, run: Run, name: str, record: Mapping[str, Any]) -> None:
-        self._store.prepare("cache", _folder(run.flow))
-        self._store.disk.put(self._path(run, name), json.dumps(record).encode(), True)
-
-    def record(self, run: Run, name: str) -> Dict[str, Any]:
-        """Return what is recorded of a task; {}: nothing that could be read."""
-        try:
-            record = json.loads(read_file(self._path(run, name), follow=False))
-            whole = isinstance(record.get("inputs"), dict) and isinstance(record.get("at"), int) and all(
-                isinstance(known, list) and len(known) == 3 for known in record["inputs"].values())
-            return record if whole or "incomplete" in record or "secret" in record else {}
-        except (OSError, ValueError, AttributeError, RecursionError):
-            return {}
-
-    def stamp(self, run: Run, name: str) -> Dict[str, Any]:
-        """Return what a task is made of now; raise LookupError, ValueError or OSError if that can't be told.
-
-        But for the names of files only hashes are recorded, as values may be secret.
-        """
-        task, values = run.defs[name], _flow_env(run, name, self._setting.environ)[1]
-        does = invoke(run, name, self._setting)
-        patterns = {field: [render_parts("file", text, values) for text in getattr(task, field) or ()]
-                    for field in ("inputs", "outputs")}
-        env = {key: does.env[key] for key in sorted({*run.plan.flow.env, *task.env})}
-        recipe = {"args": [does.argv, does.stdin], "env": env, "cwd": does.cwd, "params": run.params,
-                  "upstream": [run.ctx_of(name), run.outputs_of(run.tasks[name].scope)]}
-        stamp = {key: hash_of(json.dumps(value, sort_keys=True).encode()) for key, value in recipe.items()}
-        if isinstance(task.action, Script):
-            stamp["script"] = digest(f"{self._setting.tasks_dir}/{task.action.path}")
-        old = self.record(run, name)
-        files = [path for path in matching(patterns["inputs"], does.cwd)
-                 if os.path.isfile(os.path.join(does.cwd, path))]
-        known, at = old.get("inputs", {}), old.get("at", 0)
-        inputs = {path: _input(os.path.join(does.cwd, path), known.get(path), at) for path in files}
-        return {**stamp, "at": time.time_ns(), "inputs": inputs, "outputs": patterns["outputs"],
-                "place": does.cwd}
-
-    @staticmethod
-    def why(stamp: Mapping[str, Any], record: Mapping[str, Any]) -> Optional[str]:
-        """Return why a task has to run; None: it need not."""
-        if not record:
-            return "it has not succeeded yet"
-        if "incomplete" in record:
-            return f"it did not end well in run {record['incomplete']}"
-        if "secret" in record:
-            return "what it hands on holds a secret, which is not kept"
-        for key, told in _RECIPE.items():
-            if record.get(key) != stamp.get(key):
-                return told
-        for path in sorted({*stamp["inputs"], *record["inputs"]}):
-            if path not in record["inputs"]:
-                return f"input {path} is new"
-            if path not in stamp["inputs"]:
-                return f"input {path} is gone"
-            if stamp["inputs"][path][2] != record["inputs"][path][2]:
-                return f"input {path} has changed"
-        return next((f"output {pattern} is not there" for pattern in stamp["outputs"]
-                     if not matching([pattern], stamp["place"])), None)
-
-
 class Processes:
     """The real World: attempts are processes of this machine.  To be used as a context manager."""
 
@@ -8041,7 +8054,7 @@ class Processes:
         self._unwatch(child)
 
 # ============================================================================
-# == 21. FUNCTIONS: how are Python functions called, and what becomes of what they return?
+# == 23. FUNCTIONS: how are Python functions called, and what becomes of what they return?
 # ============================================================================
 # The World of a Python flow.  Async functions run on the loop of whoever started the run, plain ones in
 # threads of daemons, and those with process=True as processes like any other, whose answer is JSON.  All that
@@ -8661,7 +8674,7 @@ class Functions:
 
 
 # ============================================================================
-# == 22. RUNNER: how is one run driven to its end?
+# == 24. RUNNER: how is one run driven to its end?
 # ============================================================================
 # Here the pure half and the world meet.  work() is the loop around drive(): it waits for the world, keeps the
 # journal's promises while it waits, and lets a Watcher tell of it.  open_new() and open_again() differ in
@@ -9034,7 +9047,7 @@ def run_to_end(opened: Opened, store: Store, source: Optional[Source], order: Or
 
 
 # ============================================================================
-# == 23. REPORTING: how is it told to a person?
+# == 25. REPORTING: how is it told to a person?
 # ============================================================================
 # Talk goes to stderr, results to stdout.  Text that came from a flow or a task is shown with its control
 # characters escaped, so that it can't drive the terminal.
@@ -9474,7 +9487,7 @@ def format_plan(plan: Plan, slots: int) -> str:
 
 
 # ============================================================================
-# == 24. LIBRARY: what does a Python program use?
+# == 26. LIBRARY: what does a Python program use?
 # ============================================================================
 # A flow is known by the stem of its file, so looking one up reads one file and lists no directory.  Scripts
 # are checked when a flow is loaded: a run whose last script is missing should not find out after three hours.
@@ -9963,7 +9976,7 @@ class MiniFlow:
 
 
 # ============================================================================
-# == 25. COMMAND LINE: what can be typed?
+# == 27. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
 # its arguments.  Global options are parsed twice, before the command and after it, and the later one wins.

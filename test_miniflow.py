@@ -2091,6 +2091,16 @@ HOSTILE = ["", " ", "a b", "'", '"', "\\", "\\\\'", "$HOME", "$(touch PWN)", "`t
 
 class T13Exporters(unittest.TestCase):
 
+    def test_the_text_graph_shows_levels_rules_and_what_each_task_waits_for(self):
+        flow = make(task("a"), task("b", "a", script="x.py"),
+                    task("c", "a", "b", trigger_rule="all_done", allow_failure=True))
+        self.assertEqual(mf.to_text_graph(mf.make_plan(flow)).splitlines(), [
+            "f: 3 tasks, 3 levels", "1", "   a  command true", "2", "   b  script x.py  <- a", "3",
+            "   c  command true  [all_done, allow_failure]  <- a, b"])
+
+
+class T14Bash(unittest.TestCase):
+
     def script(self, project, name="f", *args):
         code, out, err = project.main("run", name, "--dry-run", *args)
         self.assertEqual(code, 0, err)
@@ -2132,13 +2142,6 @@ class T13Exporters(unittest.TestCase):
         with self.assertRaises(mf.UsageError) as caught:
             mf.to_bash(mf.make_plan(flow), {"x": "1"}, "tasks")
         self.assertIn("task a: if: params.x == ", str(caught.exception))
-
-    def test_the_text_graph_shows_levels_rules_and_what_each_task_waits_for(self):
-        flow = make(task("a"), task("b", "a", script="x.py"),
-                    task("c", "a", "b", trigger_rule="all_done", allow_failure=True))
-        self.assertEqual(mf.to_text_graph(mf.make_plan(flow)).splitlines(), [
-            "f: 3 tasks, 3 levels", "1", "   a  command true", "2", "   b  script x.py  <- a", "3",
-            "   c  command true  [all_done, allow_failure]  <- a, b"])
 
     def test_a_task_of_the_script_sees_nothing_of_the_script_and_what_its_flow_sets(self):
         flow = {"id": "other", "io": "x", "v": "y", "flow": "z", "PYTHON": "python3"}
@@ -2405,7 +2408,7 @@ class RecordingDisk(mf.Disk):
         return content
 
 
-class T14Disk(unittest.TestCase):
+class T15Disk(unittest.TestCase):
 
     def setUp(self):
         self.path = os.path.realpath(tempfile.mkdtemp(prefix="miniflow-test-"))
@@ -2472,7 +2475,7 @@ class T14Disk(unittest.TestCase):
         self.assertEqual(os.listdir(self.path), [])
 
 
-class T15Locks(unittest.TestCase):
+class T16Locks(unittest.TestCase):
     """Every test is made with the system's locks and, as on some network file systems, without."""
 
     WITHOUT = """
@@ -2643,7 +2646,7 @@ class T15Locks(unittest.TestCase):
         self.assertEqual(calls, [(2**30, 2, 1)] * 2)
 
 
-class T16Store(unittest.TestCase):
+class T17Store(unittest.TestCase):
 
     FLOW = make(task("a"), task("b", "a"))
 
@@ -3308,7 +3311,7 @@ def children(pid):
 
 
 @unittest.skipUnless(LINUX, "posix_spawn is used on Linux")
-class T17Spawn(unittest.TestCase):
+class T18Spawn(unittest.TestCase):
     """Each test is made both ways: by posix_spawn, and by Popen, which another directory asks for."""
 
     def both(self, *argv, keep=(), env=None):
@@ -3389,7 +3392,7 @@ class T17Spawn(unittest.TestCase):
 
 
 @unittest.skipUnless(LINUX, "without /proc nobody can tell whose a process is")
-class T18Orphans(unittest.TestCase):
+class T19Orphans(unittest.TestCase):
 
     STUBBORN = """
         import os, signal, subprocess, sys, time
@@ -4289,7 +4292,7 @@ IMPORTS = {
 
 
 @unittest.skipUnless(LINUX, "scripts are forked on Linux alone")
-class T19TemplateInterpreter(unittest.TestCase):
+class T20TemplateInterpreter(unittest.TestCase):
 
     #: The environment of all, which has something that no flow can set.
     ENV = {**{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
@@ -4728,7 +4731,132 @@ class T19TemplateInterpreter(unittest.TestCase):
             self.assertEqual({inner.split("/")[1] for _, inner in cookies}, {f"i{n}" * 30 for n in range(6)})
 
 
-class T20Processes(unittest.TestCase):
+class T21Freshness(unittest.TestCase):
+
+    def test_a_task_runs_only_where_something_has_changed_and_says_what(self):
+        """The rules are doit's: it has not succeeded, what it reads has changed, was added or has gone, what it
+        makes is not there, or what it is itself has changed."""
+        flow = flow_json(
+            task("first", command="echo n=1 >>$MINIFLOW_OUTPUT; cat >/dev/null"),
+            task("t", "first", script="t.py", args=["x"], env={"E": "1"}, inputs=["in/*.csv"],
+            outputs=["out/${{ params.p }}"]),
+            task("below", "t", command=["echo", "${{ tasks.t.outputs.rows }}"]), params={"p": "a"})
+        script = ("import glob, json, os\nos.makedirs('out', exist_ok=True)\nopen('ran', 'a').write('x')\n"
+                  "open('out/' + os.environ['MINIFLOW_PARAM_P'], 'w').write('made')\n"
+                  "json.dump({'rows': len(glob.glob('in/*.csv'))}, open(os.environ['MINIFLOW_OUTPUT'], 'w'))\n")
+
+        def change(**fields):
+            flow["tasks"][1].update(fields)
+            project.write("flows/f.json", json.dumps(flow))
+
+        def edit(name, text, keep_time=False):
+            before = os.stat(project.at(name)).st_mtime_ns if keep_time else 0
+            project.write(name, text)
+            if keep_time:
+                os.utime(project.at(name), ns=(before, before))
+
+        def same():
+            """Nothing."""
+
+        options = []
+        with Project({"f": flow}, {"t.py": script}) as project:
+            project.write("in/a.csv", "1")
+            steps = [
+                ("it has not succeeded yet", same), (None, same),
+                ("input in/a.csv has changed", lambda: edit("in/a.csv", "22")),
+                (None, lambda: os.utime(project.at("in/a.csv"))), (None, lambda: edit("in/a.csv", "22")),
+                ("input in/a.csv has changed", lambda: edit("in/a.csv", "33", True)),
+                ("input in/b.csv is new", lambda: edit("in/b.csv", "1")), (None, lambda: edit("in/c.txt", "1")),
+                ("input in/b.csv is gone", lambda: os.unlink(project.at("in/b.csv"))),
+                ("output out/a is not there", lambda: os.unlink(project.at("out/a"))),
+                (None, lambda: edit("out/a", "other")),
+                ("its script has changed", lambda: edit("tasks/t.py", script + "# more\n")),
+                ("its arguments have changed", lambda: change(args=["y"])),
+                ("its environment has changed", lambda: change(env={"E": "2"})),
+                (None, lambda: change(description="other", max_retries=1, timeout_s=9)),
+                ("the params have changed", lambda: options.append("--param=p=b")), (None, same),
+                ("what its upstream hands on has changed",
+                 lambda: (flow["tasks"][0].update(command="echo n=2 >>$MINIFLOW_OUTPUT"), change())),
+                ("it is forced to", lambda: options.append("--force")), (None, lambda: options.pop())]
+            for n, (reason, what) in enumerate(steps):
+                with self.subTest(n=n, reason=reason):
+                    what()
+                    ran = project.read("ran") if os.path.exists(project.at("ran")) else ""
+                    code, _, err = project.main("run", "f", "--run-id", f"r{n}", *options)
+                    self.assertEqual(code, 0, err)
+                    state = project.state(f"r{n}")["tasks"]
+                    self.assertEqual(state["t"]["status"], "success" if reason else "cached")
+                    self.assertEqual(len(project.read("ran")) - len(ran), 1 if reason else 0)
+                    self.assertEqual(state["below"]["status"], "success")
+                    self.assertEqual(project.log(f"r{n}", "below"), b"%d\n" % state["t"]["output"]["rows"])
+
+    def test_explain_says_why_in_words_and_runs_and_writes_nothing(self):
+        tasks = [task("a", inputs=["in"], outputs=["out"], command="cp in out"), task("b", "a", inputs=["out"]),
+                 task("each", foreach=["x", "y"], outputs=["${{ item }}"], command="touch $1", args=["${{ item }}"]),
+                 task("no", inputs=[], **{"if": "false"}), task("plain", "b"), task("skipped", "no")]
+
+        def explain(*options):
+            code, out, err = project.main("run", "f", "--explain", *options)
+            self.assertEqual((code, err), (0, ""))
+            return dict(line.split("  ", 1) for line in out.splitlines())
+
+        with one(*tasks) as project:
+            project.write("in", "1")
+            self.assertEqual(explain(), {
+                "a": "run: it has not succeeded yet", "b": "perhaps: a comes before it",
+                "plain": "perhaps: b comes before it",
+                "each": "run: some of its instances run", "each[0]": "run: it has not succeeded yet",
+                "each[1]": "run: it has not succeeded yet", "no": "skipped: if is false",
+                "skipped": "skipped: upstream no was skipped"})
+            self.assertFalse(os.path.exists(project.at("miniflow_output")))
+            self.assertEqual(project.main("run", "f")[0], 0)
+            before = sorted(os.listdir(project.at("miniflow_output", "runs")))
+            self.assertEqual(explain(), {
+                "a": "cached: nothing has changed", "b": "cached: nothing has changed",
+                "plain": "run: it has neither inputs nor outputs", "each": "cached: none of it runs",
+                "each[0]": "cached: nothing has changed", "each[1]": "cached: nothing has changed",
+                "no": "skipped: if is false", "skipped": "skipped: upstream no was skipped"})
+            os.unlink(project.at("y"))
+            self.assertEqual(explain()["each[1]"], "run: output y is not there")
+            self.assertEqual(explain("--force")["a"], "run: it is forced to")
+            self.assertEqual(explain("--only", "b"), {**dict.fromkeys(["a", "each", "no", "plain", "skipped"],
+            "left out"),
+                                                      "b": "cached: nothing has changed"})
+            project.write("in", "2")
+            self.assertEqual(explain()["a"], "run: input in has changed")
+            self.assertEqual(sorted(os.listdir(project.at("miniflow_output", "runs"))), before)
+
+    def test_what_an_interrupted_task_has_left_is_never_taken_for_good(self):
+        half = "echo half >out; test -e go || kill -9 $PPID; test -e ok || exit 3; echo whole >out"
+        with one(task("a", inputs=["in"], outputs=["out"], command=half)) as project:
+            project.write("in", "1")
+            self.assertEqual(project.cli("run", "f", "--run-id", "killed").returncode, -9)
+            self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it did not end well in run killed\n")
+            project.write("go", "")
+            self.assertEqual(project.main("run", "f", "--run-id", "failed")[0], 1)
+            self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it did not end well in run failed\n")
+            project.write("ok", "")
+            self.assertEqual(project.main("resume", "failed")[0], 0)
+            self.assertEqual(project.read("out"), "whole\n")
+            self.assertEqual(project.main("run", "f", "--explain")[1], "a  cached: nothing has changed\n")
+            for broken in ("{", "[]", '{"inputs": []}', '{"inputs": {"in": 3}, "at": 1}', '{"inputs": {}, "at": "x"}'):
+                project.write("miniflow_output/cache/f/a.json", broken)
+                self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it has not succeeded yet\n")
+
+    def test_a_task_that_does_not_make_its_outputs_fails(self):
+        with one(task("a", outputs=["out", "other*"], command="echo >out", max_retries=1),
+                 task("b", inputs=["gone/${{ params.x }}"]), task("c", inputs=["${{ tasks.b.outputs.no }}"],
+                 depends_on=["b"]),
+                 params={"x": "*"}) as project:
+            code, _, _ = project.main("run", "f", "--run-id", "r")
+            state = project.state("r")["tasks"]
+            self.assertEqual((code, state["a"]["reason"], len(state["a"]["attempts"])),
+                             (1, "output other* is not there, although the task has succeeded", 2))
+            self.assertEqual((state["b"]["status"], state["c"]["status"]), ("success", "failed"))
+            self.assertIn('cannot start: tasks.b.outputs.no: there is no "no"', state["c"]["reason"])
+
+
+class T22Processes(unittest.TestCase):
 
     def test_the_end_of_a_task_is_its_exit_code(self):
         with one(task("ok"), task("bad", command="exit 3"), task("killed", command="kill -9 $$"),
@@ -5206,7 +5334,7 @@ def failure(*tasks, **options):
         return exc
 
 
-class T21Functions(unittest.TestCase):
+class T23Functions(unittest.TestCase):
 
     def program(self, text, *args, **options):
         """Run a Python program beside miniflow.py, in a directory of its own; return its CompletedProcess."""
@@ -6173,7 +6301,7 @@ class T21Functions(unittest.TestCase):
             self.assertEqual(ctx.read, set("abcd"), way)
 
 
-class T22Runner(unittest.TestCase):
+class T24Runner(unittest.TestCase):
 
     def test_a_failed_run_is_resumed_and_repeats_nothing_that_succeeded(self):
         with one(task("a", command="echo a >> ran"), task("b", "a", command="echo b >> ran; test -e ready"),
@@ -6418,7 +6546,7 @@ class T22Runner(unittest.TestCase):
             self.assertIn("mf_order='1 2'", project.read(out.strip()))
 
 
-class T23Reporting(unittest.TestCase):
+class T25Reporting(unittest.TestCase):
 
     def test_control_characters_cannot_drive_the_terminal(self):
         for text, shown in [("\x1b]0;pwn\x07", "\\x1b]0;pwn\\x07"), ("\x1b[2J", "\\x1b[2J"),
@@ -6524,7 +6652,7 @@ class T23Reporting(unittest.TestCase):
             self.assertEqual(project.state("r")["status"], "success")
 
 
-class T24Library(unittest.TestCase):
+class T26Library(unittest.TestCase):
 
     def test_a_store_lists_finds_and_removes_runs(self):
         def step(ctx):
@@ -6619,7 +6747,7 @@ class T24Library(unittest.TestCase):
             self.assertIn("is not a file", check("sub"))
 
 
-class T25CommandLine(unittest.TestCase):
+class T27CommandLine(unittest.TestCase):
 
     def test_every_promise_of_an_exit_code(self):
         with Project({"good": flow_json(task("a")), "red": flow_json(task("a", command="exit 1")),
@@ -6957,126 +7085,6 @@ class T25CommandLine(unittest.TestCase):
                     "tasks[5].flow: expected"]):
                 self.assertIn(said, line)
             self.assertIn("tasks[1].params: goes with flow only; remove it", project.main("validate", "fine")[2])
-
-    def test_a_task_runs_only_where_something_has_changed_and_says_what(self):
-        flow = flow_json(
-            task("first", command="echo n=1 >>$MINIFLOW_OUTPUT; cat >/dev/null"),
-            task("t", "first", script="t.py", args=["x"], env={"E": "1"}, inputs=["in/*.csv"],
-            outputs=["out/${{ params.p }}"]),
-            task("below", "t", command=["echo", "${{ tasks.t.outputs.rows }}"]), params={"p": "a"})
-        script = ("import glob, json, os\nos.makedirs('out', exist_ok=True)\nopen('ran', 'a').write('x')\n"
-                  "open('out/' + os.environ['MINIFLOW_PARAM_P'], 'w').write('made')\n"
-                  "json.dump({'rows': len(glob.glob('in/*.csv'))}, open(os.environ['MINIFLOW_OUTPUT'], 'w'))\n")
-
-        def change(**fields):
-            flow["tasks"][1].update(fields)
-            project.write("flows/f.json", json.dumps(flow))
-
-        def edit(name, text, keep_time=False):
-            before = os.stat(project.at(name)).st_mtime_ns if keep_time else 0
-            project.write(name, text)
-            if keep_time:
-                os.utime(project.at(name), ns=(before, before))
-
-        def same():
-            """Nothing."""
-
-        options = []
-        with Project({"f": flow}, {"t.py": script}) as project:
-            project.write("in/a.csv", "1")
-            steps = [
-                ("it has not succeeded yet", same), (None, same),
-                ("input in/a.csv has changed", lambda: edit("in/a.csv", "22")),
-                (None, lambda: os.utime(project.at("in/a.csv"))), (None, lambda: edit("in/a.csv", "22")),
-                ("input in/a.csv has changed", lambda: edit("in/a.csv", "33", True)),
-                ("input in/b.csv is new", lambda: edit("in/b.csv", "1")), (None, lambda: edit("in/c.txt", "1")),
-                ("input in/b.csv is gone", lambda: os.unlink(project.at("in/b.csv"))),
-                ("output out/a is not there", lambda: os.unlink(project.at("out/a"))),
-                (None, lambda: edit("out/a", "other")),
-                ("its script has changed", lambda: edit("tasks/t.py", script + "# more\n")),
-                ("its arguments have changed", lambda: change(args=["y"])),
-                ("its environment has changed", lambda: change(env={"E": "2"})),
-                (None, lambda: change(description="other", max_retries=1, timeout_s=9)),
-                ("the params have changed", lambda: options.append("--param=p=b")), (None, same),
-                ("what its upstream hands on has changed",
-                 lambda: (flow["tasks"][0].update(command="echo n=2 >>$MINIFLOW_OUTPUT"), change())),
-                ("it is forced to", lambda: options.append("--force")), (None, lambda: options.pop())]
-            for n, (reason, what) in enumerate(steps):
-                with self.subTest(n=n, reason=reason):
-                    what()
-                    ran = project.read("ran") if os.path.exists(project.at("ran")) else ""
-                    code, _, err = project.main("run", "f", "--run-id", f"r{n}", *options)
-                    self.assertEqual(code, 0, err)
-                    state = project.state(f"r{n}")["tasks"]
-                    self.assertEqual(state["t"]["status"], "success" if reason else "cached")
-                    self.assertEqual(len(project.read("ran")) - len(ran), 1 if reason else 0)
-                    self.assertEqual(state["below"]["status"], "success")
-                    self.assertEqual(project.log(f"r{n}", "below"), b"%d\n" % state["t"]["output"]["rows"])
-
-    def test_explain_says_why_in_words_and_runs_and_writes_nothing(self):
-        tasks = [task("a", inputs=["in"], outputs=["out"], command="cp in out"), task("b", "a", inputs=["out"]),
-                 task("each", foreach=["x", "y"], outputs=["${{ item }}"], command="touch $1", args=["${{ item }}"]),
-                 task("no", inputs=[], **{"if": "false"}), task("plain", "b"), task("skipped", "no")]
-
-        def explain(*options):
-            code, out, err = project.main("run", "f", "--explain", *options)
-            self.assertEqual((code, err), (0, ""))
-            return dict(line.split("  ", 1) for line in out.splitlines())
-
-        with one(*tasks) as project:
-            project.write("in", "1")
-            self.assertEqual(explain(), {
-                "a": "run: it has not succeeded yet", "b": "perhaps: a comes before it",
-                "plain": "perhaps: b comes before it",
-                "each": "run: some of its instances run", "each[0]": "run: it has not succeeded yet",
-                "each[1]": "run: it has not succeeded yet", "no": "skipped: if is false",
-                "skipped": "skipped: upstream no was skipped"})
-            self.assertFalse(os.path.exists(project.at("miniflow_output")))
-            self.assertEqual(project.main("run", "f")[0], 0)
-            before = sorted(os.listdir(project.at("miniflow_output", "runs")))
-            self.assertEqual(explain(), {
-                "a": "cached: nothing has changed", "b": "cached: nothing has changed",
-                "plain": "run: it has neither inputs nor outputs", "each": "cached: none of it runs",
-                "each[0]": "cached: nothing has changed", "each[1]": "cached: nothing has changed",
-                "no": "skipped: if is false", "skipped": "skipped: upstream no was skipped"})
-            os.unlink(project.at("y"))
-            self.assertEqual(explain()["each[1]"], "run: output y is not there")
-            self.assertEqual(explain("--force")["a"], "run: it is forced to")
-            self.assertEqual(explain("--only", "b"), {**dict.fromkeys(["a", "each", "no", "plain", "skipped"],
-            "left out"),
-                                                      "b": "cached: nothing has changed"})
-            project.write("in", "2")
-            self.assertEqual(explain()["a"], "run: input in has changed")
-            self.assertEqual(sorted(os.listdir(project.at("miniflow_output", "runs"))), before)
-
-    def test_what_an_interrupted_task_has_left_is_never_taken_for_good(self):
-        half = "echo half >out; test -e go || kill -9 $PPID; test -e ok || exit 3; echo whole >out"
-        with one(task("a", inputs=["in"], outputs=["out"], command=half)) as project:
-            project.write("in", "1")
-            self.assertEqual(project.cli("run", "f", "--run-id", "killed").returncode, -9)
-            self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it did not end well in run killed\n")
-            project.write("go", "")
-            self.assertEqual(project.main("run", "f", "--run-id", "failed")[0], 1)
-            self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it did not end well in run failed\n")
-            project.write("ok", "")
-            self.assertEqual(project.main("resume", "failed")[0], 0)
-            self.assertEqual(project.read("out"), "whole\n")
-            self.assertEqual(project.main("run", "f", "--explain")[1], "a  cached: nothing has changed\n")
-            for broken in ("{", "[]", '{"inputs": []}', '{"inputs": {"in": 3}, "at": 1}', '{"inputs": {}, "at": "x"}'):
-                project.write("miniflow_output/cache/f/a.json", broken)
-                self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it has not succeeded yet\n")
-
-    def test_a_task_that_does_not_make_its_outputs_fails(self):
-        with one(task("a", outputs=["out", "other*"], command="echo >out", max_retries=1),
-                 task("b", inputs=["gone/${{ params.x }}"]), task("c", inputs=["${{ tasks.b.outputs.no }}"],
-                 depends_on=["b"]),
-                 params={"x": "*"}) as project:
-            code, _, _ = project.main("run", "f", "--run-id", "r")
-            state = project.state("r")["tasks"]
-            self.assertEqual((code, state["a"]["reason"], len(state["a"]["attempts"])),
-                             (1, "output other* is not there, although the task has succeeded", 2))
-            self.assertEqual((state["b"]["status"], state["c"]["status"]), ("success", "failed"))
-            self.assertIn('cannot start: tasks.b.outputs.no: there is no "no"', state["c"]["reason"])
 
     def serve(self):
         """Return the address of a web server that says what it was asked, and the list of that."""
