@@ -4699,12 +4699,22 @@ def attempt_unstartable(run: Run, task_id: str, now: float, reason: str, code: O
 # An exporter turns a plan into text in one pass; nobody edits the text afterwards.  What a language can't
 # express is named and refused, never dropped in silence.
 
-EXPORTERS: Dict[str, Callable[..., str]] = {}
+class Exported(NamedTuple):
+    """A plan in another language, and in words whatever of it that language does otherwise."""
+
+    text: str
+    losses: Tuple[str, ...] = ()
+    is_program: bool = False                   # it can be executed
 
 
-def exporter(name: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+#: Language -> what takes a plan, its params and the tasks directory, and returns it in that language; raises
+#: UsageError with all that can't be said in it.
+EXPORTERS: Dict[str, Callable[[Plan, Mapping[str, Any], str], Exported]] = {}
+
+
+def exporter(name: str) -> Callable[[Any], Any]:
     """Enter the decorated function into EXPORTERS under `name`."""
-    def enter(function: Callable[..., str]) -> Callable[..., str]:
+    def enter(function: Any) -> Any:
         EXPORTERS[name] = function
         return function
     return enter
@@ -5223,7 +5233,7 @@ def _bash_stdin(plan: Plan, task: Task, values: Values, number: int) -> str:
 
 
 @exporter("bash")
-def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
+def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
     """Return a bash script that runs `plan` with `params` alone; raise UsageError for what bash can't do."""
     values = Values(params, {}, {}, {}, lambda name: {})
     functions, problems = [], []
@@ -5260,9 +5270,9 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
     exports = "".join(f"export MINIFLOW_PARAM_{param_variable(name)}={bash_quote(to_text(value))}\n"
                       for name, value in params.items())
     head, loop = _BASH_ENGINE.split("\nmf_red=0\n")
-    return "".join([_BASH_HEAD, "\n# ---- the flow\n", settings, f"mf_context={bash_quote(context)}\n",
-                    exports,
-                    *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nmf_red=0\n", loop])
+    return Exported("".join([
+        _BASH_HEAD, "\n# ---- the flow\n", settings, f"mf_context={bash_quote(context)}\n", exports,
+        *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nmf_red=0\n", loop]), is_program=True)
 
 
 # ############################################################################
@@ -9898,7 +9908,8 @@ def write_script(store: Store, stem: str, plan: Plan, params: Mapping[str, Any],
     """Write the bash script of a plan into the output directory and return its path."""
     check_secrets(plan.flow, params)
     folder = store.prepare("scripts")
-    content = to_bash(plan, params, os.path.abspath(tasks_dir)).encode("utf-8", "surrogateescape")
+    script = EXPORTERS["bash"](plan, params, os.path.abspath(tasks_dir))
+    content = script.text.encode("utf-8", "surrogateescape")
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     name = re.sub("[^A-Za-z0-9_.-]", "_", stem)
     for n in range(1, 10000):
@@ -10587,15 +10598,18 @@ def run_export(options: Any) -> int:
     flow = mini.load(options.flow)
     params = complete_params(flow, read_params(options, flow))
     check_secrets(flow, params)
-    text = EXPORTERS[options.to](make_plan(flow), params, os.path.abspath(mini.tasks_dir))
-    content = text.encode("utf-8", "surrogateescape")
+    exported = EXPORTERS[options.to](make_plan(flow), params, os.path.abspath(mini.tasks_dir))
+    for loss in exported.losses:
+        say(f"note: {loss}")
+    content = exported.text.encode("utf-8", "surrogateescape")
     if options.file is None:
         write_result(content)
         return 0
     try:
         with open(options.file, "wb") as file:
             file.write(content)
-        os.chmod(options.file, 0o755)
+        if exported.is_program:
+            os.chmod(options.file, 0o755)
     except OSError as exc:
         raise UsageError(f"-o {shown(options.file)}: can't be written: {exc.strerror}") from None
     return 0
