@@ -1458,7 +1458,7 @@ def secret_texts(names: Iterable[str], environ: Mapping[str, str]) -> Tuple[str,
     """Return the texts in which the values of environment variables may show, the longest first."""
     texts = set()
     for value in filter(None, map(environ.get, names)):
-        for text in (value, value.strip(), *(line.strip() for line in value.splitlines())):
+        for text in (value, value.strip(), value.rstrip("="), *(line.strip() for line in value.splitlines())):
             if len(text) >= SHORTEST_SECRET:
                 texts |= {_url_part(text), text, json.dumps(text)[1:-1],
                           json.dumps(text, ensure_ascii=False)[1:-1],
@@ -1466,11 +1466,22 @@ def secret_texts(names: Iterable[str], environ: Mapping[str, str]) -> Tuple[str,
     return tuple(sorted(texts, key=lambda text: (-len(text), text)))
 
 
+def _masked_cut(text: str, secret: str) -> str:
+    """Return `text` with the beginning of a secret replaced that stands where a message was cut off."""
+    parts = text.split("…")
+    for n, part in enumerate(parts[:-1]):
+        begin = next((size for size in range(min(len(part), len(secret)), SHORTEST_SECRET - 1, -1)
+                      if part.endswith(secret[:size])), 0)
+        parts[n] = part[:len(part) - begin] + MASK if begin else part
+    return "…".join(parts)
+
+
 def masked(value: Any, secrets: Sequence[str]) -> Any:
     """Return a JSON value with each of `secrets` in its strings replaced by ***."""
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, MASK)
+            value = _masked_cut(value, secret) if "…" in value else value
         return value
     if isinstance(value, Mapping):
         return {masked(key, secrets): masked(item, secrets) for key, item in value.items()}
@@ -1933,6 +1944,7 @@ _NAME: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$(?!
 _STR: Schema = {"type": "string"}
 _STRS: Schema = {"type": "array", "items": _STR, "title": "an array of strings"}
 _TEXT: Schema = {"type": "string", "minLength": 1, "title": "a non-empty string"}
+_ALONE: Schema = {"type": "string", "pattern": r"^\$\{\{[^}]*\}\}$"}           # one template and no more
 _PATTERNS: Schema = {"type": "array", "items": _TEXT, "title": "an array of patterns of files"}
 _BOOL: Schema = {"type": "boolean"}
 _SECONDS: Schema = {"type": "number", "minimum": 0, "maximum": 315360000}
@@ -1999,8 +2011,10 @@ WAIT_FIELDS = (
     Field("url", _TEXT, "an address that answers with 200 to 299"),
     Field("command", {"type": "array", "items": _STR, "minItems": 1, "title": "a non-empty array of strings"},
           "a command that ends with exit code 0"),
-    Field("seconds", _SECONDS, "so many seconds"),
-    Field("poll_s", _LIMIT, "seconds between two looks; default 5"),
+    Field("seconds", {"anyOf": [_SECONDS, _ALONE], "title": "seconds, or a template that gives them"},
+          "so many seconds"),
+    Field("poll_s", {"anyOf": [_LIMIT, _ALONE], "title": "seconds, or a template that gives them"},
+          "seconds between two looks; default 5"),
 )
 ACTION_FIELDS = (
     Field("script", {"type": "string", "minLength": 1,
@@ -3033,8 +3047,30 @@ def judge(task: Task, kinds: Sequence[str]) -> Tuple[str, str]:
     return end, f"trigger rule {task.trigger_rule} does not hold"
 
 
+def judge_group(ends: Mapping[str, str]) -> Tuple[str, str]:
+    """Return the end of a task whose instances have ended so, and why."""
+    end = next((end for end in (CANCELLED, FAILED) if end in ends.values()), SUCCESS)
+    bad = [name for name, status in ends.items() if status == end != SUCCESS]
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return end, f"{len(bad)} of {len(ends)} {end}: {', '.join(bad[:3])}{more}" if bad else ""
+
+
 #: So long an attempt waits that the system had no means for, in seconds.
 PRESSURE_S = 1.0
+
+def _sort_instances(plan: Plan, tasks: Mapping[str, TaskRun]
+                    ) -> Tuple[Dict[str, Dict[str, TaskRun]], Dict[str, List[str]]]:
+    """Return by their task the instances that are to be made anew, and the names of those that are there."""
+    earlier, there = {}, {}    # type: Dict[str, Dict[str, TaskRun]], Dict[str, List[str]]
+    for name, task_run in tasks.items():
+        if name not in plan.tasks:
+            group = name[:name.rindex("[")]
+            if task_run.each is None:
+                earlier.setdefault(group, {})[name] = task_run
+            else:
+                there.setdefault(group, []).append(name)
+    return earlier, there
+
 
 #: What each event changes in a run.
 _APPLY: Dict[Type[Any], Callable[[Any, Any], None]] = {}
@@ -3057,6 +3093,7 @@ class Run:
     def __init__(self, plan: Plan, id: str, params: Optional[Mapping[str, Any]] = None, started: float = 0,
                  flow: str = "", source: str = "", tasks: Optional[Dict[str, TaskRun]] = None) -> None:
         self.plan, self.id, self.params, self.started = plan, id, dict(params or {}), started
+        self.parent: Optional[Mapping[str, str]] = None                # run and task that it is a part of
         self.flow, self.source = flow or plan.flow.name, source
         self.scheduled_time = started
         self.finished: Optional[float] = None
@@ -3065,7 +3102,10 @@ class Run:
         self.cancel: Optional[CancelRequested] = None
         self.first_failure: Optional[str] = None
         self.warnings = 0
-        self.tasks: Dict[str, TaskRun] = tasks or {name: TaskRun() for name in plan.order}
+        self.earlier, found = _sort_instances(plan, tasks or {})
+        self.tasks: Dict[str, TaskRun] = {name: tasks[name] if tasks else TaskRun() for name in plan.order}
+        for names in found.values():
+            self.tasks.update((name, tasks[name]) for name in names if tasks)
         self.defs = dict(plan.tasks)           # of the instances, too
         self.groups: Dict[str, List[str]] = {} # task to its instances
         self.group_of: Dict[str, str] = {}     # instance to its task
@@ -3082,15 +3122,11 @@ class Run:
         self.secrets: Tuple[str, ...] = ()     # texts that are stored as ***
         self.room: Optional[int] = None                      # attempts at once that the system has means for
         self._scopes = Scopes(plan)
-        self._found_instances: Dict[str, List[str]] = {}
-        for name, task_run in self.tasks.items() if tasks else ():
-            if task_run.each is not None:
-                self._found_instances.setdefault(name[:name.rindex("[")], []).append(name)
         for name in plan.order:
-            self._survey(name)
+            self._survey(name, found.get(name, ()))
 
-    def _survey(self, name: str) -> None:
-        """Find the place of task `name` in the frontier; all its upstream has been surveyed before."""
+    def _survey(self, name: str, names: Sequence[str]) -> None:
+        """Find the place of a task with such instances in the frontier; its upstream has been surveyed."""
         task, task_run = self.plan.tasks[name], self.tasks[name]
         self.waits[name] = sum(self.tasks[up].status not in SETTLED for up in task.depends_on)
         if task_run.status == PENDING:
@@ -3098,8 +3134,8 @@ class Run:
                 self._reached(name)
             return
         task_run.scope = self._scopes.take(task)
-        names = self._found_instances.get(name, ())
-        if names:
+        is_group = names or task.many and task_run.status == RUNNING
+        if is_group:
             self._gather(name, names)
         for instance in names:
             if task_run.status not in SETTLED:
@@ -3108,7 +3144,9 @@ class Run:
                 self._count(instance)
         if task_run.status in SETTLED:
             self._count(name)
-        elif not names:
+        elif is_group:
+            self._bar_group(name)
+        else:
             self._resume(name)
 
     def _resume(self, name: str) -> None:
@@ -3142,15 +3180,15 @@ class Run:
         task_run = self.tasks[name]
         task_run.status, task_run.started = RUNNING, at
         names = [instance_id(name, n) for n in range(len(each))]
+        earlier = self.earlier.pop(name, {})
         for instance, values in zip(names, each):
-            self.tasks[instance] = TaskRun()
+            self.tasks[instance] = earlier.get(instance) or TaskRun()
             self.tasks[instance].each = values
         self.unsettled += len(names)
         self._gather(name, names)
         for instance in names:
             self.ask_or_push(instance)
-        if not names:
-            self._settle_group(name, at)
+        self._bar_group(name)
 
     def ask_or_push(self, name: str) -> None:
         """Nothing upstream keeps task `name` from running."""
@@ -3159,17 +3197,10 @@ class Run:
         else:
             self.queues.push(name)
 
-    def _settle_group(self, name: str, at: Optional[float]) -> None:
-        """All instances of task `name` have ended, and so it does itself."""
-        ends = [self.tasks[instance].status for instance in self.groups[name]]
-        status = next((end for end in (CANCELLED, FAILED) if end in ends), SUCCESS)
-        bad = [instance for instance, end in zip(self.groups[name], ends) if end == status != SUCCESS]
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        reason = f"{len(bad)} of {len(ends)} {status}: {', '.join(bad[:3])}{more}" if bad else None
-        items = [self.tasks[instance].output for instance in self.groups[name]]
-        if any(self.tasks[instance].unsaved for instance in self.groups[name]):
-            self.tasks[name].unsaved = {"items": "secret"}
-        self.settle(name, status, at, reason, {"items": items} if status == SUCCESS else None, None)
+    def _bar_group(self, name: str) -> None:
+        """If all instances of task `name` have ended, it is to end itself, as they say."""
+        if not self.waits[name]:
+            self.barred[name] = judge_group({each: self.tasks[each].status for each in self.groups[name]})
 
     def __repr__(self) -> str:
         return f"<Run {self.id}: {self.status}>"
@@ -3241,7 +3272,6 @@ class Run:
             task_run.deadline = round(started + limit, 6)
             heapq.heappush(self.deadlines, (task_run.deadline, name, task_run.attempt, "TERM"))
 
-
     def settle(self, name: str, status: str, at: Optional[float], reason: Optional[str],
                 output: Optional[Mapping[str, Any]], error: Optional[str]) -> None:
         """Give task `name` its end, and reach those downstream for which it was the last to wait for."""
@@ -3252,8 +3282,7 @@ class Run:
         if name in self.group_of:
             group = self.group_of[name]
             self.waits[group] -= 1
-            if not self.waits[group]:
-                self._settle_group(group, at)
+            self._bar_group(group)
             return
         for below in self.plan.downstream[name]:
             self.waits[below] -= 1
@@ -3390,7 +3419,12 @@ def _on_expanded(run: Run, event: TaskExpanded) -> None:
 def _on_settled(run: Run, event: TaskSettled) -> None:
     run.barred.pop(event.task, None)
     run.asking.pop(event.task, None)
-    run.settle(event.task, event.status, event.at, event.reason, event.output, None)
+    output = event.output
+    if event.status == SUCCESS and event.task in run.groups:   # which holds them; the event need not
+        each = [run.tasks[instance] for instance in run.groups[event.task]]
+        output = {"items": [instance.output for instance in each]}
+        run.tasks[event.task].unsaved = {"items": "secret"} if any(one.unsaved for one in each) else {}
+    run.settle(event.task, event.status, event.at, event.reason, output, None)
 
 
 @_applies(CancelRequested)
@@ -3651,7 +3685,8 @@ def fact(run: Run, action: Due, now: float) -> Optional[Event]:
     if isinstance(action, Stop):
         return AttemptStopping(now, action.task, action.attempt, action.reason, action.signal)
     if isinstance(action, Settle):
-        return TaskSettled(now, action.task, action.status, action.reason, run.plan.left_out.get(action.task))
+        return TaskSettled(now, action.task, action.status, action.reason or None,
+                           run.plan.left_out.get(action.task))
     if isinstance(action, Expire):
         return CancelRequested(now, action.reason, 1, expired=True)
     return RunFinished(now, action.status, action.reason)
@@ -3794,7 +3829,7 @@ def _parts_to_json(run: Run, engine: Optional[Mapping[str, Any]]) -> Dict[str, A
     """Return the state of `run` but for its tasks and its definition."""
     return {"id": run.id, "flow": run.flow, "status": run.status, "reason": run.reason,
             "started": format_time(run.started), "finished": format_time(run.finished),
-            "duration_s": span(run.started, run.finished), "warnings": run.warnings,
+            "duration_s": span(run.started, run.finished), "warnings": run.warnings, "parent": run.parent,
             "miniflow": __version__, "format": FORMAT, "engine": engine, "source": run.source,
             "scheduled_time": format_time(run.scheduled_time),
             "cancel": run.cancel._asdict() if run.cancel else None,
@@ -3802,14 +3837,21 @@ def _parts_to_json(run: Run, engine: Optional[Mapping[str, Any]]) -> Dict[str, A
             "params": run.params, "ctx": run.ctx}
 
 
+def _rows_of(run: Run) -> Mapping[str, TaskRun]:
+    """Return what is recorded of tasks: while the run goes on, also of instances that are to be made anew."""
+    if run.outcome or not run.earlier:
+        return run.tasks
+    return dict(chain(run.tasks.items(), *(group.items() for group in run.earlier.values())))
+
+
 def run_to_json(run: Run, engine: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
     """Return the whole state of `run`; `engine` tells who works on it."""
     return {**_parts_to_json(run, engine),
-            "tasks": {name: task_run_to_json(task_run) for name, task_run in run.tasks.items()},
+            "tasks": {name: task_run_to_json(task_run) for name, task_run in _rows_of(run).items()},
             "definition": flow_to_json(run.plan.flow)}
 
 
-_HEAD = ("id", "flow", "status", "reason", "started", "finished", "duration_s", "warnings")
+_HEAD = ("id", "flow", "status", "reason", "started", "finished", "duration_s", "warnings", "parent")
 
 
 @_remembering
@@ -3859,11 +3901,11 @@ def _state_pieces(run: Run, engine: Optional[Mapping[str, Any]], seq: int, defin
     head = _encode({**{name: parts.pop(name) for name in _HEAD}, "seq": seq})[1:-1]
     lines = [f"{_encode(name)}: {_encode(value)}" for name, value in parts.items()]
     yield ",\n".join([head, *lines, '"tasks": {\n ']).encode("ascii")
-    encode = _encoder(None)
+    encode, tasks = _encoder(None), _rows_of(run)
     untouched = encode(task_run_to_json(TaskRun()))
     rows = (encode(without_secrets(task_run_to_json(task_run), run.secrets))
-            if task_run.is_touched else untouched for task_run in run.tasks.values())
-    for piece in _joined(f"{encode(name)}: {row}" for name, row in zip(run.tasks, rows)):
+            if task_run.is_touched else untouched for task_run in tasks.values())
+    for piece in _joined(f"{encode(name)}: {row}" for name, row in zip(tasks, rows)):
         yield piece.encode("ascii")
     yield b'\n},\n"definition": ' + definition
 
@@ -3974,7 +4016,7 @@ def run_from_json(state: Mapping[str, Any]) -> Run:
     run.scheduled_time = parse_time(state["scheduled_time"]) or run.started
     run.finished = parse_time(state["finished"])
     run.outcome = None if state["status"] == RUNNING else state["status"]
-    run.reason = state["reason"]
+    run.reason, run.parent = state["reason"], state.get("parent")
     run.cancel = CancelRequested(**state["cancel"]) if state["cancel"] else None
     return run
 
@@ -4013,6 +4055,15 @@ def _afresh(old: TaskRun) -> TaskRun:
     return new
 
 
+def _history(old: TaskRun) -> TaskRun:
+    """Return the TaskRun of an instance that may come to be once more: the attempts of `old`, and no more."""
+    new = TaskRun()
+    new.attempts, new.attempt, new.first_attempt = old.attempts, old.attempt, old.attempt + 1
+    if old.status == RUNNING:
+        old.attempts[-1].status, old.attempts[-1].reason = INTERRUPTED, "interrupted"
+    return new
+
+
 def _reopened(old: TaskRun) -> TaskRun:
     """Return the TaskRun of a task some of whose instances are to run again."""
     new = TaskRun()
@@ -4041,6 +4092,8 @@ def reopen(old: Run, flow: Flow) -> Run:
                 or bool(again.intersection(plan.tasks[name].depends_on)))
         if name in again and anew:
             tasks[name] = _afresh(tasks[name])
+            kept.update((instance, _history(old.tasks[instance])) for instance in names)
+            kept.update(old.earlier.get(name, {}))
             names = ()
         elif name in again:                    # of its instances, those that ended well stay
             tasks[name] = _reopened(tasks[name])
@@ -4050,7 +4103,7 @@ def reopen(old: Run, flow: Flow) -> Run:
             kept[instance] = task_run if done else _afresh(task_run)
     tasks.update(kept)
     run = Run(plan, old.id, old.params, old.started, old.flow, old.source, tasks)
-    run.scheduled_time = old.scheduled_time
+    run.scheduled_time, run.parent = old.scheduled_time, old.parent
     return run
 
 
@@ -4079,6 +4132,7 @@ class Setting(NamedTuple):
     output: str                                # path of the file that the task may write
     output_dir: str = ""
     engine: str = ""                           # path of this file
+    options: Mapping[str, Any] = {}            # of the command line, as they are for flows within a flow, too
 
 
 class Invocation(NamedTuple):
@@ -4169,11 +4223,13 @@ sys.exit(miniflow.answer_call(call))
 #: Opens addresses as the two programs below do: http and https, proxies, nothing else.  A redirection never
 #: leads from https to http, and takes no credentials to another host.
 _OPENER = """
-import json, os, sys, urllib.error, urllib.parse, urllib.request
+import base64, json, os, sys, urllib.error, urllib.parse, urllib.request
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, url):
+        if code in expected:
+            return None
         old, new = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(url)
         if new.scheme not in ("http", "https") or old.scheme == "https" != new.scheme:
             raise urllib.error.URLError("it redirects to %s, which is not followed" % shown(url))
@@ -4193,11 +4249,26 @@ def shown(url):
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def fail(reason, code=1):
+def fail(reason, code=1, final=False):
     print(reason, file=sys.stderr)
     with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="ascii") as file:
-        json.dump({"reason": reason, "code": code}, file)
+        json.dump({"reason": reason, "code": code, "final": final}, file)
     sys.exit(1)
+
+
+def request_for(url, *args, **more):
+    parts = urllib.parse.urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if not host.isascii():
+        name, colon, port = host.partition(":")
+        host = name.encode("idna").decode() + colon + port
+    path, query = (urllib.parse.quote(part, "!#$%&'()*+,/:;=?@[]~") for part in (parts.path, parts.query))
+    request = urllib.request.Request(urllib.parse.urlunsplit((parts.scheme, host, path, query, "")), *args,
+                                     **more)
+    if at and not request.has_header("Authorization"):
+        word = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", "Basic " + word)
+    return request
 
 
 opener = urllib.request.OpenerDirector()
@@ -4207,6 +4278,8 @@ for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.
     opener.add_handler(handler())
 opener.addheaders = [("User-Agent", "MiniFlow")]
 ask = json.load(sys.stdin)
+expected = ask.get("expect_status", [])
+expected = [expected] if isinstance(expected, int) else expected
 """
 
 #: So many bytes of an answer are handed on; more needs `save`.
@@ -4223,17 +4296,14 @@ if body is not None and "content-type" not in given:
     headers["Content-Type"] = "application/json" if "json" in ask else "text/plain; charset=utf-8"
 method = ask.get("method") or ("GET" if body is None else "POST")
 name = method + " " + shown(ask["url"])
-expected = ask.get("expect_status")
-expected = [expected] if isinstance(expected, int) else expected
 try:
     body = body if body is None else body.encode()
-    request = urllib.request.Request(ask["url"], body, headers, method=method)
     try:
-        answer = opener.open(request, timeout=60)
+        answer = opener.open(request_for(ask["url"], body, headers, method=method), timeout=60)
     except urllib.error.HTTPError as exc:
         answer = exc
     except (ValueError, http.client.InvalidURL) as exc:   # says what is in query, password or header
-        fail("%s: the address or a header is not valid (%s)" % (name, type(exc).__name__))
+        fail("%s: the address or a header is not valid (%s)" % (name, type(exc).__name__), final=True)
     status, word = answer.status, http.client.responses.get(answer.status, "")
     output = {"status": status, "headers": {}}
     for key, value in answer.headers.items():
@@ -4261,7 +4331,7 @@ try:
         if answer.length:
             fail("%s: the answer ended early" % name)
         kind = answer.headers.get_content_type()
-        text = content.decode(answer.headers.get_content_charset("utf-8"), "replace")
+        text = content.decode(answer.headers.get_content_charset("utf-8"), "replace").lstrip("\\ufeff")
         if text.strip() and (kind == "application/json" or kind.endswith("+json")):
             output["json"] = json.loads(text, parse_constant=lambda word: fail(
                 "%s: %s in JSON" % (name, word)))
@@ -4286,20 +4356,33 @@ def look():
         return {"files": found} if found else "no file matches " + ask["file"]
     if "url" in ask:
         try:
-            status = opener.open(ask["url"], timeout=60).status
+            status = opener.open(request_for(ask["url"]), timeout=60).status
+        except (ValueError, http.client.InvalidURL) as exc:
+            fail("%s: the address is not valid (%s)" % (shown(ask["url"]), type(exc).__name__), final=True)
         except (OSError, http.client.HTTPException) as exc:
             return "%s: %s" % (shown(ask["url"]), getattr(exc, "reason", None) or exc)
         return {"status": status}
     if "command" in ask:
         if os.path.exists(os.environ["MINIFLOW_OUTPUT"]):
             os.unlink(os.environ["MINIFLOW_OUTPUT"])                # of the look before
-        code = subprocess.call(ask["command"], stdin=subprocess.DEVNULL)
+        try:
+            code = subprocess.call(ask["command"], stdin=subprocess.DEVNULL)
+        except OSError as exc:
+            fail("cannot start: %s: %s" % (ask["command"][0], exc.strerror),
+                 127 if isinstance(exc, FileNotFoundError) else 126, True)
         return "exit %d" % code if code else {}
     return {}
 
 
 if "url" in ask and not shown(ask["url"]).startswith(("http://", "https://")):
-    fail("%s is no address; it has to begin with http:// or https://" % shown(ask["url"]))
+    fail("%s is no address; it has to begin with http:// or https://" % shown(ask["url"]), final=True)
+for word in set(ask) & {"seconds", "poll_s"}:
+    try:
+        value = ask[word]
+        ask[word] = float(value if type(value) in (int, float, str) else "none")
+        assert 0 <= ask[word] <= 315360000
+    except (ValueError, AssertionError):
+        fail("wait_for.%s: expected a number of seconds, got %s" % (word, json.dumps(value)), final=True)
 if "seconds" in ask:
     time.sleep(ask["seconds"])
 said = None
@@ -4326,7 +4409,7 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("miniflow", sys.argv[1])
 miniflow = sys.modules["miniflow"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(miniflow)
-sys.exit(miniflow.run_subflow(sys.argv[2], sys.argv[3:]))
+sys.exit(miniflow.run_subflow())
 """
 
 
@@ -4343,16 +4426,15 @@ def subflow_id(run: Run, task_id: str, params: Mapping[str, Any]) -> str:
     return f"{name}-{hashlib.sha256(content).hexdigest()[:12]}"
 
 
-def _subflow_argv(run: Run, task_id: str, setting: Setting, params: Mapping[str, Any]) -> List[str]:
-    """Return what runs another flow."""
-    action, flows_dir = run.defs[task_id].action, run.source.rpartition("/")[0] or "."
-    run_id = subflow_id(run, task_id, params)
+def _subflow_asked(run: Run, task_id: str, setting: Setting, params: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what the program of a task that is a flow reads from its standard input."""
     if masked(params, run.secrets) != params:
         raise LookupError("cannot start: a param holds a secret, which would be stored; let tasks read it "
                           "from their environment")
-    return [setting.python, "-c", SUBFLOW_PROGRAM, setting.engine, run_id, "-f", flows_dir,
-            "-t", setting.tasks_dir, "-o", setting.output_dir, "run", str(action[0]), "--run-id", run_id,
-            "--params", "-"]
+    return {"flow": run.defs[task_id].action[0], "run_id": subflow_id(run, task_id, params), "params": params,
+            "flows_dir": run.source.rpartition("/")[0] or ".", "tasks_dir": setting.tasks_dir,
+            "output_dir": setting.output_dir,
+            "options": {**setting.options, "parent": {"run": run.id, "task": task_id}}}
 
 
 def _glob_part(value: str) -> str:
@@ -4398,11 +4480,20 @@ def _flow_env(run: Run, task_id: str, environ: Mapping[str, str]) -> Tuple[Dict[
     return added, values._replace(env={**environ, **added}) if added else values
 
 
+def _asked_values(run: Run, task: Task, environ: Mapping[str, str]) -> Values:
+    """Return what decides whether and how often a task runs; of its own variables those that are read."""
+    values = _flow_env(run, task.id, environ)[1]
+    read = {ref.path[1] for path, text in templates(task) if path[0] in ("if", "foreach", "matrix")
+            for ref in refs_at(path, text) if ref.path[0] == "env"}
+    own = {name: to_text(render(text, values)) for name, text in task.env.items() if name in read}
+    return values._replace(env={**values.env, **own}) if own else values
+
+
 def admit(run: Run, task_id: str, now: float, environ: Mapping[str, str]) -> Event:
     """Return what becomes of a task that its upstream lets run: it may be skipped, run, or become many."""
     task, field = run.defs[task_id], "if"
     try:
-        values = _flow_env(run, task_id, environ)[1]
+        values = _asked_values(run, task, environ)
         if task.condition is not None and not (task.many and asks_each(task)):
             if not holds(task.condition, values):
                 return TaskSettled(now, task_id, SKIPPED, "if is false")
@@ -4438,7 +4529,8 @@ def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
     elif isinstance(action, Function):
         head = [setting.python, "-c", FUNCTION_PROGRAM]
     elif isinstance(action, SubFlow):
-        head = _subflow_argv(run, task_id, setting, render_all(action.params, values))
+        asked = _subflow_asked(run, task_id, setting, render_all(action.params, values))
+        head = [setting.python, "-c", SUBFLOW_PROGRAM, setting.engine, asked["flow"], asked["run_id"]]
     elif isinstance(action, (Http, WaitFor)):
         head = [setting.python, "-I", "-c", HTTP_PROGRAM if isinstance(action, Http) else WAIT_PROGRAM]
     elif isinstance(action.command, str):
@@ -4447,7 +4539,7 @@ def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
         head = [to_text(render(text, values)) for text in action.command]
     cwd = _absolute(to_text(render(task.cwd, values)), setting.start_dir) if task.cwd else setting.start_dir
     stdin = (_asked(action, values) if isinstance(action, (Http, WaitFor)) else
-             json.dumps(render_all(action.params, values)) if isinstance(action, SubFlow) else
+             json.dumps(asked) if isinstance(action, SubFlow) else
              None if action.stdin is None else to_text(render(action.stdin, values)))
     env = {**values.env, **_own_env(run, task, setting)}
     return Invocation(tuple(head + args), env, cwd, stdin, can_fork)
@@ -4528,7 +4620,7 @@ def attempt_end(run: Run, task_id: str, now: float, code: int, stopping: Optiona
     if code:                                   # of a program of ours, which says why
         reason, number = describe_exit(code)
         return AttemptEnded(now, task_id, attempt, FAILED, handed_on.get("reason", reason),
-                            handed_on.get("code", number))
+                            handed_on.get("code", number), final=bool(handed_on.get("final")))
     return AttemptEnded(now, task_id, attempt, SUCCESS, output=handed_on or None)
 
 
@@ -5916,7 +6008,7 @@ class Store:
         """Return the run id that `name` stands for: itself, or that of the newest run for `last`."""
         if name != "last" or self.exists(name):
             return name
-        heads = self.history()
+        heads = [head for head in self.history() if not head.get("parent")]
         if not heads:
             raise NotFound(f"there is no run in {self.runs} yet")
         return str(heads[0]["id"])
@@ -7473,8 +7565,8 @@ class Freshness:
 
         But for the names of files only hashes are recorded, as values may be secret.
         """
-        task, values = run.defs[name], _flow_env(run, name, self._setting.environ)[1]
-        does = invoke(run, name, self._setting)
+        task, does = run.defs[name], invoke(run, name, self._setting)
+        values = values_of(run, name, does.env)
         patterns = {field: [render_parts("file", text, values) for text in getattr(task, field) or ()]
                     for field in ("inputs", "outputs")}
         env = {key: does.env[key] for key in sorted({*run.plan.flow.env, *task.env})}
@@ -7811,20 +7903,21 @@ class Need:
                          f"what was recorded before is safe: miniflow resume {run.id}") from None
 
 
-def make_setting(tasks_dir: str, output_dir: str, work: str, token: str) -> Setting:
+def make_setting(tasks_dir: str, output_dir: str, work: str, token: str,
+                 options: Mapping[str, Any] = {}) -> Setting:
     """Return what the surroundings of this process contribute to attempts."""
     return Setting(dict(os.environ), sys.executable or "python3", os.getcwd(), os.path.abspath(tasks_dir),
-                   work, token, "", "", os.path.abspath(output_dir), os.path.abspath(__file__))
+                   work, token, "", "", os.path.abspath(output_dir), os.path.abspath(__file__), options)
 
 
 class Processes:
     """The real World: attempts are processes of this machine.  To be used as a context manager."""
 
     def __init__(self, store: Store, run_id: str, tasks_dir: str, clock: Clock, token: str,
-                 take_signals: bool = True) -> None:
+                 take_signals: bool = True, options: Mapping[str, Any] = {}) -> None:
         self.now, self._store, self._files = clock.now, store, store.files(run_id)
         self._exchange = Exchange(store, run_id)
-        self._setting = make_setting(tasks_dir, store.path, self._exchange.work, token)
+        self._setting = make_setting(tasks_dir, store.path, self._exchange.work, token, options)
         self.freshness = Freshness(store, self._setting, self.now)
         self.ask = self.freshness.ask
         self._watchdog = Watchdog(token, self._exchange.work)
@@ -8721,12 +8814,13 @@ class Watcher:
         """The run has ended."""
 
 
-def remove_files_of_success(store: Store, run_id: str) -> None:
-    """Remove the TMP_DIR and the exchange files of a run that has ended well."""
+def remove_files(store: Store, run_id: str, ok: bool) -> None:
+    """Remove what a run exchanged with its tasks, and if it has ended well, its TMP_DIR, too."""
     import shutil
     if not isinstance(store, MemoryStore) or store.has_folder:
+        tmp = store.files(run_id).tmp
         try:
-            shutil.rmtree(store.files(run_id).tmp, ignore_errors=True)
+            shutil.rmtree(tmp if ok else os.path.join(tmp, "io"), ignore_errors=True)
         except OSError:
             pass  # a disk that can't be looked at: the run has ended all the same
 
@@ -8750,8 +8844,7 @@ def _turns(run: Run, journal: Union[Journal, MemoryJournal], world: Any, slots: 
         times = [at for at in (until, journal.idle(run, now), watcher.refresh(now)) if at is not None]
         yield min(times, default=None)
         events = list(news)
-    if run.ok:
-        remove_files_of_success(journal.store, run.id)
+    remove_files(journal.store, run.id, run.ok)
     journal.finish(run)
     watcher.end(run)
 
@@ -8776,6 +8869,12 @@ class Order(NamedTuple):
     force_host: bool = False
     fork: bool = True                          # scripts may be forked from a template interpreter
     force: bool = False                        # tasks run although nothing has changed
+    parent: Optional[Mapping[str, str]] = None # run and task that it is a part of
+
+    def options(self) -> Dict[str, Any]:
+        """Return the options of the command line that a flow within this one is run with as well."""
+        return {"jobs": self.slots, "durability": self.durability, "on_orphan": self.on_orphan,
+                "force_host": self.force_host, "no_fork": not self.fork, "force": self.force}
 
 
 class Source(NamedTuple):
@@ -8802,7 +8901,8 @@ def carry_out(opened: Opened, store: Store, order: Order, watcher: Watcher) -> R
     if journal is None:
         return run
     try:
-        with Processes(store, run.id, order.tasks_dir, opened.clock, journal.engine["token"]) as world:
+        with Processes(store, run.id, order.tasks_dir, opened.clock, journal.engine["token"],
+                       options=order.options()) as world:
             journal.note, journal.hurry, world.note = watcher.note, world.is_signalled, watcher.note
             world.freshness.force = order.force
             if order.fork:
@@ -8917,7 +9017,7 @@ def open_new(store: Store, source: Source, params: Optional[Mapping[str, Any]], 
         raise RunExists(f"run {run_id} exists; resume it, or give another run id")
     path = os.path.abspath(source.path) if source.path else ""
     run = Run(plan, run_id, values, now, source.stem, path)
-    run.secrets = secrets
+    run.secrets, run.parent = secrets, order.parent
     return Opened(run, journal, clock)
 
 
@@ -9008,7 +9108,7 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
                  "kept beside it and what they recorded happens again")
         if last.run.outcome == SUCCESS:
             note(f"run {run_id} has succeeded already; nothing is done")
-            remove_files_of_success(store, run_id)           # its engine may have died before it could
+            remove_files(store, run_id, True)  # its engine may have died before it could
             if os.path.lexists(store.files(run_id).journal):
                 # Its engine died before it could tidy up.
                 journal.begin(last.run, last)
@@ -9127,6 +9227,13 @@ def short_path(path: str) -> str:
         return path
 
 
+def without_hidden(content: bytes) -> bytes:
+    """Return bytes of a log with what is hidden in them replaced by ***."""
+    for text in hidden:
+        content = content.replace(text.encode("utf-8", "surrogateescape"), MASK.encode())
+    return content
+
+
 def log_tail(path: str, lines: int = TAIL_LINES) -> Tuple[List[str], int]:
     """Return the last lines of a log, decoded and safe to show, and how many bytes come before them."""
     try:
@@ -9138,7 +9245,8 @@ def log_tail(path: str, lines: int = TAIL_LINES) -> Tuple[List[str], int]:
     except OSError as exc:
         return [f"({path}: {exc.strerror})"], 0
     tail = content.splitlines(keepends=True)[-lines:]
-    return [safe(line.decode("utf-8", "replace").rstrip("\r\n")) for line in tail], size - sum(map(len, tail))
+    return [safe(without_hidden(line).decode("utf-8", "replace").rstrip("\r\n")) for line in tail
+            ], size - sum(map(len, tail))
 
 
 def count_states(run: Run) -> str:
@@ -9192,7 +9300,7 @@ class Lines(Watcher):
         elif isinstance(event, AttemptDeferred):
             self.line("deferred", event.task, f": {event.reason}")
         elif isinstance(event, TaskSettled):
-            self.line(event.status, event.task, f": {event.reason}")
+            self.line(event.status, event.task, f": {event.reason}" if event.reason else "")
         elif isinstance(event, CancelRequested):
             self.tell(f"{event.reason}: stopping what runs" + (
                 " at once" if event.kill else "" if event.expired else "; once more to kill it at once"))
@@ -9258,8 +9366,11 @@ SHOWN_LINE = 4096                              # a longer line is shown in piece
 def follow_lines(path: str, place: List[Any], whole: bool) -> Iterator[str]:
     """Yield the new lines of a growing log, safe to show; what would be too much is left out and named.
 
-    `place` keeps the offset and an unfinished line, which is given at the end if `whole`.
+    `place` keeps the offset and an unfinished line, which is given at the end if `whole`.  Where a line is
+    given in pieces, so much of it is kept back that nothing that is hidden is cut in two.
     """
+    keep = max(map(len, hidden), default=1) * 4 - 4              # in bytes
+    most = SHOWN_LINE + keep
     try:
         with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
@@ -9268,18 +9379,21 @@ def follow_lines(path: str, place: List[Any], whole: bool) -> Iterator[str]:
                 place[:] = [size - SHOWN_BYTES, b""]
             file.seek(place[0])
             while place[0] < size:
-                raw = file.readline(SHOWN_LINE - len(place[1]))
+                raw = file.readline(most - len(place[1]))
                 if not raw:
                     break
                 place[0] += len(raw)
                 place[1] += raw
-                if raw.endswith(b"\n") or len(place[1]) >= SHOWN_LINE:
-                    line, place[1] = place[1], b""
-                    yield safe(line.decode("utf-8", "replace").rstrip("\r\n"))
+                if raw.endswith(b"\n") or len(place[1]) >= most:
+                    place[1] = without_hidden(place[1])
+                    end = len(place[1]) if raw.endswith(b"\n") else max(0, len(place[1]) - keep)
+                    line, place[1] = place[1][:end], place[1][end:]
+                    if line:
+                        yield safe(line.decode("utf-8", "replace").rstrip("\r\n"))
     except OSError:
         return
     if whole and place[1]:
-        yield safe(place[1].decode("utf-8", "replace"))
+        yield safe(without_hidden(place[1]).decode("utf-8", "replace"))
         place[1] = b""
 
 
@@ -9464,6 +9578,8 @@ def format_run(loaded: Loaded, store: Store) -> str:
     lines = [f"run {run.id} of flow {safe(run.flow)}: {loaded.status}"
              + (f" ({safe(run.reason)})" if run.reason else ""),
              f"started {format_time(run.started)}, took {format_span(span(run.started, run.finished))}"]
+    if run.parent:
+        lines.append(f"part of run {run.parent['run']}, task {run.parent['task']}")
     if run.params:
         lines.append("params " + safe(json.dumps(run.params, ensure_ascii=False)))
     rows = [("task", "status", "attempts", "duration", "process", "reason")]
@@ -10038,9 +10154,7 @@ def _write_out(content: bytes) -> None:
 
 def write_result(content: bytes) -> None:
     """Write a result to stdout; raise StateError if that fails, BrokenPipeError if its reader has gone."""
-    for text in hidden:
-        content = content.replace(text.encode("utf-8", "surrogateescape"), MASK.encode())
-    _write_out(content)
+    _write_out(without_hidden(content))
 
 
 def print_result(text: str) -> None:
@@ -10071,6 +10185,48 @@ _SAMPLE_FLOW = {
          "depends_on": ["greet"]},
     ],
 }
+_TOUR_FLOW = {
+    "name": "tour",
+    "description": "what a flow can say, once each; every task tells what it shows",
+    "params": {"days": {"type": "integer", "default": 2, "min": 1, "max": 7, "description": "how many days"},
+               "url": {"type": "string", "default": "", "description": "a web address, to be asked for"}},
+    "env": {"TOUR_DAYS": "${{ params.days }}"},
+    "pools": {"printer": 1},
+    "timeout_s": 600,
+    "defaults": {"timeout_s": 60},
+    "tasks": [
+        {"id": "wait", "description": "waits without taking a slot", "wait_for": {"seconds": 0.2}},
+        {"id": "numbers", "description": "hands on a JSON object",
+         "command": "echo '{\"list\": [2, 3, 5]}' > \"$MINIFLOW_OUTPUT\""},
+        {"id": "square", "description": "one instance for each value that came from upstream",
+         "depends_on": ["numbers"], "foreach": "${{ tasks.numbers.outputs.list }}", "max_parallel": 2,
+         "command": "echo \"square=$(($1 * $1))\" >> \"$MINIFLOW_OUTPUT\"", "args": ["${{ item }}"]},
+        {"id": "print", "description": "one instance for each combination, one at a time", "pool": "printer",
+         "depends_on": ["square", "wait"], "priority": 1,
+         "matrix": {"paper": ["a4", "a5"], "colour": [True, False],
+                    "exclude": [{"paper": "a5", "colour": True}]},
+         "command": ["echo", "${{ matrix.paper }}", "${{ matrix.colour }}",
+                     "${{ tasks.square.outputs.items }}"]},
+        {"id": "flaky", "description": "fails once, and succeeds when it is tried again", "max_retries": 3,
+         "backoff_s": 0.1, "command": "test \"$MINIFLOW_ATTEMPT\" -ge 2"},
+        {"id": "may_fail", "description": "its failure is a warning", "allow_failure": True,
+         "command": "echo it does not matter; exit 3"},
+        {"id": "week", "description": "skipped unless there are enough days", "if": "params.days >= 5",
+         "command": "echo a week of $TOUR_DAYS days"},
+        {"id": "either", "description": "runs although one of its upstream was skipped",
+         "depends_on": ["week", "flaky"], "trigger_rule": "one_success", "command": "echo one is enough"},
+        {"id": "file", "description": "runs only where its input or its output has changed",
+         "inputs": ["flows/tour.json"], "outputs": ["tour_copy.json"],
+         "command": "cp flows/tour.json tour_copy.json"},
+        {"id": "ask", "description": "a request, where there is an address: --param url=https://…",
+         "if": "params.url != ''", "http": {"url": "${{ params.url }}"}, "retry_on": [502, 503],
+         "max_retries": 2},
+        {"id": "hello", "description": "another flow, as a run of its own", "flow": "hello",
+         "params": {"names": ["everybody", "the tour"]}},
+    ],
+    "on_failure": {"description": "runs where a task has failed", "command": "echo something went wrong"},
+    "finally": {"description": "runs last, whatever has happened", "command": "echo that was it"},
+}
 _SAMPLE_SCRIPT = (
     '"""Greets everybody in the JSON array that is its argument, and hands on how many they were."""\n'
     '''import json
@@ -10089,11 +10245,13 @@ def _add_init(parser: Any) -> None:
     parser.add_argument("dir", nargs="?", default=".", metavar="DIR", help="where to put it (default: here)")
 
 
-@command("init", "make a working example: a flow and its script",
-         "miniflow init demo && cd demo && miniflow run hello", _add_init)
+@command("init", "make a working example: a flow and its script, and a tour of what flows can say",
+         "miniflow init demo && cd demo && miniflow run hello && miniflow run tour", _add_init)
 def run_init(options: Any) -> int:
-    """Write the example, over nothing that is there."""
+    """Write the example and the tour, over nothing that is there."""
     files = {os.path.join(options.dir, "flows", "hello.json"): json.dumps(_SAMPLE_FLOW, indent=2) + "\n",
+             os.path.join(options.dir, "flows", "tour.json"): json.dumps(
+                 _TOUR_FLOW, indent=2, ensure_ascii=False) + "\n",
              os.path.join(options.dir, "tasks", "greet.py"): _SAMPLE_SCRIPT}
     for path in files:
         if os.path.lexists(path):
@@ -10137,9 +10295,10 @@ def run_list(options: Any) -> int:
         try:
             flow = load_flow(path, name, mini.tasks_dir).flow
             row.update(flow_name=flow.name, tasks=len(flow.tasks), description=flow.description,
-                       version=flow.version, tags=flow.tags)
+                       version=flow.version, tags=flow.tags, params=flow_to_json(flow).get("params"))
         except FlowError as exc:
-            row.update(flow_name=None, tasks=None, description="", version="", tags=[], error=exc.problems)
+            row.update(flow_name=None, tasks=None, description="", version="", tags=[], params=None,
+                       error=exc.problems)
         rows.append(row)
     if options.json:
         print_json(rows)
@@ -10303,7 +10462,7 @@ def _finish(run: Run, options: Any) -> int:
 def _order(options: Any) -> Order:
     """Return how the options want the run to be made."""
     return Order(options.tasks_dir, options.jobs, options.durability, options.on_orphan, options.force_host,
-                 not options.no_fork, getattr(options, "force", False))
+                 not options.no_fork, getattr(options, "force", False), getattr(options, "parent", None))
 
 
 def _foretell(run: Run, freshness: Freshness, name: str) -> str:
@@ -10341,9 +10500,12 @@ def _explain(mini: MiniFlow, source: Source, params: Dict[str, Any], options: An
             if name not in run.groups:
                 continue
             found = {each: _foretell(run, freshness, each) for each in run.groups[name]}
-            end = run.tasks[name]
-            told[name] = ("run: some of its instances run" if run.waits[name] else
-                          f"{end.status}: {end.reason}" if end.reason else "cached: none of it runs")
+            told[name] = "run: some of its instances run"
+            if name in run.barred:
+                status, reason = run.barred[name]
+                run.apply(TaskSettled(0, name, status, reason))
+                told[name] = (f"{status}: {reason}" if reason else
+                              "cached: none of it runs" if found else "success: it has no instances")
             told.update(found)
     print_result("\n".join(f"{name}  {safe(text)}" for name, text in told.items()))
     return 0
@@ -10505,13 +10667,10 @@ def _add_logs(parser: Any) -> None:
 
 
 def _overlapping(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield blocks so that nothing that is hidden begins in one and ends in the next."""
-    secrets = [text.encode("utf-8", "surrogateescape") for text in hidden]
-    keep, rest = max(map(len, secrets), default=1) - 1, b""
+    """Yield blocks without what is hidden, also where it begins in one and ends in the next."""
+    keep, rest = max(map(len, hidden), default=1) * 4 - 4, b""    # in bytes
     for block in blocks:
-        rest += block
-        for secret in secrets:
-            rest = rest.replace(secret, MASK.encode())
+        rest = without_hidden(rest + block)
         cut = max(0, len(rest) - keep)
         yield rest[:cut]
         rest = rest[cut:]
@@ -10540,13 +10699,15 @@ def _follow(store: Store, run_id: str, options: Any) -> int:
     places: Dict[str, List[Any]] = {}
     while True:
         live = store.owner(run_id) is not None  # asked first, so that all is shown before leaving
-        for name, task_run in store.load(run_id).run.tasks.items():
+        run = store.load(run_id).run
+        for name, task_run in run.tasks.items():
             for number, attempt in enumerate(task_run.attempts, 1):
-                if options.task in (None, name) and options.attempt in (None, number) and attempt.log:
+                wanted = options.task in (None, name, run.group_of.get(name))
+                if wanted and options.attempt in (None, number) and attempt.log:
                     place = places.setdefault(attempt.log, [0, b""])
                     over = not live or attempt.status != RUNNING
                     for line in follow_lines(os.path.join(store.path, attempt.log), place, over):
-                        print_result(line if options.task else f"{name} | {line}")
+                        print_result(line if options.task == name else f"{name} | {line}")
         if not live:
             return 0
         time.sleep(0.2)
@@ -10562,7 +10723,7 @@ def run_logs(options: Any) -> int:
         raise NotFound(f"run {run.id} has no task {shown(options.task)}{near(options.task, run.tasks)}")
     if options.follow:
         return _follow(store, run.id, options)
-    names = [options.task] if options.task is not None else list(run.tasks)
+    names = list(run.tasks) if options.task is None else run.groups.get(options.task) or [options.task]
     found = [(name, number, run.tasks[name].attempts[number - 1].log) for name in names
              for number in [options.attempt or run.tasks[name].attempt]
              if 0 < number <= len(run.tasks[name].attempts)]
@@ -10841,13 +11002,12 @@ def _settle_in() -> None:
         raise UsageError(f"the working directory can't be found: {exc.strerror}; change to another") from None
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line and return the exit code; only here does an error become text and a code."""
-    if argv is None:                            # this process is ours, and what is imported stays in it:
-        gc.freeze()                             # neither a collection nor the exit has to go through that
+def answer(argv: Sequence[str], more: Mapping[str, Any]) -> int:
+    """Do what was typed, with `more` options than can be; only here does an error become text and a code."""
     try:
         _settle_in()
-        name, options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        name, options = parse_arguments(argv)
+        vars(options).update(more)
         return COMMANDS[name].run(options)
     except MiniFlowError as exc:
         say("\n".join(f"error: {line}" if isinstance(exc, FlowError) else line
@@ -10869,15 +11029,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 70
 
 
-def run_subflow(run_id: str, argv: Sequence[str]) -> int:
-    """Run a flow as the task of another run; hand on its final context, or say why it failed."""
-    output, output_dir = os.environ["MINIFLOW_OUTPUT"], argv[argv.index("-o") + 1]
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line and return the exit code."""
+    if argv is None:                            # this process is ours, and what is imported stays in it:
+        gc.freeze()                             # neither a collection nor the exit has to go through that
+    return answer(sys.argv[1:] if argv is None else argv, {})
+
+
+def run_subflow() -> int:
+    """Run a flow as the task of another run, as stdin says; hand on its final context, or why it failed."""
+    asked, output = json.load(sys.stdin), os.environ["MINIFLOW_OUTPUT"]
     for name in list(os.environ):
         if name in OWN_VARIABLES and name != "MINIFLOW_COOKIE" or name.startswith("MINIFLOW_PARAM_"):
             del os.environ[name]                # the outer run's
-    code = main(argv)
+    store, run_id = Store(asked["output_dir"]), asked["run_id"]
+    again = ["resume", run_id] if store.exists(run_id) else [
+        "run", asked["flow"], "--run-id", run_id, "--params", json.dumps(asked["params"])]
+    code = answer(["-f", asked["flows_dir"], "-t", asked["tasks_dir"], "-o", asked["output_dir"], *again],
+                  asked["options"])
     try:
-        run: Optional[Run] = Store(output_dir).load(run_id).run
+        run: Optional[Run] = store.load(run_id).run
     except MiniFlowError:
         run = None
     told = run.ctx if run and not code else {"reason": f"run {run_id}: {run.status}" + (

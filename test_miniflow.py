@@ -1611,6 +1611,34 @@ class T10Scheduler(unittest.TestCase):
         again = mf.reopen(run, other)
         self.assertEqual((again.tasks["each"].status, again.groups), ("pending", {}))
 
+    def test_instances_that_are_made_anew_keep_the_attempts_of_those_before_them(self):
+        flow = make(task("a"), task("each", "a", foreach=[0, 1, 2]))
+        run, _, journal = simulate(flow, {"each[1]": {1: (1, 1)}})
+        other = make(task("a", priority=1), task("each", "a", foreach=[0, 1, 2]))
+        again = mf.reopen(run, other)
+        for _ in range(2):                      # interrupted before it came to them
+            text = json.dumps(mf.run_to_json(again))
+            again = mf.reopen(mf.run_from_json(json.loads(text)), other)
+        self.assertEqual((len(again.tasks), again.unsettled, again.status), (2, 2, "running"))
+        world = SimWorld()
+        steps, events = mf.drive(again, world, lambda events, happened: None, 9), None
+        with contextlib.suppress(StopIteration):
+            while True:
+                events = world.wait(again, steps.send(events))
+        self.assertEqual({name: (t.attempt, [a.status for a in t.attempts]) for name, t in again.tasks.items()}, {
+            "a": (2, ["success"] * 2), "each": (0, []), "each[0]": (2, ["success"] * 2),
+            "each[1]": (2, ["failed", "success"]), "each[2]": (2, ["success"] * 2)})
+        self.assertEqual((again.status, again.earlier), ("success", {}))
+
+    def test_the_end_of_a_task_with_instances_is_an_event_of_its_own(self):
+        flow = make(task("each", foreach=[0, 1]), task("none", foreach=[]), task("bad", foreach=[0, 1, 2, 3, 4]))
+        run, _, journal = simulate(flow, {f"bad[{n}]": {1: (1, 1)} for n in range(4)})
+        self.assertEqual([(event.task, event.status, event.reason) for event in journal
+                          if isinstance(event, mf.TaskSettled)],
+                         [("none", "success", None), ("each", "success", None),
+                          ("bad", "failed", "4 of 5 failed: bad[0], bad[1], bad[2] and 1 more")])
+        self.assertEqual(run.tasks["each"].output, {"items": [None, None]})
+
     def test_a_run_with_instances_that_is_resumed_from_anywhere_ends_alike(self):
         for seed in range(150):
             flow = random_flow(random.Random(seed), 6)[0]._replace(fail_fast=False, timeout_s=None)
@@ -4792,6 +4820,7 @@ class T21Freshness(unittest.TestCase):
 
     def test_explain_says_why_in_words_and_runs_and_writes_nothing(self):
         tasks = [task("a", inputs=["in"], outputs=["out"], command="cp in out"), task("b", "a", inputs=["out"]),
+                 task("none", foreach=[]), task("behind", "none", "each", inputs=["in"]),
                  task("each", foreach=["x", "y"], outputs=["${{ item }}"], command="touch $1", args=["${{ item }}"]),
                  task("no", inputs=[], **{"if": "false"}), task("plain", "b"), task("skipped", "no")]
 
@@ -4803,6 +4832,7 @@ class T21Freshness(unittest.TestCase):
         with one(*tasks) as project:
             project.write("in", "1")
             self.assertEqual(explain(), {
+                "none": "success: it has no instances", "behind": "perhaps: each comes before it",
                 "a": "run: it has not succeeded yet", "b": "perhaps: a comes before it",
                 "plain": "perhaps: b comes before it",
                 "each": "run: some of its instances run", "each[0]": "run: it has not succeeded yet",
@@ -4812,6 +4842,7 @@ class T21Freshness(unittest.TestCase):
             self.assertEqual(project.main("run", "f")[0], 0)
             before = sorted(os.listdir(project.at("miniflow_output", "runs")))
             self.assertEqual(explain(), {
+                "none": "success: it has no instances", "behind": "cached: nothing has changed",
                 "a": "cached: nothing has changed", "b": "cached: nothing has changed",
                 "plain": "run: it has neither inputs nor outputs", "each": "cached: none of it runs",
                 "each[0]": "cached: nothing has changed", "each[1]": "cached: nothing has changed",
@@ -4819,7 +4850,8 @@ class T21Freshness(unittest.TestCase):
             os.unlink(project.at("y"))
             self.assertEqual(explain()["each[1]"], "run: output y is not there")
             self.assertEqual(explain("--force")["a"], "run: it is forced to")
-            self.assertEqual(explain("--only", "b"), {**dict.fromkeys(["a", "each", "no", "plain", "skipped"],
+            self.assertEqual(explain("--only", "b"), {**dict.fromkeys(
+                ["a", "none", "behind", "each", "no", "plain", "skipped"],
             "left out"),
                                                       "b": "cached: nothing has changed"})
             project.write("in", "2")
@@ -6923,7 +6955,7 @@ class T27CommandLine(unittest.TestCase):
 
         def everything(project):
             for folder, _, names in os.walk(project.at("miniflow_output")):
-                for name in names if "/logs/" not in folder and "/tmp/" not in folder else ():
+                for name in names if "/logs/" not in folder else ():
                     with open(os.path.join(folder, name), "rb") as file:
                         yield folder + name, file.read().decode("utf-8", "replace")
 
@@ -7043,6 +7075,107 @@ class T27CommandLine(unittest.TestCase):
             self.assertIn("flows within flows, more than 20 deep", err)
             self.assertIn("is the name of a file", project.main("validate", "file")[2])
 
+    def test_the_run_of_a_flow_within_a_flow_names_its_parent_and_takes_its_options(self):
+        outer = flow_json(task("sub", flow="inner"), task("after", "sub", command="test -e ok"), name="outer")
+        inner = flow_json(task("cached", outputs=["made"], command="echo $MINIFLOW_PARAM_P >made"),
+                          task("bad", "cached", command="test -e ok"), name="inner", params={"p": "a"})
+        with Project({"outer": outer, "inner": inner}) as project:
+            self.assertEqual(project.main("run", "outer", "--run-id", "o", "--durability", "off", "-j", "3")[0], 1)
+            heads = json.loads(project.main("runs", "--json")[1])
+            self.assertEqual({head["flow"]: head["parent"] for head in heads},
+                             {"outer": None, "inner": {"run": "o", "task": "sub"}})
+            inner_id = next(head["id"] for head in heads if head["parent"])
+            self.assertIn("part of run o, task sub\n", project.main("show", inner_id)[1])
+            self.assertIn("run o of flow outer", project.main("show", "last")[1])
+            self.assertIn(f"run {inner_id}: 2 tasks, 3 at once", project.log("o", "sub").decode())
+            inner["params"]["p"] = "b"          # a run that is gone on with keeps its params
+            project.write("flows/inner.json", json.dumps(inner))
+            project.write("ok", "")
+            self.assertEqual(project.main("resume", "last")[0], 0, project.log("o", "sub"))
+            self.assertEqual((project.state(inner_id)["status"], project.read("made")), ("success", "a\n"))
+            ends = []
+            for n, more in enumerate(([], [], ["--force"])):
+                self.assertEqual(project.main("run", "outer", "--run-id", f"n{n}", *more)[0], 0)
+                heads = json.loads(project.main("runs", "inner", "--json")[1])
+                ends.append(project.state(heads[0]["id"])["tasks"]["cached"]["status"])
+            self.assertEqual(ends, ["success", "cached", "success"])
+
+    def test_what_decides_over_a_task_sees_its_own_environment(self):
+        env = {"WHICH": "${{ params.which }}", "LATE": "${{ tasks.bad.outputs.no }}", "EACH": "${{ item }}"}
+        with one(task("bad", command="exit 1", allow_failure=True),
+                 task("if", "bad", env={**env, "EACH": "1"}, **{"if": "env.WHICH == 'b'"}),
+                 task("each", "bad", env={"LIST": "${{ params.list }}"}, foreach=["${{ env.LIST }}", 2],
+                      command=["echo", "${{ item }}"]),
+                 task("file", env={"WHICH": "${{ params.which }}"}, outputs=["out-${{ env.WHICH }}"],
+                      command="touch out-$WHICH"),
+                 params={"which": "a", "list": [1]}) as project:
+            code, _, err = project.main("run", "f", "--run-id", "r")
+            self.assertEqual(code, 0, err)
+            found = project.state("r")["tasks"]
+            self.assertEqual((found["if"]["status"], found["if"]["reason"]), ("skipped", "if is false"))
+            self.assertEqual([found[name]["each"]["item"] for name in ("each[0]", "each[1]")], ["[1]", 2])
+            self.assertTrue(os.path.exists(project.at("out-a")))
+            code, out, _ = project.main("logs", "r", "each")
+            self.assertEqual((code, out), (0, "==> each[0], attempt 1 <==\n[1]\n==> each[1], attempt 1 <==\n2\n"))
+            self.assertEqual(project.main("logs", "r", "each", "-f")[1], "each[0] | [1]\neach[1] | 2\n")
+
+    def test_a_secret_that_a_message_cuts_in_two_is_not_shown_in_part(self):
+        secrets = mf.secret_texts(["T"], {"T": "s3cret=value=="})
+        self.assertIn("s3cret=value", secrets)
+        for cut in range(len("s3cret=value==")):
+            text = f'expected one, got "{"s3cret=value=="[:cut]}…"; in {"x" * cut}…'
+            shown = mf.masked(text, secrets)
+            self.assertEqual(shown, text if cut < 4 else f'expected one, got "***…"; in {"x" * cut}…')
+        mf.hidden[:] = ["secret"]
+        self.addCleanup(mf.hidden.clear)
+        with Project() as project:
+            for before in (*range(mf.SHOWN_LINE - 8, mf.SHOWN_LINE + 24), 3 * mf.SHOWN_LINE):
+                project.write("log", "x" * before + "secret" + "y" * 30)
+                shown = list(mf.follow_lines(project.at("log"), [0, b""], True))
+                self.assertEqual("".join(shown), "x" * before + "***" + "y" * 30)
+
+    def test_a_run_of_all_constructs_that_failed_or_died_at_any_point_is_resumed_to_the_same_end(self):
+        point = ("name=$1; shift; if test \"$(cat die 2>&1)\" = \"$name\"; then rm die; kill -9 $PPID; sleep 60; fi; "
+                 "if test \"$(cat fail 2>&1)\" = \"$name\"; then rm fail; exit 3; fi; "
+                 "for word; do echo \"$word\" >>\"$MINIFLOW_OUTPUT\"; done")
+        def at(name, *depends_on, says=(), **fields):
+            return task(fields.pop("id", name), *depends_on, command=["sh", "-c", point, "sh", name, *says], **fields)
+
+        outer = flow_json(
+            at("start", says=["n=2"]),
+            at("each-${{ item }}", "start", id="each", foreach=["a", "${{ tasks.start.outputs.n }}"],
+               says=["v=${{ item }}"], max_parallel=1),
+            at("not", "start", **{"if": "tasks.start.outputs.n == '3'"}), at("after", "not",
+            trigger_rule="none_failed"),
+            at("made", "each", says=["list=${{ tasks.each.outputs.items }}"], outputs=["made"],
+            env={"X": "${{ run.id }}"}),
+            task("sub", "start", flow="inner", params={"p": "${{ tasks.start.outputs.n }}"}),
+            at("join", "sub", "made", "after", says=["got=${{ tasks.sub.outputs.inner }}"]), name="outer",
+            **{"finally": at("last", id="last"), "on_success": at("good", id="good")})
+        inner = flow_json(at("first", says=["x=1"]), at("inner", "first", says=["inner=${{ params.p }}"]),
+                          name="inner", params={"p": ""})
+        with Project({"outer": outer, "inner": inner}) as project:
+            project.write("made", "")
+
+            def ends(run_id):
+                return {name: (found["status"], found["output"]) for name,
+                found in project.state(run_id)["tasks"].items()}
+
+            self.assertEqual(project.main("run", "outer", "--run-id", "whole")[0], 0)
+            expected = ends("whole")
+            self.assertEqual(expected["join"], ("success", {"got": "2"}))
+            for n, name in enumerate(["start", "each-a", "each-2", "after", "made", "first", "inner", "join", "last",
+                                      "good"]):
+                for how in ("die", "fail") if name != "good" else ("die",):     # whose failure decides nothing
+                    with self.subTest(name, how=how):
+                        project.write(how, name)
+                        args = ("run", "outer", "--run-id", f"{how}{n}")
+                        code = project.cli(*args).returncode if how == "die" else project.main(*args)[0]
+                        self.assertEqual(code, -9 if how == "die" and name not in ("first", "inner") else 1)
+                        self.assertFalse(os.path.exists(project.at(how)))
+                        code, _, err = project.main("resume", f"{how}{n}")
+                        self.assertEqual((code, ends(f"{how}{n}")), (0, expected), err)
+
     def test_a_flow_within_a_flow_ends_and_goes_on_with_it(self):
         outer = flow_json(task("sub", flow="inner", params={"name": "n"}), name="outer")
         for number, status in ((signal.SIGTERM, "cancelled"), (signal.SIGKILL, "interrupted")):
@@ -7100,6 +7233,8 @@ class T27CommandLine(unittest.TestCase):
                     status = int(rest) if rest.isdigit() else 200 if len(asked) > 2 else 503
                 elif kind == "json":
                     head, body = {"Content-Type": "application/json"}, b'{"n": [1, 2], "h": null}'
+                elif kind == "bom":
+                    head, body = {"Content-Type": "application/json"}, b"\xef\xbb\xbf{}"
                 elif kind == "bad":
                     head, body = {"Content-Type": "application/json"}, b"{"
                 elif kind == "to":
@@ -7154,6 +7289,10 @@ class T27CommandLine(unittest.TestCase):
             "bad": ({"url": place + "/bad"}, "Expecting"), "header": ({"url": place,
             "headers": {"X": "${{ params.crlf }}"}}, "header"),
             "user": ({"url": closed.replace("//", "//ada:pw@")}, "GET " + closed),
+            "signed": ({"url": place.replace("//", "//ada:p%40w@") + "/signed"}, {"text": "text ü"}),
+            "iri": ({"url": place + "/p/ü ö?x=é&y=%41"}, {"text": "text ü"}), "bom": ({"url": place + "/bom"},
+            {"json": {}}),
+            "stays": ({"url": f"{place}/to/x", "expect_status": [302, 303]}, {"text": "text ü"}),
             "scheme": ({"url": "${{ params.scheme }}"}, "unknown url type"),
             "turns": ({"url": place + "/to//to/x"}, "HTTP")}
         with one(*[task(name, http=ask, allow_failure=True) for name, (ask, _) in asks.items()]) as project:
@@ -7172,13 +7311,15 @@ class T27CommandLine(unittest.TestCase):
                         self.assertEqual(tasks[name]["status"], "success", tasks[name]["reason"])
                         output = dict(tasks[name]["output"])
                         self.assertEqual((output.pop("status"), output.pop("headers")["x-two"]),
-                                         (404 if name == "other" else 200, "a"))
+                                         ({"other": 404, "stays": 302}.get(name, 200), "a"))
                         self.assertEqual(output, expected or {"json": {"n": [1, 2], "h": None}})
             self.assertEqual(project.read("out.json"), '{"n": [1, 2], "h": null}')
             self.assertEqual([name for name in os.listdir(project.path) if "cut" in name], [])
         seen = {path: (method, head, body) for method, path, head, body in asked}
         quoted = "a%20b%26c%2F..%2F%C3%BC"
         self.assertIn(f"/x/{quoted}?q={quoted}", seen)
+        self.assertIn("/p/%C3%BC%20%C3%B6?x=%C3%A9&y=%41", seen)
+        self.assertEqual(seen["/signed"][1]["Authorization"], "Basic YWRhOnBAdw==")
         posted = [(method, json.loads(body), head["Content-Type"], head["X-Own"]) for method, path, head, body in asked
                   if method == "POST"]
         self.assertEqual(posted, [("POST", {"a": ["a b&c/../ü", 1]}, "application/json", "a b&c/../ü")])
@@ -7212,19 +7353,25 @@ class T27CommandLine(unittest.TestCase):
                  task("command", wait_for={"command": ["sh", "-c",
                  "echo x=1 >>\"$MINIFLOW_OUTPUT\"; test -e \"$1\"", "sh",
                                                        "${{ params.odd }}"], "poll_s": 0.05}),
-                 task("seconds", wait_for={"seconds": 0.3}),
+                 task("seconds", wait_for={"seconds": "${{ params.s }}"}),
+                 task("no", wait_for={"seconds": "${{ params.odd }}"}, max_retries=3, allow_failure=True),
                  task("never", wait_for={"file": "never", "poll_s": 0.05}, timeout_s=3, allow_failure=True),
-                 task("odd", wait_for={"command": ["./not-there"]}, allow_failure=True)]
+                 task("odd", wait_for={"command": ["./not-there"]}, max_retries=3, allow_failure=True),
+                 task("wrong", wait_for={"url": "${{ params.odd }}"}, max_retries=3, allow_failure=True)]
         feed = "sleep 0.4; mkdir in; echo >'in/*[a] 1.csv'; echo >in/other.csv; echo >'*[a]'"
         with one(*tasks, task("feed", command=feed)) as project:
-            code, _, err = project.main("run", "f", "--run-id", "r", "-j", "1", "--param", "odd=*[a]")
+            code, _, err = project.main("run", "f", "--run-id", "r", "-j", "1", "--param", "odd=*[a]",
+            "--param", "s=0.3")
             self.assertEqual(code, 0, err)
             found = project.state("r")["tasks"]
+            self.assertEqual({name: len(found[name]["attempts"]) for name in ("no", "odd", "wrong")},
+                             {"no": 1, "odd": 1, "wrong": 1}, "what is wrong stays so")
+            self.assertEqual(found["no"]["reason"], 'wait_for.seconds: expected a number of seconds, got "*[a]"')
             self.assertEqual(found["file"]["output"], {"files": ["in/*[a] 1.csv"]})
             self.assertEqual(found["url"]["output"], {"status": 200})
             self.assertEqual(found["command"]["output"], {"x": "1"})
             self.assertEqual((found["seconds"]["status"], found["never"]["reason"]), ("success", "timeout after 3 s"))
-            self.assertIn("No such file", found["odd"]["reason"])
+            self.assertEqual(found["odd"]["reason"], "cannot start: ./not-there: No such file or directory")
             self.assertIn("not yet: no file matches never", project.main("logs", "r", "never")[1])
 
     def test_handlers_run_after_a_timeout_a_signal_and_a_kill(self):
@@ -7479,6 +7626,21 @@ class T27CommandLine(unittest.TestCase):
             with open(project.at("demo/miniflow_output/logs/r/count.1.log")) as file:
                 self.assertEqual(file.read(), "greeted: 1\n")
             self.assertEqual(project.main("init", "demo")[0], 2)
+            done = [subprocess.run([sys.executable, ENGINE, "run", "tour", "--run-id", name], cwd=project.at("demo"),
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE) for name in "tu"]
+            self.assertEqual([run.returncode for run in done], [0, 0], done)
+            with open(project.at("demo/miniflow_output/runs/u.json")) as file:
+                tasks = json.load(file)["tasks"]
+            self.assertEqual({end: sum(found["status"] == end for found in tasks.values()) for end in mf.SETTLED}, {
+                "success": 14, "cached": 1, "skipped": 3, "failed": 1, "upstream_failed": 0, "cancelled": 0})
+
+    def test_the_tour_shows_all_that_a_flow_can_say(self):
+        tour = mf._TOUR_FLOW
+        used = {name for found in (*tour["tasks"], *(tour.get(name, {}) for name in mf.HANDLERS)) for name in found}
+        self.assertEqual({field.name for field in mf.TASK_FIELDS} - used, {
+            "script", "tags", "env", "cwd", "python", "stdin", "max_backoff_s", "jitter", "timeout_s", "grace_s"})
+        self.assertEqual({field.name for field in mf.FLOW_FIELDS} - tour.keys(), {
+            "$schema", "version", "tags", "max_parallel", "fail_fast", "preload", "secrets", "on_success"})
 
     def test_the_sample_flow_makes_a_real_report(self):
         with Project() as project:
