@@ -4695,7 +4695,7 @@ class T20TemplateInterpreter(unittest.TestCase):
         return engine, self.template_of(engine.pid), [int(line) for line in project.lines("pids")]
 
     def stubborn(self):
-        return self.several("", first=T18Orphans.STUBBORN.replace("len(sys.argv) == 1", "sys.argv[1] == '0'"))
+        return self.several("", first=T19Orphans.STUBBORN.replace("len(sys.argv) == 1", "sys.argv[1] == '0'"))
 
     def test_a_cancelled_run_leaves_neither_template_nor_scripts_nor_what_left_their_group(self):
         with self.stubborn() as project:
