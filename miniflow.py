@@ -9572,6 +9572,13 @@ def _process_word(task_run: TaskRun) -> str:
     return "-" if not last or last.pid is None else "forked" if last.forked else "started"
 
 
+def format_param(param: Param) -> str:
+    """Return what may be given for a param, and what it is for."""
+    schema = param_schema(param)
+    words = [describe_schema(schema)] if schema else []
+    return ": ".join(words + ([param.description] if param.description else []))
+
+
 def format_run(loaded: Loaded, store: Store) -> str:
     """Return what `show` tells of a run."""
     run = loaded.run
@@ -9580,8 +9587,11 @@ def format_run(loaded: Loaded, store: Store) -> str:
              f"started {format_time(run.started)}, took {format_span(span(run.started, run.finished))}"]
     if run.parent:
         lines.append(f"part of run {run.parent['run']}, task {run.parent['task']}")
+    declared = run.plan.flow.params or {}
     if run.params:
-        lines.append("params " + safe(json.dumps(run.params, ensure_ascii=False)))
+        lines += ["", format_table([("param", "value", "takes")] + [
+            (name, shown(value), format_param(declared.get(name, Param())))
+            for name, value in run.params.items()])]
     rows = [("task", "status", "attempts", "duration", "process", "reason")]
     rows += [(name, INTERRUPTED if task_run.status == RUNNING and not loaded.live else task_run.status,
               str(len(task_run.attempts)), format_span(span(task_run.started, task_run.finished)),

@@ -7176,6 +7176,16 @@ class T27CommandLine(unittest.TestCase):
                         code, _, err = project.main("resume", f"{how}{n}")
                         self.assertEqual((code, ends(f"{how}{n}")), (0, expected), err)
 
+    def test_show_tells_the_params_and_what_they_take(self):
+        params = {"days": {"type": "integer", "default": 2, "min": 1, "max": 7, "description": "how \x1b[31mmany"},
+                  "x": "a\nb", "c": {"enum": ["p", 1], "default": 1}}
+        with one(task("a"), params=params) as project:
+            project.main("run", "f", "--run-id", "r", "--param", "days=3")
+            self.assertEqual([line.split(None, 2) for line in project.main("show", "r")[1].splitlines()[3:7]], [
+                ["param", "value", "takes"], ["days", "3", "an integer from 1 to 7: how \\x1b[31mmany"],
+                ["x", '"a\\nb"'], ["c", "1", 'one of "p", 1']])
+            self.assertEqual(json.loads(project.main("list", "--json")[1])[0]["params"]["days"], params["days"])
+
     def test_a_flow_within_a_flow_ends_and_goes_on_with_it(self):
         outer = flow_json(task("sub", flow="inner", params={"name": "n"}), name="outer")
         for number, status in ((signal.SIGTERM, "cancelled"), (signal.SIGKILL, "interrupted")):
