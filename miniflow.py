@@ -61,6 +61,7 @@ Contents
     24. RUNNER: how is one run driven to its end?
     25. REPORTING: how is it told to a person?
     26. LIBRARY: what does a Python program use?
+    26.5. BUNDLE: how does a flow travel, with all that it needs, in one file?
     27. COMMAND LINE: what can be typed?
 
 
@@ -10113,6 +10114,258 @@ class MiniFlow:
 
 
 # ============================================================================
+# == 26.5. BUNDLE: how does a flow travel, with all that it needs, in one file?
+# ============================================================================
+# A bundle is a zip file that Python executes.  It holds the engine, a flow and those within it, and the whole
+# tasks directory where any of them has a script: what a script imports or reads beside itself nobody can
+# tell, so nothing is picked out.  A flow in Python brings the whole flows directory for the same reason.
+#
+# Scripts and the engine have to be files: `python script.py` finds its neighbours by its path, and other
+# processes load this file by its own.  So each start of a bundle puts what it holds into a directory that
+# only its user can change, named by its content, and runs the engine there.  A file that is not as it should
+# be is put anew, by rename; nothing runs before all are there.  So it does not matter who else starts at the
+# same time, where the last start was killed, or what has been tidied up since.
+#
+# The same input gives the same bytes: sorted names, one date, two modes, and no compression, which each zlib
+# does in its own way.  A bundle made by a bundle is that bundle.
+
+MAX_BUNDLE = 100 * 2**20                       # bytes
+MAX_BUNDLE_FILES = 10_000
+
+#: What a bundle executes; behind it stands the call of start().
+BUNDLE_PROGRAM = r'''
+import binascii, os, stat, sys
+if sys.version_info < (3, 9):
+    sys.exit("this needs Python 3.9 or newer, and %s is %s" % (sys.executable, sys.version.split()[0]))
+archive = os.path.dirname(__file__)               # as it was typed: the loader knows it by this name
+
+
+def places():
+    """Yield the directories in which bundles may be unpacked, the best one first."""
+    if os.environ.get("MINIFLOW_BUNDLE_DIR"):
+        yield os.environ["MINIFLOW_BUNDLE_DIR"]
+        return
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    yield os.path.join(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache"), "miniflow")
+    import tempfile
+    yield os.path.join(tempfile.gettempdir(), "miniflow-%s" % (os.geteuid() if os.name == "posix" else ""))
+
+
+def make_private(path):
+    """Make a directory; raise OSError if somebody else may change what is in it, or put another there."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    found, above = os.lstat(path), os.stat(os.path.dirname(path))
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(0, "it is no directory", path)
+    if os.name == "posix" and (found.st_uid != os.geteuid() or found.st_mode & 0o022
+                               or above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX):
+        raise OSError(0, "others may change what is there", path)
+
+
+def put(folder, name, content, mode, crc):
+    """See that a file of the bundle is there, with its content."""
+    path = os.path.join(folder, *name.split("/"))
+    try:
+        with open(path, "rb") as file:
+            if file.read() == content and not os.path.islink(path):
+                return
+    except OSError:
+        pass
+    if binascii.crc32(content) != crc:
+        sys.exit("%s: damaged at %s; copy it again" % (archive, name))
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    part = os.path.join(folder, "part-%d-%s" % (os.getpid(), os.urandom(4).hex()))
+    try:
+        with open(part, "xb") as file:
+            file.write(content)
+        os.chmod(part, mode & 0o700)
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
+
+
+def unpack(place, key, members):
+    """Put all files below a directory of their own in `place`, and return it."""
+    above, name = os.path.split(os.path.abspath(place))
+    os.makedirs(above, 0o700, exist_ok=True)
+    place = os.path.join(os.path.realpath(above), name)
+    folder = os.path.join(place, key)
+    make_private(place)
+    make_private(folder)
+    for name, mode, crc in members:
+        steps = name.split("/")
+        if any(step in ("", ".", "..") or set(step) & set("\\:\0") for step in steps):
+            sys.exit("%s: holds %r, which is no name for a file of a bundle" % (archive, name))
+        put(folder, name, __loader__.get_data(os.path.join(archive, *steps)), mode, crc)
+    return folder
+
+
+def start(key, flow, members):
+    """Unpack, and run the engine that was unpacked."""
+    said = []
+    for place in places():
+        try:
+            folder = unpack(place, key, members)
+            break
+        except OSError as exc:
+            said.append("%s: %s" % (exc.filename or place, exc.strerror or exc))
+    else:
+        said.append("%s can't be unpacked; name a directory of yours by MINIFLOW_BUNDLE_DIR" % archive)
+        sys.stderr.write("\n".join(said) + "\n")
+        sys.exit(74)
+    sys.path[0] = folder
+    import miniflow
+    sys.exit(miniflow.start_bundle(folder, flow))
+
+
+'''
+
+if TYPE_CHECKING:
+    Members = Dict[str, Tuple[bytes, int]]      # name to content and mode
+
+#: The flow that this engine is in a bundle with, if it is in one.
+bundled: Optional[str] = None
+
+
+def _paths_below(folder: str, skipped: str, left_out: List[str], problems: List[str]
+                 ) -> Iterator[Tuple[str, str]]:
+    """Yield name and path of each file that a bundle takes from a directory, noting what it does not take.
+
+    Names that begin with a dot belong to tools (.git, .venv, .env), and are often nobody else's business.
+    """
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(root):
+        kept = []
+        for name in sorted(folders + files):
+            path = os.path.join(place, name)
+            real = os.path.realpath(path)
+            if name == "__pycache__" or real == skipped:
+                continue
+            if name.startswith("."):
+                left_out.append(os.path.relpath(path, root))
+            elif re.search(r"[\\:\ud800-\udfff]", name):
+                problems.append(f"{shown(path)}: not every system can have a file of that name; rename it")
+            elif not real.startswith(root + os.sep) or name in folders and os.path.islink(path):
+                problems.append(f"{shown(path)}: a symbolic link to {shown(real)}, which does not travel "
+                                "with it; put a copy in its place")
+            elif name in folders:
+                kept.append(name)
+            else:
+                yield os.path.relpath(path, root).replace(os.sep, "/"), path
+        folders[:] = kept
+
+
+def _flows_within(flows_dir: str, name: str, tasks_dir: str) -> Dict[str, Source]:
+    """Return a flow and all that are tasks of it, however deep, each checked, by their names."""
+    found: Dict[str, Source] = {}
+    todo = [find_flow(flows_dir, name)]
+    while todo:
+        stem, path = todo.pop()
+        if stem not in found:
+            found[stem] = load_flow(path, stem, tasks_dir)
+            todo += [find_flow(os.path.dirname(path) or ".", task.action.flow)
+                     for task in found[stem].flow.tasks if isinstance(task.action, SubFlow)]
+    return found
+
+
+def _paths_of_bundle(mini: MiniFlow, name: str, problems: List[str], left_out: List[str]
+                     ) -> Tuple[str, Dict[str, str]]:
+    """Return the name of a flow, and the paths of all files of its bundle by their names there."""
+    sources = _flows_within(mini.flows_dir, name, mini.tasks_dir)
+    main = next(iter(sources))
+    tasks = [task for source in sources.values() for task in source.flow.tasks]
+    paths = {"miniflow.py": os.path.abspath(__file__)}
+    trees = {"tasks": mini.tasks_dir} if any(isinstance(task.action, Script) for task in tasks) else {}
+    if any(source.functions is not None for source in sources.values()):
+        trees["flows"] = os.path.dirname(sources[main].path) or "."
+    for prefix, folder in trees.items():
+        for inner, path in _paths_below(folder, mini.store.place, left_out, problems):
+            paths[f"{prefix}/{inner}"] = path
+            if len(paths) > MAX_BUNDLE_FILES:
+                raise UsageError(f"{safe(folder)}: holds more than {MAX_BUNDLE_FILES:,} files, too many for "
+                                 "a bundle; give a smaller directory by -t")
+    paths.update((f"flows/{os.path.basename(source.path)}", source.path) for source in sources.values())
+    return main, paths
+
+
+def _read_members(paths: Mapping[str, str], problems: List[str]) -> Members:
+    """Return the files of a bundle."""
+    members: Members = {}
+    size = 0
+    for name, path in sorted(paths.items()):
+        try:
+            with open_file(path, follow=True) as file:
+                mode = 0o755 if os.fstat(file.fileno()).st_mode & stat.S_IXUSR else 0o644
+                content = file.read(MAX_BUNDLE + 1 - size)
+        except OSError as exc:
+            problems.append(f"{shown(path)}: can't be read: {exc.strerror}; remove it, or mend it")
+            continue
+        size += len(content)
+        if size > MAX_BUNDLE:
+            raise UsageError(f"{shown(path)}: with it the bundle has more than {MAX_BUNDLE // 2**20} MB; "
+                             "keep data elsewhere, and give its path as a param")
+        members[name] = content, mode
+    return members
+
+
+def _zipped(members: Members) -> bytes:
+    """Return the bytes of an executable zip file."""
+    import io
+    import zipfile
+    file = io.BytesIO()
+    file.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, (content, mode) in sorted(members.items()):
+            info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            info.create_system, info.external_attr = 3, (stat.S_IFREG | mode) << 16
+            archive.writestr(info, content)
+    return file.getvalue()
+
+
+def make_bundle(mini: MiniFlow, name: str) -> Tuple[str, bytes, List[str], List[str]]:
+    """Return the name of a flow, the bytes of its bundle, the names of its files, and what was left out.
+
+    Raises UsageError with all that can't travel.
+    """
+    import hashlib
+    problems: List[str] = []
+    left_out: List[str] = []
+    stem, paths = _paths_of_bundle(mini, name, problems, left_out)
+    members = _read_members(paths, problems)
+    if problems:
+        raise UsageError("\n".join(problems))
+    table = [(name, mode, zlib.crc32(content)) for name, (content, mode) in members.items()]
+    digest = hashlib.sha256(repr(table).encode())
+    for content, _ in members.values():
+        digest.update(content)
+    key = re.sub("[^A-Za-z0-9_-]", "_", stem)[:60] + "-" + digest.hexdigest()[:16]
+    program = f"{BUNDLE_PROGRAM}start({key!a}, {stem!a}, {ascii(table)})\n"
+    return stem, _zipped({**members, "__main__.py": (program.encode(), 0o644)}), list(members), left_out
+
+
+def write_bundle(path: str, content: bytes) -> None:
+    """Put an executable file in the place of what is there; raise UsageError if that can't be."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        try:
+            with open(part, "xb") as file:
+                file.write(content)
+            os.chmod(part, 0o755)
+            os.replace(part, path)
+        except BaseException:
+            if os.path.lexists(part):
+                os.unlink(part)
+            raise
+    except OSError as exc:
+        raise UsageError(f"-o {shown(path)}: can't be written: {exc.strerror}") from None
+
+
+# ============================================================================
 # == 27. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
@@ -10346,7 +10599,9 @@ def run_validate(options: Any) -> int:
 
 
 def _add_flow(parser: Any) -> None:
-    parser.add_argument("flow", metavar="FLOW", help="a flow's name or path")
+    how: Dict[str, Any] = {"nargs": "?", "default": bundled} if bundled else {}
+    parser.add_argument("flow", metavar="FLOW", help="a flow's name or path"
+                        + (f" (default: {bundled})" if bundled else ""), **how)
 
 
 def _add_graph(parser: Any) -> None:
@@ -10565,10 +10820,11 @@ def run_resume(options: Any) -> int:
     recorded = mini.store.load(run_id).run
     hide(recorded.plan.flow.secrets)
     source: Optional[Source] = None
+    path = flow_files(mini.flows_dir).get(recorded.flow, recorded.source) if bundled else recorded.source
     if recorded.outcome == SUCCESS:
         pass                                   # whatever its flow is by now
-    elif os.path.exists(recorded.source):
-        source = load_flow(recorded.source, recorded.flow, mini.tasks_dir)
+    elif os.path.exists(path):
+        source = load_flow(path, recorded.flow, mini.tasks_dir)
         source = source._replace(flow=source.flow._replace(fail_fast=recorded.plan.flow.fail_fast))
     elif any(isinstance(task.action, Function) for task in recorded.plan.tasks.values()):
         where = f"{safe(recorded.source)}, which is gone" if recorded.source else "a Python program"
@@ -10783,6 +11039,32 @@ def run_export(options: Any) -> int:
             os.chmod(options.file, 0o755)
     except OSError as exc:
         raise UsageError(f"-o {shown(options.file)}: can't be written: {exc.strerror}") from None
+    return 0
+
+
+def _add_bundle(parser: Any) -> None:
+    _add_flow(parser)
+    parser.add_argument("-o", dest="file", metavar="FILE", help="where to (default: FLOW.pyz)")
+
+
+@command("bundle", "put a flow, its scripts and the engine into one executable file",
+         "miniflow bundle etl -o etl.pyz && ./etl.pyz run", _add_bundle)
+def run_bundle(options: Any) -> int:
+    """Write the bundle and print its path; what is in it is talk."""
+    mini = _miniflow(options)
+    stem, content, names, left_out = make_bundle(mini, options.flow)
+    path = options.file or f"{stem}.pyz"
+    for folder in {name.partition("/")[0] for name in names if name.count("/")}:
+        place = os.path.realpath({"tasks": mini.tasks_dir, "flows": mini.flows_dir}[folder])
+        if os.path.realpath(path).startswith(place + os.sep):
+            raise UsageError(f"-o {shown(path)}: lies in {safe(place)}, which goes into the bundle; put it "
+                             "elsewhere")
+    write_bundle(path, content)
+    if left_out:
+        say(f"left out, as their names begin with a dot: {', '.join(sorted(left_out)[:20])}")
+    say(f"{len(names)} files, {len(content) // 1024:,} kB: {', '.join(names[:20])}"
+        + (", …" if len(names) > 20 else ""))
+    print_result(safe(path))
     return 0
 
 
@@ -11044,6 +11326,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if argv is None:                            # this process is ours, and what is imported stays in it:
         gc.freeze()                             # neither a collection nor the exit has to go through that
     return answer(sys.argv[1:] if argv is None else argv, {})
+
+
+def start_bundle(folder: str, flow: str) -> int:
+    """Run the command line in a bundle that was unpacked to `folder`, of which `flow` is what it is for."""
+    global bundled
+    bundled = flow
+    sys.argv[1:1] = ["-f", os.path.join(folder, "flows"), "-t", os.path.join(folder, "tasks")]
+    return main()
 
 
 def run_subflow() -> int:

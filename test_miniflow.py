@@ -7832,6 +7832,254 @@ class T27CommandLine(unittest.TestCase):
             self.assertIn("mean temperatures: {'harbour': 7.5, 'hill': 4.5}", done.stdout)
 
 
+class T27bBundle(unittest.TestCase):
+
+    def project(self, **fields):
+        """Return a Project whose flow f has a script with a neighbour, data, a package, and a flow within it."""
+        project = Project({
+            "f": flow_json(task("a", script="in/a.py", args=["${{ params.p }}"]), task("b", "a", flow="g"),
+                           params={"p": "x"}, **fields),
+            "g": {"name": "g", "tasks": [task("c", command="echo '{\"c\": 1}' > $MINIFLOW_OUTPUT"),
+                                         task("d", "c", script="top.py")]},
+            "other": flow_json(task("z"))}, {
+            "in/a.py": """
+                import json, os, sys
+                import near
+                from pack import deep
+                here = os.path.dirname(os.path.abspath(__file__))
+                assert sys.path[0] == here, sys.path
+                with open(os.path.join(here, "..", "data.txt")) as file, open("seen.json", "w") as seen:
+                    json.dump([near.N, deep.N, file.read(), sys.argv[1:]], seen)
+                if not os.path.exists("go"): sys.exit(3)
+                """,
+            "in/near.py": "N = 1", "in/pack/__init__.py": "", "in/pack/deep.py": "N = 2", "data.txt": "d\n",
+            "top.py": "import os; open('top', 'w').close()", ".env": "PASSWORD=x", ".git/config": "",
+            "__pycache__/x.pyc": ""})
+        return project
+
+    def bundle(self, project, name="f"):
+        code, out, err = project.main("bundle", name)
+        self.assertEqual((code, out), (0, name + ".pyz\n"), err)
+        return err
+
+    def start(self, project, *args, file="f.pyz", cwd="", python=("-I",), **env):
+        """Start a bundle with next to no environment; return its Popen."""
+        os.makedirs(project.at(cwd), exist_ok=True)
+        env = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": project.at("cache"), **env}
+        return subprocess.Popen([sys.executable, *python, project.at(file), *args], cwd=project.at(cwd), env=env,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def ended(self, process):
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out.decode(), err.decode()
+
+    def go(self, project, *args, **options):
+        """Run a bundle; return exit code, stdout and stderr."""
+        return self.ended(self.start(project, *args, **options))
+
+    def unpacked(self, project):
+        """Return the directory to which a bundle was unpacked."""
+        (name,) = os.listdir(project.at("cache/miniflow"))
+        return project.at("cache/miniflow", name)
+
+    def test_the_same_flow_gives_the_same_bytes_also_from_within_a_bundle(self):
+        with self.project() as project:
+            err = self.bundle(project)
+            with open(project.at("f.pyz"), "rb") as file:
+                content = file.read()
+            self.assertIn("left out, as their names begin with a dot: .env, .git\n9 files, ", err)
+            os.utime(project.at("tasks/top.py"), (1, 1))
+            self.bundle(project)
+            self.assertEqual(self.go(project, "bundle", "-o", "again.pyz")[:2], (0, "again.pyz\n"))
+            for name in ("f.pyz", "again.pyz"):
+                with open(project.at(name), "rb") as file:
+                    self.assertEqual(file.read(), content)
+            self.assertEqual(os.stat(project.at("f.pyz")).st_mode & 0o777, 0o755)
+            with zipfile.ZipFile(project.at("f.pyz")) as archive:
+                self.assertEqual(archive.namelist(), sorted(archive.namelist()))
+                self.assertNotIn("flows/other.json", archive.namelist())
+                self.assertIsNone(archive.testzip())
+
+    def test_a_bundle_runs_where_there_is_nothing_but_python(self):
+        with self.project() as project:
+            self.bundle(project)
+            os.mkdir(project.at("ro"))
+            os.rename(project.at("f.pyz"), project.at("ro/f.pyz"))
+            os.chmod(project.at("ro"), 0o555)
+            shutil.rmtree(project.at("flows"))
+            shutil.rmtree(project.at("tasks"))
+            project.write("empty/go", "")
+            for args in ((), ("-o", "out"), ("--no-fork",)):
+                code, out, err = self.go(project, "run", *args, "--param", "p=a b", file="ro/f.pyz", cwd="empty")
+                self.assertEqual(code, 0, err)
+                self.assertEqual(json.loads(project.read("empty/seen.json")), [1, 2, "d\n", ["a b"]])
+                os.unlink(project.at("empty/top"))
+            self.assertEqual(sorted(os.listdir(project.at("empty"))), ["go", "miniflow_output", "out", "seen.json"])
+            self.assertEqual(os.listdir(project.at("ro")), ["f.pyz"])
+            for args, said in ((["list"], "f "), (["validate"], "g.json: ok"), (["graph"], "a  script in/a.py"),
+                               (["show", "last"], "of flow g"), (["logs", "last"], "==> c"), (["runs"], "success"),
+                               (["export", "g", "--to", "bash"], "#!/usr"), (["run", "g"], "g-"), (["--help"], None),
+                               (["--version"], f"miniflow {mf.__version__}"), (["run", "h"], None)):
+                code, out, err = self.go(project, *args, file="ro/f.pyz", cwd="empty")
+                self.assertEqual(code, 3 if args == ["run", "h"] else 0, err)
+                self.assertIn(said or "", out, args)
+
+    def test_a_run_goes_on_where_the_directory_is_gone_and_with_a_newer_bundle(self):
+        with self.project() as project:
+            self.bundle(project)
+            self.assertEqual(self.go(project, "run", "--run-id", "r", cwd="e")[0], 1)
+            shutil.rmtree(project.at("cache"))
+            code, _, err = self.go(project, "resume", "r", cwd="e")
+            self.assertEqual(code, 1, err)
+            self.assertNotIn("gone", err)
+            flow = json.loads(project.read("flows/f.json"))
+            project.write("flows/f.json", json.dumps({**flow, "tasks": [*flow["tasks"], task("new", "b")]}))
+            project.write("tasks/in/near.py", "N = 5")
+            project.write("e/go", "")
+            self.bundle(project)
+            code, _, err = self.go(project, "resume", "last", cwd="e")
+            self.assertEqual(code, 0, err)
+            self.assertIn("task new was added", err)
+            self.assertEqual(json.loads(project.read("e/seen.json"))[0], 5)
+
+    def test_several_starts_at_once_and_one_that_is_killed_do_no_harm(self):
+        kill = ("import os, runpy, signal, sys\n"
+                "left, real = [int(sys.argv[2])], os.replace\n"
+                "def replace(*names):\n"
+                "    left[0] -= 1\n"
+                "    left[0] < 0 and os.kill(os.getpid(), signal.SIGKILL)\n"
+                "    real(*names)\n"
+                "os.replace, sys.argv = replace, [sys.argv[1], 'list']\n"
+                "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+        with self.project() as project:
+            self.bundle(project)
+            for n in (0, 1, 3, 4):             # of what is lacking yet
+                done = subprocess.run([sys.executable, "-c", kill, project.at("f.pyz"), str(n)],
+                                      env={"XDG_CACHE_HOME": project.at("cache")}, stderr=subprocess.PIPE)
+                self.assertEqual(done.returncode, -signal.SIGKILL, done.stderr)
+            self.assertEqual(self.go(project, "validate", cwd="e")[0], 0)
+            shutil.rmtree(project.at("cache"))
+            project.write("e/go", "")
+            for process in [self.start(project, "run", cwd="e") for _ in range(4)]:
+                code, _, err = self.ended(process)
+                self.assertEqual(code, 0, err)
+            self.assertEqual(len(os.listdir(self.unpacked(project))), 4)     # the parts are gone; __pycache__
+
+    def test_what_is_not_as_it_should_be_is_put_anew(self):
+        with self.project() as project:
+            self.bundle(project)
+            self.go(project, "list")
+            folder = self.unpacked(project)
+            script = os.path.join(folder, "tasks", "top.py")
+            self.assertEqual({os.stat(os.path.join(place, name)).st_mode & 0o077
+                              for place, folders, files in os.walk(project.at("cache/miniflow/"))
+                              for name in files if "__pycache__" not in place}, {0})
+            before = project.read("tasks/top.py")
+            for change in (lambda: os.unlink(script), lambda: project.write(script, "x"), lambda: project.write(
+                    script, ""), lambda: (os.unlink(script), os.symlink(project.at("tasks/top.py"), script))):
+                change()
+                self.assertEqual(self.go(project, "list")[0], 0)
+                self.assertFalse(os.path.islink(script))
+                self.assertEqual(project.read(script), before)
+
+    def test_a_directory_that_others_may_change_is_not_used(self):
+        with self.project() as project:
+            self.bundle(project)
+
+            def spoil(name, mode):
+                os.makedirs(project.at(name), exist_ok=True)
+                os.chmod(project.at(name), mode)
+            for n, (spoilt, mode) in enumerate((("place", 0o777), ("place", 0o770), (".", 0o777), ("place", None),
+                                                (self.key(project), 0o702))):
+                place = project.at(f"{n}/place")
+                os.mkdir(project.at(str(n)))
+                if mode:
+                    spoil(os.path.join(str(n), spoilt), mode)
+                else:
+                    os.symlink(project.at("tasks"), place)
+                with self.subTest(spoilt=spoilt, mode=mode):
+                    code, out, err = self.go(project, "list", MINIFLOW_BUNDLE_DIR=place)
+                    self.assertEqual((code, out), (74, ""))
+                    self.assertIn("it is no directory" if mode is None else "others may change what is there", err)
+                    self.assertIn("f.pyz can't be unpacked; name a directory of yours by MINIFLOW_BUNDLE_DIR\n", err)
+            os.mkdir(project.at("sticky"))
+            os.chmod(project.at("sticky"), 0o1777)
+            for env in ({"MINIFLOW_BUNDLE_DIR": project.at("sticky/mine")},
+                        {"XDG_CACHE_HOME": project.at("f.pyz"), "TMPDIR": project.at("sticky")}):
+                self.assertEqual(self.go(project, "list", **env, python=())[0], 0)
+            self.assertEqual(len(os.listdir(project.at("sticky"))), 2)
+
+    def key(self, project):
+        """Return where a bundle will be unpacked below its place."""
+        self.go(project, "list")
+        return "place/" + os.path.basename(self.unpacked(project))
+
+    def test_a_damaged_bundle_and_one_with_names_that_lead_elsewhere_are_refused(self):
+        with self.project() as project:
+            self.bundle(project)
+            with open(project.at("f.pyz"), "rb") as file:
+                content = file.read()
+            project.write("f.pyz", content.replace(b"PASSWORD", b"PASSW0RD").replace(b"N = 2", b"N = 3"))
+            self.assertEqual(self.go(project, "list")[::2], (
+                1, f"{project.at('f.pyz')}: damaged at tasks/in/pack/deep.py; copy it again\n"))
+            for name in ("../x", "/x", "a//x", "a/./x", "c:x", "a\\x", "a\0x", ""):
+                program = f"{mf.BUNDLE_PROGRAM}start('k', 'f', [({name!a}, 0o644, 0)])\n"
+                project.write("f.pyz", mf._zipped({"__main__.py": (program.encode(), 0o644)}))
+                code, _, err = self.go(project, "list")
+                self.assertEqual((code, err), (
+                    1, f"{project.at('f.pyz')}: holds {name!r}, which is no name for a file of a bundle\n"))
+
+    def test_what_cant_travel_is_refused_and_named_all_at_once(self):
+        with self.project() as project:
+            os.symlink("/etc/passwd", project.at("tasks/out"))
+            os.symlink("in", project.at("tasks/link"))
+            os.symlink("top.py", project.at("tasks/inner.py"))
+            os.symlink("nowhere", project.at("tasks/broken"))
+            project.write("tasks/a:b", "")
+            os.mkfifo(project.at("tasks/pipe"))
+            code, out, err = project.main("bundle", "f")
+            self.assertEqual((code, out), (2, ""))
+            for name, what in (("out", "a symbolic link to \"/etc/passwd\""), ("link", "a symbolic link to "),
+                               ("a:b", "not every system can have"), ("pipe", "it is not a regular file"),
+                               ("broken", "can't be read")):
+                self.assertRegex(err, f'(?m)^"{re.escape(project.at("tasks", name))}": .*{what}')
+                os.unlink(project.at("tasks", name))
+            self.bundle(project)
+            code, _, err = project.main("bundle", "f", "-o", "tasks/f.pyz")
+            self.assertEqual((code, err), (2, f'-o "tasks/f.pyz": lies in {project.at("tasks")}, which goes into the '
+                                              "bundle; put it elsewhere\n"))
+            self.assertEqual(project.main("bundle", "f", "-o", "no/f.pyz")[0], 2)
+            self.assertEqual(project.main("bundle", "nothing")[0], 3)
+            with open(project.at("tasks/large"), "wb") as file:
+                file.truncate(mf.MAX_BUNDLE)
+            self.assertIn("large\": with it the bundle has more than 100 MB", project.main("bundle", "f")[2])
+            project.write("flows/f.json", json.dumps(flow_json(task("a"))))
+            self.assertIn("2 files, ", self.bundle(project))    # no script, so no tasks directory
+
+    @unittest.skipUnless(LINUX, "process=True is known to work in a bundle on Linux")
+    def test_a_flow_in_python_brings_its_neighbours(self):
+        with Project() as project:
+            project.write("flows/py.py", textwrap.dedent("""
+                from miniflow import Workflow, task
+                import _near
+
+                @task(process=True)
+                def a(ctx):
+                    return {"n": _near.N + 1}
+
+                @task
+                async def b(ctx):
+                    return {"m": ctx["n"] + 1}
+                a >> b
+                workflow = Workflow([a, b])
+                """))
+            project.write("flows/_near.py", "N = 1")
+            self.bundle(project, "py")
+            code, _, err = self.go(project, "run", "--run-id", "r", file="py.pyz", cwd="e", python=())
+            self.assertEqual(code, 0, err)
+            self.assertEqual(json.loads(project.read("e/miniflow_output/runs/r.json"))["ctx"], {"n": 2, "m": 3})
+
+
 class T99HouseRules(unittest.TestCase):
     """What keeps the file readable."""
 
