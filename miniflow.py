@@ -48,6 +48,7 @@ Contents
     12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
     13. EXPORTERS: how does a plan look in other languages?
     14. BASH: how does a flow run where there is no MiniFlow?
+    14.7. MAKE: how does a flow run where there is make?
     --- the line: all above is pure ---
     15. DISK: how does a byte get onto the disk, and stay there?
     16. LOCKS: which one engine may work on a run?
@@ -5366,6 +5367,467 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
     return Exported("".join([
         _BASH_HEAD, "\n# ---- the flow\n", settings, f"mf_context={bash_quote(context)}\n", exports,
         *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nmf_red=0\n", loop]), is_program=True)
+
+
+# ============================================================================
+# == 14.7. MAKE: how does a flow run where there is make?
+# ============================================================================
+# A task is done when its stamp is there, so another make goes on where the last one stopped.  A stamp holds a
+# digest of what was executed, and `given` all that concerns every task: where they are not what the Makefile
+# says, they are made anew.  Make itself compares them when it reads the Makefile, so that `make -n` and
+# `make -q` tell the truth; a rule that is always tried would have them say that all is to be done.
+#
+# What is executed is bash, written as by the exporter for bash.  It stands in a `define`, is taken from there
+# by $(value) and handed to its own recipe in the environment: make expands nothing of it, and no recipe's
+# text holds a value.  A variable for all recipes would be put into the environment of each of them, which
+# takes a minute for 1,000 tasks.  A newline in a value is written $'\n', so no line of a `define` begins or
+# ends with what a value holds.
+#
+# Only what make gives on its own carries over: a task waits for the success of others, or it is refused.
+
+_MAKE_HEAD = r'''# Made by MiniFlow: make -j4 -f FILE runs the tasks of a flow.
+# Another make goes on where the last one stopped.  make NAME=VALUE sets a param, and all tasks run anew.
+# Needs GNU make 4.2, bash 5.1, coreutils and, for Python scripts, outputs and params, python3 (or PYTHON).
+# Below MINIFLOW_OUTPUT_DIR, by default ./miniflow_output, are a log for each task and ends.tsv (task, end,
+# attempts, reason); make clean removes what was made there.
+ifneq ($(filter 3.% 4.0% 4.1 4.1.%,$(MAKE_VERSION)),)
+$(error this needs GNU make 4.2 or newer, and is read by $(MAKE_VERSION))
+endif
+SHELL := bash
+.SHELLFLAGS := -c
+.SUFFIXES:
+.PHONY: all clean mf_force
+.DEFAULT_GOAL := all
+MAKEFLAGS += --no-builtin-rules
+
+mf_base := $(or $(value MINIFLOW_OUTPUT_DIR),miniflow_output)
+mf_open := (
+mf_bad := $(foreach c,% : ; | = * ? [ ~ & \ $$ $(mf_open),$(findstring $(c),$(mf_base)))
+ifneq ($(words x$(mf_base)x)$(strip $(mf_bad)),1)
+$(error MINIFLOW_OUTPUT_DIR: make can't have a file there: $(mf_base))
+endif
+mf_new = $(if $(filter $(2),$(file <$(mf_dir)/$(1).done)),,mf_force)
+'''
+
+#: Sees to what was given on the command line of make.
+_MAKE_GIVEN = r'''
+mf_set = $(if $(filter command,$(firstword $(origin $(1)))),$(1))
+mf_strange := $(filter-out MINIFLOW_OUTPUT_DIR PYTHON SHELL,$(foreach v,$(.VARIABLES),$(call mf_set,$(v))))
+ifneq ($(strip $(mf_strange)),)
+$(error $(strip $(mf_strange)): no param that make can set; it can set $(or $(mf_known),none))
+endif
+mf_given += .
+ifneq ($(file <$(mf_dir)/given),$(mf_given))
+$(mf_dir)/params: mf_force
+endif
+$(mf_dir)/params: private export mf_given := $(mf_given)
+$(mf_dir)/params: private export mf_begin := $(value mf_begin_text)
+$(mf_dir)/params: private export mf_py_params := $(value mf_py_params_text)
+$(mf_dir)/params:
+	@: begin; eval "$$mf_begin"
+'''
+
+#: Begins a run: what is known when make is called goes into files.
+_MAKE_BEGIN = r'''
+[[ $mf_dir == /* ]] || mf_dir=$PWD/$mf_dir
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+    echo 'this needs bash 5.1 or newer' >&2
+    exit 2
+fi
+umask 077
+mkdir -p -- "$mf_dir/io" || exit 2
+{
+    printf '%s\0' "${mf_flow//[^A-Za-z0-9_-]/_}-$(date -u +%Y%m%dT%H%M%SZ)-$$"
+    printf '%s\0' "$(date -u +%Y-%m-%dT%H:%M:%S.%6NZ)"
+    if [[ ${!mf_given_@} ]]; then
+        "${PYTHON:-python3}" -c "$mf_py_params" "$mf_dir/io/context.part" "$mf_spec" "$mf_context" || exit 2
+    else
+        printf '%s' "$mf_context" >"$mf_dir/io/context.part" && printf '%s\0' "${mf_texts[@]}"
+    fi
+} >"$mf_dir/params.part" || exit 2
+rm -rf -- "$mf_dir/given" "$mf_dir/tmp" "$mf_dir/ends.tsv" # first, so that a kill leaves a run to begin
+mkdir -- "$mf_dir/tmp" && mv -f -- "$mf_dir/io/context.part" "$mf_dir/io/context.json" &&
+    mv -f -- "$mf_dir/params.part" "$mf_dir/params" && printf '%s' "$mf_given" >"$mf_dir/given"
+'''
+
+#: Takes params from the command line of make: checks them, and writes the context and their texts.
+_MAKE_PARAMS = r'''
+import json, os, re, sys
+context, texts, problems = json.loads(sys.argv[3]), [], []
+kinds = {"string": [str], "integer": [int], "number": [int, float]}
+for name, kind, rules, words in json.loads(sys.argv[2]):
+    value = text = os.environ.get("mf_given_" + name)
+    if text is None:
+        value = context["params"][name]
+    elif kind != "string":
+        try:
+            value = json.loads(text)
+        except ValueError:
+            pass
+    size = len(value) if isinstance(value, str) else value
+    if (type(value) not in kinds[kind] or kind != "string" and value - value != 0
+            or value not in rules.get("enum", [value])
+            or kind == "string" and not re.search(rules.get("pattern", ""), value)
+            or size < rules.get("minimum", rules.get("minLength", size))
+            or size > rules.get("maximum", rules.get("maxLength", size))):
+        problems.append("param %s: expected %s, got %s" % (name, words, json.dumps(text)))
+    context["params"][name] = context["ctx"][name] = value
+    texts.append(value if isinstance(value, str) else json.dumps(value))
+if problems:
+    sys.exit("\n".join(problems))
+with open(sys.argv[1], "w") as file:
+    json.dump(context, file)
+for text in texts:
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b"\0")
+'''
+
+#: What the process of an attempt executes.
+_MAKE_ATTEMPT = r'''
+give_up() { # reason: for a task that no attempt can help
+    echo "$1" >&2
+    : >"$mf_io/$mf_n.final"
+    exit "${2:-125}"
+}
+
+go() { # directory: relative to where make was started
+    local to=$1
+    [[ $to == /* ]] || to=$mf_start_dir/$to
+    cd -- "$to" || give_up 'the working directory is not there' 127
+}
+
+value() { # path as JSON: sets mf_v to the value that it leads to in the context
+    mf_v=$("$mf_python" -c "$mf_py_outputs" value '' "$MINIFLOW_CONTEXT" "$@") ||
+        give_up "$*: there is no such value"
+    mf_v=${mf_v%.}
+}
+
+leave() { # nothing of make and of ours is the task's business
+    export -n "${!mf_@}"
+    unset MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL MAKE_TERMOUT MAKE_TERMERR
+    shopt -s execfail
+}
+
+eval "$mf_task"
+task
+'''
+
+#: The recipe of a task.
+_MAKE_ENGINE = r'''
+set -u
+eval "$mf_task"
+mf_start_dir=$PWD
+[[ $mf_dir == /* ]] || mf_dir=$PWD/$mf_dir
+mf_io=$mf_dir/io
+mapfile -d '' -t mf_p <"$mf_dir/params"
+for mf_k in "${!mf_p[@]}"; do export "mf_p$mf_k=${mf_p[mf_k]}"; done
+mf_python=$(command -v "${PYTHON:-python3}") || mf_python=python3
+export mf_start_dir mf_io mf_n mf_python MINIFLOW_RUN_ID=$mf_p0 MINIFLOW_FLOW=$mf_flow MINIFLOW_TASK=$mf_id
+export MINIFLOW_OUTPUT=$mf_io/$mf_n.out GITHUB_OUTPUT=$mf_io/$mf_n.out TMP_DIR=$mf_dir/tmp
+export MINIFLOW_CONTEXT=$mf_io/context.json MINIFLOW_ATTEMPT
+set_params
+
+seconds() { # milliseconds, as seconds
+    printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000))
+}
+
+sweep() { # group, grace in ms: ends what is left of it
+    local ms=0
+    kill -TERM -- "-$1" 2>/dev/null || return 0
+    while kill -0 -- "-$1" 2>/dev/null; do
+        if ((ms >= $2)); then kill -KILL -- "-$1" 2>/dev/null; fi
+        if ((ms >= $2 + 2000)); then return 0; fi # what is left then are zombies that nobody reaps
+        sleep 0.05
+        ((ms += 50))
+    done
+}
+
+stop() { # exit code
+    trap '' INT TERM HUP
+    if [[ $mf_group ]]; then sweep "$mf_group" "$mf_grace"; fi
+    exit "$1"
+}
+mf_group=''
+trap 'stop 129' HUP
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+see() { # sets MINIFLOW_CONTEXT to a file with what the task may read
+    local up
+    for up in $mf_needs; do
+        if [[ -e $mf_io/$up.json || -e $mf_io/$up.seen ]]; then
+            # shellcheck disable=SC2086
+            "$mf_python" -c "$mf_py_outputs" context "$mf_io" "$mf_n" $mf_needs || return 1
+            MINIFLOW_CONTEXT=$mf_io/$mf_n.ctx
+            return 0
+        fi
+    done
+}
+
+attempt() { # sets mf_why, and mf_code to what retry_on is held against
+    local began rc limits
+    rm -f -- "$MINIFLOW_OUTPUT" "$mf_io/$mf_n.final"
+    began=${EPOCHREALTIME/[.,]/}
+    limits=("$(seconds $((mf_grace ? mf_grace : 1)))" "$(seconds "$mf_limit")")
+    timeout -k "${limits[@]}" bash -c "$mf_attempt" </dev/null >>"$mf_log" 2>&1 &
+    mf_group=$!
+    wait "$mf_group" 2>/dev/null
+    rc=$?
+    sweep "$mf_group" "$mf_grace"
+    mf_group=''
+    mf_code=$rc mf_why="exit $rc"
+    if ((mf_limit && rc && ${EPOCHREALTIME/[.,]/} - began >= mf_limit * 1000)); then
+        mf_code=timeout mf_why="timeout after $mf_limit_words s"
+    fi
+    ((rc == 0)) || return 1
+    if [[ -e $MINIFLOW_OUTPUT ]]; then
+        mf_code=output
+        mf_why=$("$mf_python" -c "$mf_py_outputs" take "$mf_io" "$mf_n" "$mf_id" 2>&1) || return 1
+    fi
+}
+
+settle() { # end reason
+    (umask 077; printf '%s' "$1" >"$mf_io/$mf_n.end"
+    printf '%s\t%s\t%s\t%s\n' "$mf_id" "$1" "$MINIFLOW_ATTEMPT" "$2" >>"$mf_dir/ends.tsv")
+    printf '%-16s %s%s\n' "$1" "$mf_id" "${2:+: $2}" >&2
+    [[ $1 == success || $mf_tolerant ]] || exit 1
+    printf '%s' "$mf_digest" >"$mf_dir/$mf_id.done"
+    exit
+}
+
+rm -f -- "$mf_dir/$mf_id.done" "$mf_io/$mf_n".*
+mf_log=$mf_dir/$mf_id.log MINIFLOW_ATTEMPT=1
+(umask 077; : >"$mf_log"; see) || exit 1
+if [[ -e $mf_io/$mf_n.ctx ]]; then MINIFLOW_CONTEXT=$mf_io/$mf_n.ctx; fi
+read -ra mf_list <<<"${mf_waits:-0}"
+until attempt; do
+    if ((MINIFLOW_ATTEMPT > mf_retries)) || [[ $mf_retry_on && $mf_retry_on != *" $mf_code "* ]] ||
+        [[ -e $mf_io/$mf_n.final && ! $mf_retry_on ]]; then
+        settle failed "$mf_why"
+    fi
+    echo "attempt $MINIFLOW_ATTEMPT of $mf_id failed: $mf_why" >&2
+    ((mf_ms = mf_list[MINIFLOW_ATTEMPT > ${#mf_list[@]} ? ${#mf_list[@]} - 1 : MINIFLOW_ATTEMPT - 1]))
+    ((mf_ms -= mf_ms * mf_jitter * (SRANDOM % 1001) / 1000000))
+    sleep "$(seconds "$mf_ms")" &
+    wait $!
+    ((MINIFLOW_ATTEMPT += 1))
+    echo "--- attempt $MINIFLOW_ATTEMPT" >>"$mf_log"
+done
+settle success ''
+'''
+
+_MAKE_CLEAN = r'''
+cd -- "$mf_dir" 2>/dev/null || exit 0
+printf '%s\0' *.done *.log io/*.* params params.part given ends.tsv | xargs -0 rm -f --
+rm -rf -- tmp
+cd - >/dev/null && rmdir -- "$mf_dir/io" "$mf_dir" 2>/dev/null || true
+'''
+
+#: Rules that mean the same as all_success where no task is ever skipped.
+_MAKE_RULES = ("all_success", "none_failed", "none_failed_min_one_success")
+#: A recipe gets a task through its environment, where Linux takes 128 kB for one variable.
+_MAKE_ROOM = 100_000
+
+
+def _digest(*parts: Any) -> str:
+    """Return a short word that is another one for other parts."""
+    import hashlib
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _define(name: str, text: str) -> str:
+    """Return the definition of a variable of make that holds `text` as it is."""
+    lines = text.strip("\n").split("\n")
+    assert not any(re.match(r"\t| *(override +|export +|private +)*(define|endef)\b", line)
+                   or line.endswith("\\") for line in lines), f"make reads these lines of {name} otherwise"
+    return "\n".join([f"define {name}", *lines, "endef", ""])
+
+
+def _line(text: str) -> str:
+    """Return a line of bash, in which all newlines are within '', without a newline."""
+    return text.replace("\n", "'$'\\n''")
+
+
+def _open_params(flow: Flow, params: Mapping[str, Any]) -> Dict[str, str]:
+    """Return the params that make's command line may set, and the variables that the recipes have them in.
+
+    A boolean, an array or an object may decide about flags, and a name in capitals be that of a variable
+    that make or a program looks at.
+    """
+    names = [name for name in params if re.fullmatch(r"(?!mf_)(?=.*[a-z])[A-Za-z][A-Za-z0-9_]*", name)
+             and _same_kind((flow.params or {}).get(name, Param())) in ("string", "integer", "number")]
+    return {name: f"mf_p{n}" for n, name in enumerate(names, 2)}
+
+
+class _MakeTask(_BashTask):
+    """Writes what the recipe of one task knows of it: its settings, and a function that executes it."""
+
+    def __init__(self, plan: Plan, task: Task, values: Values, opened: Mapping[str, str]) -> None:
+        super().__init__(plan, task, values)
+        self.opened = opened
+
+    def reference(self, ref: Ref) -> str:
+        """Return a word for what a template refers to."""
+        root, path = ref.path[0], ref.path[1:]
+        if root == "params" and path[0] in self.opened:
+            if len(path) == 1:
+                return f'"${self.opened[str(path[0])]}"'
+            raise ValueError(f"{ref.text}: a number or a string has nothing within it")
+        if root == "tasks" and path[1] == "status":
+            self.count += 1
+            self.lookups.append(f'mf_v{self.count}=$(<"$mf_io/{self.plan.rank[str(path[0])] + 1}.end")')
+            return f'"$mf_v{self.count}"'
+        return super().reference(ref)
+
+    def argument_words(self) -> List[str]:
+        """Return the words of the task's arguments; a param that is set later never decides about a flag."""
+        task, action, words = self.task, self.task.action, []
+        if not isinstance(action, (Script, Command)) or not isinstance(action.args, dict):
+            return super().argument_words()
+        for name, value in action.args.items():
+            for item in value if isinstance(value, list) else [value]:
+                if not any(ref.path[0] == "params" and ref.path[1] in self.opened for ref in refs(item)):
+                    self.task = task._replace(action=action._replace(args={name: item}))
+                    words += super().argument_words()
+                elif len(name) == 1:
+                    words += [bash_quote(f"-{name}"), self.word(item)]
+                else:
+                    words.append(bash_quote(f"--{name}=") + self.word(item))
+        self.task = task
+        return words
+
+    def settings(self, number: int) -> Iterator[str]:
+        """Yield what the recipe needs to know."""
+        task, retry = self.task, self.task.retry
+        limit = max(1, round(task.timeout_s * 1000)) if task.timeout_s else 0
+        retry_on = "" if retry.retry_on is None else f" {' '.join(map(str, retry.retry_on))} "
+        yield f"mf_n={number} mf_needs='{' '.join(str(self.plan.rank[up] + 1) for up in task.depends_on)}'"
+        yield (f"mf_retries={retry.max_retries} mf_waits='{' '.join(_bash_waits(retry))}' "
+               f"mf_jitter={round(retry.jitter * 1000)} mf_retry_on={bash_quote(retry_on)}")
+        yield f"mf_limit={limit} mf_limit_words={task.timeout_s or 0:g} mf_grace={round(task.grace_s * 1000)}"
+        yield f"mf_tolerant={'1' if task.allow_failure else ''}"
+
+    def text(self, number: int, tasks_dir: str) -> str:
+        """Return the settings and the function."""
+        self.set_env(self.plan.flow.env)
+        self.set_env(self.task.env)
+        words = self.program_words(tasks_dir) + self.argument_words()
+        lines = []
+        if self.task.action.stdin is not None:
+            lines.append(f'printf %s {self.word(self.task.action.stdin)} >"$mf_io/$mf_n.in"')
+            lines.append('exec <"$mf_io/$mf_n.in"')
+        lines += [f"go {self.word(self.task.cwd)}"] if self.task.cwd else []
+        lines += ["leave", *(f"export {name}={word}" for name, word in self.env.items())]
+        lines += [f"exec -- {' '.join(words)}", 'give_up "cannot start" "$?"']
+        body = "".join(f"    {_line(line)}\n" for line in self.lookups + lines)
+        return "\n".join(self.settings(number)) + f"\ntask() {{\n{body}}}"
+
+
+def _make_problems(plan: Plan) -> Iterator[str]:
+    """Yield what of a flow is more than scripts and commands that wait for the success of others."""
+    if plan.flow.timeout_s is not None:
+        yield f"timeout_s: make has no limit of {plan.flow.timeout_s:g} s for all tasks; run it by timeout(1)"
+    if plan.left_out:
+        yield f"a part of the flow, without {', '.join(plan.left_out)}, can't be a Makefile; export all of it"
+    members: Dict[str, List[str]] = {}
+    may_lack: Dict[str, bool] = {}             # whether a task may be left without a stamp
+    for name in plan.order:
+        task = plan.tasks[name]
+        members.setdefault(task.pool or "", []).append(name)
+        needs_lack = any(may_lack[up] for up in task.depends_on)
+        may_lack[name] = needs_lack or not task.allow_failure
+        if task.allow_failure and needs_lack and plan.downstream[name]:
+            yield (f"task {name}: allow_failure: make can't go on behind it where what it waits for has "
+                   "failed; give that allow_failure as well")
+        for field, asked in (("if", task.condition is not None), ("inputs and outputs", task.may_be_cached),
+                             (task.many, task.many), (task.handler, task.handler)):
+            if asked:
+                yield f"task {name}: {field}: make can't decide about that; let MiniFlow run the flow"
+        if task.trigger_rule not in _MAKE_RULES and not task.handler:
+            yield (f"task {name}: trigger_rule {task.trigger_rule}: with make a task waits for the success "
+                   "of others; use all_success, or --to bash")
+    for pool, size in plan.flow.pools.items():
+        if size < len(members.get(pool, ())):
+            names = ", ".join(members[pool])
+            yield f"pools.{pool}: make can't bound {names} to {size} at once; let them depend on each other"
+
+
+def _make_losses(plan: Plan, params: Mapping[str, Any], opened: Mapping[str, str]) -> Iterator[str]:
+    """Yield what make does otherwise, and how to come by it."""
+    if plan.flow.max_parallel is not None:
+        yield f"max_parallel is not in the Makefile; call make with -j{plan.flow.max_parallel}"
+    if any(task.priority for task in plan.tasks.values()):
+        yield "priority has no effect: make starts ready tasks in its own order"
+    fixed = [name for name in params if name not in opened]
+    if fixed:
+        yield (f"make can't set {', '.join(f'params.{name}' for name in fixed)}; for another value, export "
+               "the flow again")
+
+
+def _make_of_params(plan: Plan, params: Mapping[str, Any], opened: Mapping[str, str]) -> Iterator[str]:
+    """Yield the part of a Makefile that begins a run."""
+    flow, declared = plan.flow, plan.flow.params or {}
+    spec = [(name, kind, schema, describe_schema({"type": kind, **schema})) for name in opened
+            for param in [declared.get(name, Param())]
+            for kind, schema in [(_same_kind(param), param_schema(param))]]
+    context = json.dumps({"params": params, "tasks": {}, "ctx": params})
+    texts = " ".join(bash_quote(to_text(params[name])) for name in opened)
+    lines = [f"mf_flow={bash_quote(flow.name)}", f"mf_context={bash_quote(context)}",
+             f"mf_spec={bash_quote(json.dumps(spec))}", f"mf_texts=({texts})"]
+    yield f"mf_dir := $(mf_base)/make/{flow.name}\nexport mf_dir\n"
+    yield f"mf_given := {_digest(lines, plan.order)}\n"
+    for name in opened:
+        yield (f"ifeq ($(origin {name}),command line)\noverride {name} := $(value {name})\nunexport {name}\n"
+               f"mf_given += {name}=$({name})\n"
+               f"$(mf_dir)/params: private export mf_given_{name} := $({name})\nendif\n")
+    yield f"mf_known := {' '.join(opened)}\n"
+    yield _define("mf_begin_text", "\n".join(map(_line, lines)) + _MAKE_BEGIN)
+    yield _define("mf_py_params_text", _MAKE_PARAMS)
+    yield _MAKE_GIVEN
+
+
+def _make_of_all(plan: Plan, params: Mapping[str, Any], opened: Mapping[str, str]) -> Iterator[str]:
+    """Yield the part of a Makefile that all recipes have in common."""
+    head, loop = _MAKE_ENGINE.split("\nset_params\n")
+    exports = [
+        f"export MINIFLOW_PARAM_{param_variable(name)}="
+        + (f"${opened[name]}" if name in opened else _line(bash_quote(to_text(value))))
+        for name, value in params.items()]
+    outputs = _BASH_ENGINE.split("\nexport mf_py_outputs='\n")[1].split("\n'\n")[0]
+    engine = "\n".join([f"mf_flow={bash_quote(plan.flow.name)}", head, *exports, loop])
+    for name, text in (("engine", engine), ("attempt", _MAKE_ATTEMPT), ("py_outputs", outputs)):
+        yield _define(f"mf_{name}_text", text) + f"export mf_{name} := $(value mf_{name}_text)\n"
+    yield _define("mf_clean_text", _MAKE_CLEAN)
+    yield 'clean: private export mf_clean := $(value mf_clean_text)\nclean:\n\t@eval "$$mf_clean"\n'
+
+
+@exporter("make")
+def to_make(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
+    """Return a Makefile that runs `plan`; raise UsageError with all that make can't do."""
+    values, opened = Values(params, {}, {}, {}, lambda name: {}), _open_params(plan.flow, params)
+    problems, rules = list(_make_problems(plan)), []
+    for number, name in enumerate(plan.order, 1):
+        try:
+            text = _MakeTask(plan, plan.tasks[name], values, opened).text(number, tasks_dir)
+            if len(text.encode("utf-8", "surrogateescape")) > _MAKE_ROOM:
+                raise ValueError(f"its values take more than {_MAKE_ROOM:,} bytes; let it read them from a "
+                                 "file")
+        except ValueError as exc:
+            problems.append(f"task {name}: {exc}")
+            continue
+        stamp, digest = f"$(mf_dir)/{name}.done", _digest(text)
+        needs = "".join(f" $(mf_dir)/{up}.done" for up in plan.tasks[name].depends_on)
+        rules.append(f"\nall: {stamp}\n{_define(f'mf_task_{name}', text)}"
+                     f"{stamp}: private export mf_task := $(value mf_task_{name})\n"
+                     f"{stamp}: $(call mf_new,{name},{digest}) $(mf_dir)/params{needs}\n"
+                     f'\t@mf_id={name} mf_digest={digest}; eval "$$mf_engine"\n')
+    common = [*_make_of_params(plan, params, opened), *_make_of_all(plan, params, opened)]
+    if max(len(text.encode("utf-8", "surrogateescape")) for text in common) > _MAKE_ROOM:
+        problems.append(f"params: they take more than {_MAKE_ROOM:,} bytes; give the path of a file")
+    if problems:
+        raise UsageError("\n".join(problems))
+    keep_going = "" if plan.flow.fail_fast else "MAKEFLAGS += --keep-going\n"
+    return Exported("".join([_MAKE_HEAD, keep_going, *common, *rules]),
+                    tuple(_make_losses(plan, params, opened)))
 
 
 # ############################################################################

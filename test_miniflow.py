@@ -2335,6 +2335,249 @@ class T14Bash(unittest.TestCase):
             self.assertEqual((code, table["a"], table["c"], table["d"]), (1, *[("failed", 1)] * 3))
 
 
+class T14cMake(unittest.TestCase):
+
+    def export(self, project, *args):
+        code, _, err = project.main("export", "f", "--to", "make", "-o", "f.mk", *args)
+        self.assertEqual(code, 0, err)
+        return err
+
+    def make(self, project, *args, **env):
+        """Run make; return its exit code, the table of ends, and what it said."""
+        done = subprocess.run(["make", "-f", "f.mk", *args], cwd=project.path, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
+                              env={**os.environ, "PYTHON": sys.executable, **env})
+        try:
+            rows = [line.split("\t") for line in project.lines("miniflow_output/make/f/ends.tsv")]
+        except FileNotFoundError:
+            rows = []
+        return done.returncode, [(row[0], row[1], int(row[2])) for row in rows], done.stdout.decode("utf-8", "replace")
+
+    def state(self, project):
+        return {name: os.stat(os.path.join(place, name)).st_mtime_ns
+                for place, _, names in os.walk(project.path) for name in names}
+
+    @needs("make")
+    def test_engine_and_make_end_alike_over_random_flows(self):
+        """Every task's end, its attempts, what it saw, and whether all is well."""
+        command = ('[ -z "$SLEEP" ] || exec sleep 3; cp "$MINIFLOW_CONTEXT" "seen-$WHO-$MINIFLOW_TASK"; '
+                   'echo "$MINIFLOW_TASK $MINIFLOW_ATTEMPT"; [ "$MINIFLOW_TASK" = t1 ] || echo '
+                   '"{\\"$MINIFLOW_TASK\\": $MINIFLOW_ATTEMPT, \\"last\\": \\"$MINIFLOW_TASK\\"}" >"$MINIFLOW_OUTPUT"; '
+                   'shift $((MINIFLOW_ATTEMPT - 1)); exit $1')
+        for seed in range(6):
+            chance = random.Random(seed)
+            tasks = []
+            for n in range(chance.randint(2, 7)):
+                upstream = [f"t{k}" for k in range(n) if chance.random() < 0.35]
+                tolerant = all(t.get("allow_failure") for t in tasks if t["id"] in upstream)
+                fields = {"max_retries": chance.randint(0, 2), "backoff_s": 0.02, "jitter": chance.choice([0, 0.5]),
+                          "allow_failure": tolerant and chance.random() < 0.5, "grace_s": 1,
+                          "trigger_rule": chance.choice(["all_success", "none_failed"]),
+                          "args": [chance.choice([0, 0, 0, 1, 2]) for _ in range(4)]}
+                if chance.random() < 0.15:
+                    fields.update(timeout_s=0.4, env={"SLEEP": "3"})
+                if chance.random() < 0.3:
+                    fields["retry_on"] = chance.choice([[1], [2], ["timeout"], []])
+                tasks.append(task(f"t{n}", *upstream, command=command, **fields))
+            chance.shuffle(tasks)
+            with self.subTest(seed=seed), one(*tasks, params={"p": 1}) as project:
+                self.export(project)
+                code, table, said = self.make(project, "-j4", WHO="make")
+                os.environ["WHO"] = "engine"
+                run = project.run(max_parallel=4)
+                del os.environ["WHO"]
+                self.assertEqual(sorted(table), sorted((name, t.status, len(t.attempts))
+                                                       for name, t in run.tasks.items() if t.attempts), said)
+                self.assertEqual(code == 0, run.ok)
+                for name, t in run.tasks.items():
+                    paths = [project.at(f"seen-{who}-{name}") for who in ("engine", "make")]
+                    self.assertEqual(*[json.load(open(path)) if os.path.exists(path) else None for path in paths])
+                    if os.path.exists(paths[0]):
+                        log = [f"{name} 1"] + [line for n in range(2, len(t.attempts) + 1)
+                                               for line in (f"--- attempt {n}", f"{name} {n}")]
+                        self.assertEqual(project.lines(f"miniflow_output/make/f/{name}.log"), log)
+
+    @needs("make")
+    def test_hostile_values_reach_tasks_and_make_byte_for_byte(self):
+        show = ('import json, os, sys; json.dump([sys.argv[1:], sys.stdin.read(), {k: v for k, v in '
+                'os.environ.items() if k[0] in "VW" or k.startswith("MINIFLOW_PARAM")}], open("seen.json", "w"))')
+        values = [value for value in HOSTILE] + ["endef", "\tx", "a\n\tb\nendef\n", "a \\\n b", "$(shell touch PWN)",
+                                                 "${shell touch PWN}", "%", "a:b", "x;y", "$$", "#", "define x",
+                                                 "\n\n\\", "'\n'", " lead", "trail ", "\r\n", "$(mf_dir)", "q" * 5000]
+        literals = [value.replace("${{", "$${{") for value in values]
+        params = {f"p{n}": {"type": "string", "default": value} for n, value in enumerate(values)}
+        templates = [f"${{{{ params.p{n} }}}}" for n in range(len(values))]
+        with one(task("a", command=[sys.executable, "-c", show, *literals[:-1], *templates[:-1]],
+                      args={"k": literals[:-1], "key": templates[:-1]},
+                      env={**{f"V{n}": value for n, value in enumerate(literals[:-1])},
+                           **{f"W{n}": f"x{value}" for n, value in enumerate(templates)}},
+                      stdin="".join(literals[:-1] + templates)), params=params) as project:
+            self.export(project)
+            given = [f"p{n}={value}" for n, value in enumerate(values[::-1]) if value == value.lstrip()]
+            for args in ([], given):
+                words = [word for value in args for word in ("--param", value)]
+                self.assertEqual(project.main("run", "f", *words)[0], 0)
+                expected = json.loads(project.read("seen.json"))
+                os.unlink(project.at("seen.json"))
+                code, _, said = self.make(project, *args)
+                self.assertEqual(code, 0, said)
+                seen = json.loads(project.read("seen.json"))
+                self.assertEqual(seen[0], expected[0])
+                self.assertEqual(seen, expected)
+            self.assertFalse(os.path.exists(project.at("PWN")))
+
+    @needs("make")
+    def test_another_make_goes_on_and_make_knows_what_is_to_be_done(self):
+        with one(task("a", command="echo a >> ran"), task("b", "a", command="echo b >> ran; test -e go"),
+                 task("c", "b", command="echo c $MINIFLOW_PARAM_LIMIT >> ran"), task("d", command="echo d >> ran"),
+                 params={"limit": {"type": "integer", "default": 3, "min": 1}}) as project:
+            self.export(project)
+            before = self.state(project)
+            code, _, said = self.make(project, "-n")
+            self.assertEqual((code, self.state(project)), (0, before), said)
+            self.assertEqual(re.findall("mf_id=(.)", said), ["a", "b", "c", "d"])
+            steps = [
+                ((), 2, "a b d"), ((), 2, "b"), (("-q",), 1, ""), ("go", 0, "b c3"), ((), 0, ""), (("-q",), 0, ""),
+                (("-n",), 0, ""), (("-n", "limit=5"), 0, ""), (("limit=5", "-j2"), 0, "a b c5 d"),
+                (("limit=5",), 0, ""),
+                (("limit=0",), 2, ""), (("limit=x",), 2, ""), (("limt=5",), 2, ""), (("limit=5",), 0, ""),
+                ("change b", 0, "b c3"), ("order", 0, "a b c3 d e"), (("clean",), 0, ""), ((), 0, "a b c3 d e")]
+            self.make(project, "-n", "limit=5")
+            for args, code, ran in steps:
+                project.write("ran", "")
+                if args == "go":
+                    project.write("go", "")
+                elif isinstance(args, str):
+                    flow = json.loads(project.read("flows/f.json"))
+                    if args == "order":
+                        flow["tasks"].append(task("e", command="echo e >> ran"))
+                    else:
+                        self.make(project)     # with the default limit
+                        project.write("ran", "")
+                        flow["tasks"][1]["command"] = "echo b >> ran"
+                    project.write("flows/f.json", json.dumps(flow))
+                    self.export(project)
+                with self.subTest(args=args, ran=ran):
+                    got, _, said = self.make(project, *(args if isinstance(args, tuple) else ()))
+                    self.assertEqual((got, sorted(project.read("ran").replace(" ", "").split())),
+                                     (code, ran.split()), said)
+                    if args == ("limit=0",):
+                        self.assertIn('param limit: expected an integer of at least 1, got "0"', said)
+                    if args == ("limt=5",):
+                        self.assertIn("limt: no param that make can set; it can set limit", said)
+
+    @needs("make")
+    def test_a_task_sees_nothing_of_make_and_what_the_engine_gives_it(self):
+        flow = {"id": "other", "io": "x", "PYTHON": "python3"}
+        own = {"n": "${{ run.id }}", "when": "${{ run.scheduled_time }}", "mask": "${{ env.HOME }}",
+               "s": "${{ tasks.z.status }}", "o": "${{ tasks.y.outputs.n[1] }}"}
+        with one(task("z", command="false", allow_failure=True), task("y", command="echo '{\"n\": [1, \"a b\"]}' "
+                                                                      "> $MINIFLOW_OUTPUT; umask"),
+                 task("a", "z", "y", command=["env", "-0"], env=own, cwd="tasks"), env=flow,
+                 params={"low": "1", "BIG": 2}) as project:
+            self.assertIn("note: make can't set params.BIG; for another value, export the flow again\n",
+                          self.export(project))
+            run = project.run()
+            code, _, said = self.make(project, "low=a b")
+            self.assertEqual(code, 0, said)
+            with open(project.at("miniflow_output/make/f/a.log"), "rb") as file:
+                seen = dict(part.split(b"=", 1) for part in file.read().split(b"\0") if part)
+            expected = dict(part.split(b"=", 1) for part in project.log(run.id, "a").split(b"\0") if part)
+            apart = {b"OLDPWD", b"PWD", b"SHLVL", b"_", b"MINIFLOW_COOKIE", b"SHELL"}
+            self.assertEqual(set(seen) - apart, set(expected) - apart | ({b"PYTHON"} - set(expected)))
+            for name, value in {**flow, "s": "failed", "o": "a b", "MINIFLOW_PARAM_LOW": "a b"}.items():
+                self.assertEqual(seen[name.encode()], value.encode(), name)
+            self.assertEqual(seen[b"n"], seen[b"MINIFLOW_RUN_ID"])
+            self.assertEqual(project.read("miniflow_output/make/f/y.log").encode(), project.log(run.id, "y"))
+
+    @needs("make")
+    def test_a_timeout_kills_the_whole_group_and_so_does_a_signal(self):
+        hang = ("import subprocess, sys, os; p = subprocess.Popen(['sleep', '60']); "
+                "open('part', 'w').write(str(p.pid)); os.rename('part', 'pids'); p.wait()")
+        with one(task("a", command=[sys.executable, "-c", hang], timeout_s=0.5, grace_s=0.5)) as project:
+            self.export(project)
+            code, table, said = self.make(project)
+            self.assertEqual((code, table), (2, [("a", "failed", 1)]))
+            self.assertIn("timeout after 0.5 s", said)
+            self.assertFalse(alive(int(project.read("pids"))))
+        with contextlib.ExitStack() as stack:
+            started = []
+            for name in ("SIGINT", "SIGTERM"):
+                project = stack.enter_context(one(task("a", command=[sys.executable, "-c", hang], grace_s=0)))
+                self.export(project)
+                started.append((name, project, subprocess.Popen(
+                    ["make", "-f", "f.mk"], cwd=project.path, stdin=subprocess.DEVNULL, start_new_session=True,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)))
+            pids = [int(wait_for(lambda at=project.at("pids"): os.path.exists(at) and open(at).read(), "the task"))
+                    for _, project, _ in started]
+            for name, _, process in started:
+                os.killpg(process.pid, getattr(signal, name))
+            for _, project, process in started:
+                self.assertNotEqual(process.wait(30), 0)
+                self.assertFalse(os.path.exists(project.at("miniflow_output/make/f/a.done")))
+            wait_for(lambda: not any(map(alive, pids)), "the end of the tasks")
+
+    @needs("make")
+    def test_clean_removes_what_make_made_and_nothing_else(self):
+        with one(task("a", command="echo x > $TMP_DIR/x")) as project:
+            self.export(project)
+            before = self.state(project)
+            self.assertEqual(self.make(project)[0], 0)
+            self.assertEqual(self.make(project, "clean")[0], 0)
+            self.assertEqual(self.state(project), before)
+            self.assertEqual(os.listdir(project.at("miniflow_output/make")), [])
+            self.assertEqual(self.make(project, "clean")[0], 0)
+            self.make(project)
+            project.write("miniflow_output/make/f/mine.txt", "")
+            self.assertEqual(self.make(project, "clean")[0], 0)
+            self.assertEqual(os.listdir(project.at("miniflow_output/make/f")), ["mine.txt"])
+            for place in ("a b", "a:b", "a%b", "$(shell touch PWN)", "a(b", "a*"):
+                code, _, said = self.make(project, MINIFLOW_OUTPUT_DIR=place)
+                self.assertEqual(code, 2)
+                self.assertIn("MINIFLOW_OUTPUT_DIR: make can't have a file there: " + place, said)
+            self.assertEqual(self.make(project, MINIFLOW_OUTPUT_DIR=project.at("else,where"))[0], 0)
+            self.assertTrue(os.path.exists(project.at("else,where/make/f/a.done")))
+            self.assertFalse(os.path.exists(project.at("PWN")))
+
+    @needs("make")
+    def test_a_thousand_tasks_are_no_burden(self):
+        with one(*[task(f"t{n}", *([f"t{n // 2}"] if n else [])) for n in range(1000)]) as project:
+            self.export(project)
+            code, _, said = self.make(project, "-n")
+            self.assertEqual((code, said.count("mf_engine")), (0, 1000))
+
+    def test_what_make_cant_do_is_named_and_refused_all_at_once(self):
+        flow = make(task("a", trigger_rule="all_done"), task("b", http={"url": "http://x"}), task("c", pool="p"),
+                    task("d", pool="p"), task("e", foreach=[1]), task("g", **{"if": "true"}), task("h", inputs=["x"]),
+                    task("i", args=["x" * 100001]), task("j", env={"UID": "1"}), task("k", pool="q"),
+                    task("l", "k", allow_failure=True), task("m", "l"),
+                    **{"finally": {"command": "true"}}, timeout_s=9, pools={"p": 1, "q": 1})
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.to_make(mf.make_plan(flow), {}, "tasks")
+        self.assertEqual([re.split(": make|: with|: its|: bash|: http", line)[0]
+                          for line in str(caught.exception).splitlines()],
+                         ["timeout_s", "task a: trigger_rule all_done", "task e: foreach", "task g: if",
+                          "task h: inputs and outputs", "task l: allow_failure", "task finally: finally",
+                          "pools.p", "task b", "task i", "task j: env.UID"])
+        self.assertIn("params: they take more than", self.problem({"p": "x" * 100001}))
+
+    def problem(self, params):
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.to_make(mf.make_plan(make(task("a"))), params, "tasks")
+        return str(caught.exception)
+
+    def test_what_make_does_otherwise_is_told_and_the_same_flow_gives_the_same_bytes(self):
+        plan = mf.make_plan(make(task("a", priority=1), task("b", "a", args={"x": "${{ params.p }}"}), max_parallel=2,
+                                 fail_fast=True, params={"p": 1, "q": True, "mf_x": "y"}))
+        exported = mf.to_make(plan, {"p": 1, "q": True, "mf_x": "y"}, "/t")
+        self.assertEqual(exported, mf.to_make(plan, {"p": 1, "q": True, "mf_x": "y"}, "/t"))
+        self.assertEqual(exported.losses, (
+            "max_parallel is not in the Makefile; call make with -j2",
+            "priority has no effect: make starts ready tasks in its own order",
+            "make can't set params.q, params.mf_x; for another value, export the flow again"))
+        self.assertNotIn("keep-going", exported.text)
+
+
 class FaultyDisk(mf.Disk):
     """A Disk of which call number `at` (and, if `lasting`, each after it) fails with `error`; `calls` counts them."""
 
