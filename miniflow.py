@@ -5543,10 +5543,11 @@ sweep() { # group, grace in ms: ends what is left of it
 
 stop() { # exit code
     trap '' INT TERM HUP
+    if [[ $mf_nap ]]; then kill "$mf_nap"; fi
     if [[ $mf_group ]]; then sweep "$mf_group" "$mf_grace"; fi
     exit "$1"
 }
-mf_group=''
+mf_group='' mf_nap=''
 trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
@@ -5608,7 +5609,9 @@ until attempt; do
     ((mf_ms = mf_list[MINIFLOW_ATTEMPT > ${#mf_list[@]} ? ${#mf_list[@]} - 1 : MINIFLOW_ATTEMPT - 1]))
     ((mf_ms -= mf_ms * mf_jitter * (SRANDOM % 1001) / 1000000))
     sleep "$(seconds "$mf_ms")" &
-    wait $!
+    mf_nap=$!
+    wait "$mf_nap"
+    mf_nap=''
     ((MINIFLOW_ATTEMPT += 1))
     echo "--- attempt $MINIFLOW_ATTEMPT" >>"$mf_log"
 done
@@ -5619,7 +5622,8 @@ _MAKE_CLEAN = r'''
 cd -- "$mf_dir" 2>/dev/null || exit 0
 printf '%s\0' *.done *.log io/*.* params params.part given ends.tsv | xargs -0 rm -f --
 rm -rf -- tmp
-cd - >/dev/null && rmdir -- "$mf_dir/io" "$mf_dir" 2>/dev/null || true
+if rmdir -- io 2>/dev/null && cd - >/dev/null; then rmdir -- "$mf_dir" 2>/dev/null; fi
+exit 0
 '''
 
 #: Rules that mean the same as all_success where no task is ever skipped.
@@ -8033,7 +8037,10 @@ class Freshness:
         patterns = {field: [render_parts("file", text, values) for text in getattr(task, field) or ()]
                     for field in ("inputs", "outputs")}
         env = {key: does.env[key] for key in sorted({*run.plan.flow.env, *task.env})}
-        recipe = {"args": [does.argv, does.stdin], "env": env, "cwd": does.cwd, "params": run.params,
+        argv: Sequence[str] = does.argv
+        if isinstance(task.action, Script):    # its content counts, not where the tasks directory is
+            argv = [argv[0], task.action.path, *argv[2:]]
+        recipe = {"args": [argv, does.stdin], "env": env, "cwd": does.cwd, "params": run.params,
                   "upstream": [run.ctx_of(name), run.outputs_of(run.tasks[name].scope)]}
         stamp = {key: hash_of(json.dumps(value, sort_keys=True).encode()) for key, value in recipe.items()}
         if isinstance(task.action, Script):
