@@ -5657,8 +5657,10 @@ def _open_params(flow: Flow, params: Mapping[str, Any]) -> Dict[str, str]:
     A boolean, an array or an object may decide about flags, and a name in capitals be that of a variable
     that make or a program looks at.
     """
-    names = [name for name in params if re.fullmatch(r"(?!mf_)(?=.*[a-z])[A-Za-z][A-Za-z0-9_]*", name)
-             and _same_kind((flow.params or {}).get(name, Param())) in ("string", "integer", "number")]
+    kinds = {name: _same_kind((flow.params or {}).get(name, Param())) for name in params}
+    names = [name for name, kind in kinds.items() if kind in ("string", "integer", "number")
+             and _TYPES[kind](params[name])    # what is not declared may have any
+             and re.fullmatch(r"(?!mf_)(?=.*[a-z])[A-Za-z][A-Za-z0-9_]*", name)]
     return {name: f"mf_p{n}" for n, name in enumerate(names, 2)}
 
 
@@ -5717,7 +5719,7 @@ class _MakeTask(_BashTask):
         words = self.program_words(tasks_dir) + self.argument_words()
         lines = []
         if self.task.action.stdin is not None:
-            lines.append(f'printf %s {self.word(self.task.action.stdin)} >"$mf_io/$mf_n.in"')
+            lines.append(f'printf %s {self.word(self.task.action.stdin)} >"$mf_io/$mf_n.in" || exit')
             lines.append('exec <"$mf_io/$mf_n.in"')
         lines += [f"go {self.word(self.task.cwd)}"] if self.task.cwd else []
         lines += ["leave", *(f"export {name}={word}" for name, word in self.env.items())]

@@ -2414,7 +2414,7 @@ class T14cMake(unittest.TestCase):
                       stdin="".join(literals[:-1] + templates)), params=params) as project:
             self.export(project)
             given = [f"p{n}={value}" for n, value in enumerate(values[::-1]) if value == value.lstrip()]
-            for args in ([], given):
+            for args in ([], given, [os.fsdecode(b"p7=\xff\xfe")]):
                 words = [word for value in args for word in ("--param", value)]
                 self.assertEqual(project.main("run", "f", *words)[0], 0)
                 expected = json.loads(project.read("seen.json"))
@@ -2591,6 +2591,8 @@ class T14cMake(unittest.TestCase):
             "priority has no effect: make starts ready tasks in its own order",
             "make can't set params.q, params.mf_x; for another value, export the flow again"))
         self.assertNotIn("keep-going", exported.text)
+        self.assertEqual(mf.to_make(mf.make_plan(make(task("a"))), {"x": 5, "y": "s"}, "/t").losses,
+                         ("make can't set params.x; for another value, export the flow again",))
 
 
 class FaultyDisk(mf.Disk):
