@@ -8177,7 +8177,7 @@ class T27bBundle(unittest.TestCase):
             self.assertEqual(sorted(os.listdir(project.at("empty"))), ["go", "miniflow_output", "out", "seen.json"])
             self.assertEqual(os.listdir(project.at("ro")), ["f.pyz"])
             for args, said in ((["list"], "f "), (["validate"], "g.json: ok"), (["graph"], "a  script in/a.py"),
-                               (["show", "last"], "of flow g"), (["logs", "last"], "==> c"), (["runs"], "success"),
+                               (["show", "last"], "of flow f"), (["logs", "last"], "==> c"), (["runs"], "success"),
                                (["export", "g", "--to", "bash"], "#!/usr"), (["run", "g"], "g-"), (["--help"], None),
                                (["--version"], f"miniflow {mf.__version__}"), (["run", "h"], None)):
                 code, out, err = self.go(project, *args, file="ro/f.pyz", cwd="empty")
