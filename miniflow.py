@@ -577,7 +577,7 @@ class Reader:
             self.value = self._read((), 0)
             self._skip()
             if self.at < len(text):
-                self._halt((), f"{shown(text[self.at:self.at + 10])} after the end of the JSON value; "
+                self._halt((), f"{shown(text[self.at:self.at + 60], 12)} after the end of the JSON value; "
                                "remove it")
         except _Halt:
             self.halted = True
@@ -695,9 +695,9 @@ class Reader:
 
     def _expected(self, what: str) -> str:
         """Return what to say where something else should stand."""
-        rest = self.text[self.at:self.at + 12].split("\n")[0]
+        rest = self.text[self.at:self.at + 60].split("\n")[0]
         end = "line" if self.at < len(self.text) else "text"
-        return f"expected {what}, got {shown(rest) if rest else 'the end of the ' + end}"
+        return f"expected {what}, got {shown(rest, 14) if rest else 'the end of the ' + end}"
 
 
 def _strict_object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -1121,6 +1121,24 @@ def _bounded(value: Any) -> Any:
     return value
 
 
+def _text_of(literal: str, value: str) -> str:
+    """Return what a literal of Python's stands for here: "…" is read as JSON, '…' as Python does."""
+    if literal[0] not in "\"'" or literal[:3] in ('\"\"\"', "\'\'\'"):
+        raise ValueError(f"{shown(literal)} is no text; write it in quotes, as in JSON")
+    if literal[0] == '"':
+        try:
+            value = json.loads(literal)
+        except ValueError:
+            raise ValueError(f"{shown(literal)} is no string of JSON") from None
+    elif "'" in literal[1:-1].replace("\\'", "") or not literal.endswith("'"):
+        raise ValueError(f"{shown(literal)} is more than one text; join texts with +")
+    try:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise ValueError(f"{shown(literal)} holds half of a surrogate pair; write the whole "
+                         "character") from None
+
+
 def _path_of(node: Any) -> Optional[List[Union[str, int]]]:
     """Return the path that a tree of names, attributes and constant indexes writes; None: it is no path."""
     steps: List[Union[str, int]] = []
@@ -1167,6 +1185,8 @@ def _read_node(node: Any, depth: int = 0) -> Expression:
     if kind in ("List", "Tuple"):
         return Expression("array", tuple(map(read, node.elts)))
     if kind == "Dict" and None not in node.keys:
+        if any(type(key).__name__ == "Constant" and type(key.value) is not str for key in node.keys):
+            raise ValueError("the keys of an object have to be strings")
         return Expression("object", tuple(map(read, chain(*zip(node.keys, node.values)))))
     if kind == "BoolOp":
         return Expression(type(node.op).__name__.lower(), tuple(map(read, node.values)))
@@ -1197,13 +1217,17 @@ def parse_expression(text: str) -> Expression:
         raise ValueError(f"an expression of {len(text):,} characters is too long; at most {MAX_EXPRESSION:,}")
     import ast
     import warnings
+    source = text.strip().replace("\n", " ")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")    # of what looks odd to Python
-            tree = ast.parse(text.strip().replace("\n", " "), mode="eval")
+            tree = ast.parse(source, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
         what = exc.msg if isinstance(exc, SyntaxError) else str(exc)
         raise ValueError(f"{shown(text)} is no expression: {what}") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = _text_of(str(ast.get_source_segment(source, node)), node.value)
     return _read_node(tree.body)
 
 
@@ -1723,8 +1747,13 @@ def _check_env(env: Mapping[str, Any], path: Path) -> Iterator[Problem]:
 
 def _check_url(url: Optional[str], path: Path) -> Iterator[Problem]:
     """Yield what is wrong with an address, as far as it shows without the values of templates."""
-    if url is not None and not url.startswith("${{") and not re.match(r"https?://[^/?#]", url):
+    if url is None or url.startswith("${{"):
+        return
+    if not re.match(r"https?://[^/?#]", url):
         yield Problem(path, f"{shown(url)} is no address; write http:// or https:// and a host")
+    port = re.match(r"https?://[^/?#$]*:(\d{1,9})(?:[/?#]|$)", url)
+    if port and not 0 < int(port[1]) < 65536:
+        yield Problem(path, f"{shown(url)}: port {port[1]} is not from 1 to 65535")
 
 
 def _check_http(request: Mapping[str, Any], path: Path) -> Iterator[Problem]:
@@ -1746,6 +1775,8 @@ def _check_action(task: Task, path: Path) -> Iterator[Problem]:
         if any(match[0] != "$${{" for match in re.finditer(_TEMPLATE, action.command)):
             yield Problem(path + ("command",), "a template in a shell string would run its value as code; "
                           "use $MINIFLOW_PARAM_NAME, an env entry, args ($1, $2, …) or an array command")
+    if isinstance(action, Script) and "${{" in (action.python or ""):
+        yield Problem(path + ("python",), "takes no template; write tasks of their own, or a command")
     if not isinstance(action, Http):
         for n, code in enumerate(task.retry.retry_on or ()):
             if isinstance(code, int) and code > 255:
@@ -2740,6 +2771,13 @@ class TaskAdmitted(NamedTuple):
     task: str
 
 
+class TaskReading(NamedTuple):
+    """Its inputs are being read, which takes a while; what becomes of the task shows afterwards."""
+
+    at: float
+    task: str
+
+
 class TaskExpanded(NamedTuple):
     """Nothing speaks against the task: there is to be an instance of it for each entry of `each`."""
 
@@ -2778,14 +2816,14 @@ class RunFinished(NamedTuple):
 
 if TYPE_CHECKING:
     Event = Union[AttemptStarted, AttemptSpawned, AttemptDeferred, AttemptStopping, AttemptEnded,
-                  TaskAdmitted, TaskExpanded, TaskSettled, CancelRequested, RunFinished]
+                  TaskAdmitted, TaskReading, TaskExpanded, TaskSettled, CancelRequested, RunFinished]
 
 #: The words by which events are known on disk and in --output json: never renamed.
 EVENTS: Dict[str, Type[Any]] = {
     "attempt_started": AttemptStarted, "attempt_spawned": AttemptSpawned, "attempt_deferred": AttemptDeferred,
     "attempt_stopping": AttemptStopping,
-    "attempt_ended": AttemptEnded, "task_admitted": TaskAdmitted, "task_expanded": TaskExpanded,
-    "task_settled": TaskSettled,
+    "attempt_ended": AttemptEnded, "task_admitted": TaskAdmitted, "task_reading": TaskReading,
+    "task_expanded": TaskExpanded, "task_settled": TaskSettled,
     "cancel_requested": CancelRequested,
     "run_finished": RunFinished,
 }
@@ -2908,6 +2946,10 @@ class TaskRun:
         self.deadline: Optional[float] = None   # when the running attempt's time is over
         self.scope = NO_SCOPE                   # what it may read, once its upstream has settled
         self.each = None
+
+    def go_on(self, old: TaskRun) -> None:
+        """Keep the attempts of `old`, and begin anew with counting retries."""
+        self.attempts, self.attempt, self.first_attempt = old.attempts, old.attempt, old.attempt + 1
 
     @property
     def is_touched(self) -> bool:
@@ -3061,16 +3103,15 @@ def judge_group(ends: Mapping[str, str]) -> Tuple[str, str]:
 PRESSURE_S = 1.0
 
 def _sort_instances(plan: Plan, tasks: Mapping[str, TaskRun]
-                    ) -> Tuple[Dict[str, Dict[str, TaskRun]], Dict[str, List[str]]]:
-    """Return by their task the instances that are to be made anew, and the names of those that are there."""
-    earlier, there = {}, {}    # type: Dict[str, Dict[str, TaskRun]], Dict[str, List[str]]
+                    ) -> Tuple[Dict[str, TaskRun], Dict[str, List[str]]]:
+    """Return the instances of earlier arrays, and by their task the names of those that are there."""
+    earlier, there = {}, {}    # type: Dict[str, TaskRun], Dict[str, List[str]]
     for name, task_run in tasks.items():
         if name not in plan.tasks:
-            group = name[:name.rindex("[")]
             if task_run.each is None:
-                earlier.setdefault(group, {})[name] = task_run
+                earlier[name] = task_run
             else:
-                there.setdefault(group, []).append(name)
+                there.setdefault(name[:name.rindex("[")], []).append(name)
     return earlier, there
 
 
@@ -3182,10 +3223,11 @@ class Run:
         task_run = self.tasks[name]
         task_run.status, task_run.started = RUNNING, at
         names = [instance_id(name, n) for n in range(len(each))]
-        earlier = self.earlier.pop(name, {})
         for instance, values in zip(names, each):
-            self.tasks[instance] = earlier.get(instance) or TaskRun()
+            self.tasks[instance] = TaskRun()
             self.tasks[instance].each = values
+            if instance in self.earlier:
+                self.tasks[instance].go_on(self.earlier.pop(instance))
         self.unsettled += len(names)
         self._gather(name, names)
         for instance in names:
@@ -3407,8 +3449,13 @@ def _on_ended(run: Run, event: AttemptEnded) -> None:
 
 @_applies(TaskAdmitted)
 def _on_admitted(run: Run, event: TaskAdmitted) -> None:
-    del run.asking[event.task]
+    run.asking.pop(event.task, None)
     run.queues.push(event.task)
+
+
+@_applies(TaskReading)
+def _on_reading(run: Run, event: TaskReading) -> None:
+    del run.asking[event.task]                 # nobody has to ask again
 
 
 @_applies(TaskExpanded)
@@ -3840,10 +3887,8 @@ def _parts_to_json(run: Run, engine: Optional[Mapping[str, Any]]) -> Dict[str, A
 
 
 def _rows_of(run: Run) -> Mapping[str, TaskRun]:
-    """Return what is recorded of tasks: while the run goes on, also of instances that are to be made anew."""
-    if run.outcome or not run.earlier:
-        return run.tasks
-    return dict(chain(run.tasks.items(), *(group.items() for group in run.earlier.values())))
+    """Return what is recorded of tasks, also of instances that are to be made anew, or came to be no more."""
+    return {**run.tasks, **run.earlier} if run.earlier else run.tasks
 
 
 def run_to_json(run: Run, engine: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
@@ -4060,7 +4105,7 @@ def _afresh(old: TaskRun) -> TaskRun:
 def _history(old: TaskRun) -> TaskRun:
     """Return the TaskRun of an instance that may come to be once more: the attempts of `old`, and no more."""
     new = TaskRun()
-    new.attempts, new.attempt, new.first_attempt = old.attempts, old.attempt, old.attempt + 1
+    new.go_on(old)
     if old.status == RUNNING:
         old.attempts[-1].status, old.attempts[-1].reason = INTERRUPTED, "interrupted"
     return new
@@ -4095,7 +4140,6 @@ def reopen(old: Run, flow: Flow) -> Run:
         if name in again and anew:
             tasks[name] = _afresh(tasks[name])
             kept.update((instance, _history(old.tasks[instance])) for instance in names)
-            kept.update(old.earlier.get(name, {}))
             names = ()
         elif name in again:                    # of its instances, those that ended well stay
             tasks[name] = _reopened(tasks[name])
@@ -4103,7 +4147,7 @@ def reopen(old: Run, flow: Flow) -> Run:
             task_run = old.tasks[instance]
             done = name not in again or task_run.status in (SUCCESS, CACHED, SKIPPED)
             kept[instance] = task_run if done else _afresh(task_run)
-    tasks.update(kept)
+    tasks.update({**old.earlier, **kept})
     run = Run(plan, old.id, old.params, old.started, old.flow, old.source, tasks)
     run.scheduled_time, run.parent = old.scheduled_time, old.parent
     return run
@@ -4229,24 +4273,30 @@ import base64, json, os, sys, urllib.error, urllib.parse, urllib.request
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
+
     def redirect_request(self, request, file, code, message, headers, url):
         if code in expected:
             return None
         old, new = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(url)
         if new.scheme not in ("http", "https") or old.scheme == "https" != new.scheme:
             raise urllib.error.URLError("it redirects to %s, which is not followed" % shown(url))
-        found = super().redirect_request(request, file, code, message, headers, url)
-        if found and old.netloc != new.netloc:
+        method, body, kept = request.get_method(), request.data, dict(request.headers)
+        if code not in (307, 308) and method not in ("GET", "HEAD"):
+            if code != 303 and method != "POST":
+                return None
+            method, body = "GET", None
+            kept = {name: text for name, text in kept.items() if not name.startswith("Content-")}
+        if old.netloc != new.netloc.rpartition("@")[2]:
             for name in ("Authorization", "Cookie", "Proxy-authorization"):
-                found.headers.pop(name, None)
-        return found
+                kept.pop(name, None)
+        return request_for(url, body, kept, method=method)
 
 
 def shown(url):
     try:
         parts = urllib.parse.urlsplit(url)
-        assert parts.port != 0
-    except (ValueError, AssertionError):
+    except ValueError:
         return "(no address)"
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -4260,6 +4310,8 @@ def fail(reason, code=1, final=False):
 
 def request_for(url, *args, **more):
     parts = urllib.parse.urlsplit(url)
+    if parts.port == 0:                               # a port that is too large raises by itself
+        raise ValueError("port 0")
     user, at, host = parts.netloc.rpartition("@")
     if not host.isascii():
         name, colon, port = host.partition(":")
@@ -4289,7 +4341,8 @@ MAX_ANSWER = 2 * 2**20
 
 #: What the process of an `http` task executes.
 HTTP_PROGRAM = _OPENER + """
-import http.client
+import http.client, signal, stat
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # which removes what is not whole
 headers, body = dict(ask.get("headers", {})), ask.get("body")
 given = {name.lower() for name in headers}
 if "json" in ask:
@@ -4314,16 +4367,23 @@ try:
     if not (status in expected if expected else 200 <= status < 300):
         fail("%s: HTTP %d %s" % (name, status, word), status)
     if ask.get("save"):
-        part, size = "%s.%d.part" % (ask["save"], os.getpid()), 0
+        place, size, mode = os.path.realpath(ask["save"]), 0, None
+        if os.path.exists(place):
+            mode = os.stat(place).st_mode
+        plain = mode is None or stat.S_ISREG(mode)
+        part = "%s.%s.part" % (place, os.environ["MINIFLOW_TASK"]) if plain else place
         try:
             with open(part, "wb") as file:
                 for block in iter(lambda: answer.read(2**16), b""):
                     size += file.write(block)
             if answer.length:
                 fail("%s: the answer ended early" % name)
-            os.replace(part, ask["save"])
+            if plain and mode is not None:
+                os.chmod(part, stat.S_IMODE(mode))
+            if plain:
+                os.replace(part, place)
         finally:
-            if os.path.exists(part):
+            if plain and os.path.exists(part):
                 os.unlink(part)
         output.update(file=ask["save"], bytes=size)
     else:
@@ -4382,7 +4442,7 @@ for word in set(ask) & {"seconds", "poll_s"}:
     try:
         value = ask[word]
         ask[word] = float(value if type(value) in (int, float, str) else "none")
-        assert 0 <= ask[word] <= 315360000
+        assert (0.001 if word == "poll_s" else 0) <= ask[word] <= 315360000
     except (ValueError, AssertionError):
         fail("wait_for.%s: expected a number of seconds, got %s" % (word, json.dumps(value)), final=True)
 if "seconds" in ask:
@@ -4436,7 +4496,8 @@ def _subflow_asked(run: Run, task_id: str, setting: Setting, params: Mapping[str
     return {"flow": run.defs[task_id].action[0], "run_id": subflow_id(run, task_id, params), "params": params,
             "flows_dir": run.source.rpartition("/")[0] or ".", "tasks_dir": setting.tasks_dir,
             "output_dir": setting.output_dir,
-            "options": {**setting.options, "parent": {"run": run.id, "task": task_id}}}
+            "options": {**setting.options, "parent": {"run": run.id, "task": task_id},
+                        "secrets": run.plan.flow.secrets}}
 
 
 def _glob_part(value: str) -> str:
@@ -7916,7 +7977,7 @@ def digest(path: str) -> str:
     """Return the SHA-256 of a file's content."""
     import hashlib
     found = hashlib.sha256()
-    with open_file(path) as file:
+    with open_file(path, follow=True) as file:
         for block in iter(lambda: file.read(2**20), b""):
             found.update(block)
     return found.hexdigest()
@@ -7935,18 +7996,58 @@ _RECIPE = {"script": "its script has changed", "args": "its arguments have chang
            "env": "its environment has changed", "cwd": "its directory has changed",
            "params": "the params have changed", "upstream": "what its upstream hands on has changed"}
 _SETTLED_NS = 2 * 10**9                        # a file may change this long without a new time of change
+_AT_ONCE_BYTES = 32 * 2**20                    # of inputs; what has more to read is read aside
 
 
-def _input(path: str, old: Any, recorded: int) -> List[Any]:
-    """Return size, time of change and hash of an input; the hash is that of `old` if nothing else differs.
+class Recipe(NamedTuple):
+    """What a task is made of, before any file is read; `known` and `at` are of when it was last recorded."""
 
-    A file that changed just before it was `recorded` may have changed again in the same instant.
-    """
-    found = os.stat(path)
-    sized = [found.st_size, found.st_mtime_ns]
-    if isinstance(old, list) and old[:2] == sized and recorded - found.st_mtime_ns > _SETTLED_NS:
-        return old
-    return [*sized, digest(path)]
+    hashes: Mapping[str, str]
+    inputs: Sequence[str]                      # files, seen from `place`
+    outputs: Sequence[str]                     # patterns
+    place: str
+    script: Optional[str]
+    known: Mapping[str, Any]
+    at: int
+
+    def sizes(self, path: str) -> Tuple[int, int, bool]:
+        """Return size and time of change of an input, and whether it has to be read.
+
+        A file that changed just before it was recorded may have changed again in the same instant.
+        """
+        found, old = os.stat(os.path.join(self.place, path)), self.known.get(path)
+        trusted = (isinstance(old, list) and old[:2] == [found.st_size, found.st_mtime_ns]
+                   and self.at - found.st_mtime_ns > _SETTLED_NS)
+        return found.st_size, found.st_mtime_ns, not trusted
+
+    def unread(self) -> int:
+        """Return how many bytes of inputs have to be read; raise OSError."""
+        return sum(size for size, _, unread in map(self.sizes, self.inputs) if unread)
+
+    def stamp(self) -> Dict[str, Any]:
+        """Return what the task is made of now; raise OSError if a file can't be read."""
+        stamp: Dict[str, Any] = {**self.hashes, "at": time.time_ns()}
+        if self.script is not None:
+            stamp["script"] = digest(self.script)
+        inputs = {}
+        for path in self.inputs:
+            size, changed, unread = self.sizes(path)
+            content = digest(os.path.join(self.place, path)) if unread else self.known[path][2]
+            inputs[path] = [size, changed, content]
+        return {**stamp, "inputs": inputs, "outputs": self.outputs, "place": self.place}
+
+
+def files_matching(patterns: Iterable[str], cwd: str) -> Iterator[str]:
+    """Yield the files that patterns match, and those below the directories that they match."""
+    for path in matching(patterns, cwd):
+        if os.path.isdir(os.path.join(cwd, path)):
+            for folder, folders, names in os.walk(os.path.join(cwd, path)):
+                folders.sort()
+                yield from (os.path.join(path, os.path.relpath(os.path.join(folder, name),
+                                                               os.path.join(cwd, path)))
+                            for name in sorted(names) if os.path.isfile(os.path.join(folder, name)))
+        elif os.path.isfile(os.path.join(cwd, path)):
+            yield path
 
 
 def _folder(flow: str) -> str:
@@ -7963,38 +8064,103 @@ class Freshness:
     for good.
     """
 
-    def __init__(self, store: Store, setting: Setting, now: Callable[[], float]) -> None:
-        self._store, self._setting, self._now = store, setting, now
+    def __init__(self, store: Store, setting: Setting, now: Callable[[], float],
+                 listen: Callable[[int], None] = lambda fd: None) -> None:
+        self._store, self._setting, self._now, self._listen = store, setting, now, listen
         self.force = False                     # tasks run although nothing has changed
         self._stamps: Dict[str, Dict[str, Any]] = {}
+        self._read: Deque[Tuple[str, Any]] = deque()           # what was read aside, or why it was not
+        self._pipe: Optional[Tuple[int, int]] = None           # tells of it
+        self._readers: List[Any] = []
 
-    def look(self, run: Run, name: str) -> Tuple[Event, Optional[str]]:
-        """Return what becomes of a task that its upstream lets run, and if it runs, why it has to."""
+    def look(self, run: Run, name: str, aside: bool = False) -> Tuple[Event, Optional[str]]:
+        """Return what becomes of a task that its upstream lets run, and if it runs, why it has to.
+
+        Where `aside`, large inputs are read in a thread, and answers() tells what became of that.
+        """
         event, task = admit(run, name, self._now(), self._setting.environ), run.defs[name]
         if not isinstance(event, TaskAdmitted) or not task.may_be_cached:
             return event, "it has neither inputs nor outputs"
         try:
-            stamp, record = self.stamp(run, name), self.record(run, name)
-            reason = "it is forced to" if self.force else self.why(stamp, record)
+            recipe = self._recipe(run, name)
+            if aside and recipe.unread() > _AT_ONCE_BYTES:
+                self._read_aside(name, recipe)
+                return TaskReading(event.at, name), None
+            return self._judge(run, name, recipe.stamp())
         except (LookupError, ValueError) as exc:
             return TaskSettled(event.at, name, FAILED, f"cannot start: {exc}"), None
         except OSError as exc:
             return TaskSettled(event.at, name, FAILED, f"inputs: {exc.filename}: {exc.strerror}"), None
+
+    def _judge(self, run: Run, name: str, stamp: Dict[str, Any]) -> Tuple[Event, Optional[str]]:
+        """Return what becomes of a task that is made of what `stamp` says, and if it runs, why."""
+        record = self.record(run, name)
+        reason = "it is forced to" if self.force else self.why(stamp, record)
         if reason is None:
-            return TaskSettled(event.at, name, CACHED, "nothing has changed", record["output"]), None
+            found = [text for text in run.defs[name].inputs or () if not stamp["inputs"]][:1]
+            note = f"; no file matches {found[0]}" if found else ""
+            end = TaskSettled(self._now(), name, CACHED, f"nothing has changed{note}", record["output"])
+            return end, None
         self._stamps[name] = stamp
-        return event, reason
+        return TaskAdmitted(self._now(), name), reason
+
+    def _read_aside(self, name: str, recipe: Recipe) -> None:
+        """Read the inputs of a task in a thread, as the engine has to hear of signals and of time."""
+        import threading
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[0], False)
+            self._listen(self._pipe[0])
+
+        def read() -> None:
+            found: Any
+            try:
+                found = recipe.stamp()
+            except OSError as exc:
+                found = exc
+            self._read.append((name, found))
+            assert self._pipe
+            os.write(self._pipe[1], b".")
+        self._readers.append(threading.Thread(target=read, daemon=True))
+        self._readers[-1].start()
+
+    def close(self) -> None:
+        """Let go of the pipe, unless somebody who is not waited for may still write to it."""
+        if self._pipe and not any(reader.is_alive() for reader in self._readers):
+            for fd in self._pipe:
+                os.close(fd)
+
+    def answers(self, run: Run) -> List[Event]:
+        """Return what becomes of the tasks whose inputs have been read aside."""
+        events: List[Event] = []
+        if self._pipe:
+            try:
+                os.read(self._pipe[0], 4096)   # which only says that there is something
+            except BlockingIOError:
+                pass
+        while self._read:
+            name, found = self._read.popleft()
+            if run.tasks[name].status != PENDING:
+                continue                       # settled meanwhile: a cancelled run
+            events.append(self._taken(run, TaskSettled(
+                self._now(), name, FAILED, f"inputs: {found.filename}: {found.strerror}")
+                if isinstance(found, OSError) else self._judge(run, name, found)[0]))
+        return events
 
     def ask(self, run: Run, action: Ask) -> List[Event]:
         """Find out whether a task is to run, and if so put its record out of force."""
-        event, _ = self.look(run, action.task)
-        if isinstance(event, TaskAdmitted) and action.task in self._stamps:
+        return [self._taken(run, self.look(run, action.task, aside=True)[0])]
+
+    def _taken(self, run: Run, event: Any) -> Event:
+        """Return the event, once the record of a task that is to run is out of force."""
+        if isinstance(event, TaskAdmitted) and event.task in self._stamps:
             try:
-                self._put(run, action.task, {"incomplete": run.id})
+                at_work = self._at_work(self.record(run, event.task))
+                self._put(run, event.task, {"incomplete": list(dict.fromkeys([*at_work, run.id]))})
             except OSError as exc:
-                return [TaskSettled(event.at, action.task, FAILED,
-                                    f"cannot start: {exc.filename or 'its record'}: {exc.strerror}")]
-        return [event]
+                return TaskSettled(event.at, event.task, FAILED,
+                                   f"cannot start: {exc.filename or 'its record'}: {exc.strerror}")
+        return event  # type: ignore[no-any-return]
 
     def made(self, run: Run, end: AttemptEnded) -> AttemptEnded:
         """Return the end of an attempt, which fails without its outputs; record a success."""
@@ -8005,12 +8171,20 @@ class Freshness:
             if not matching([pattern], stamp["place"]):
                 return AttemptEnded(end.at, end.task, end.attempt, FAILED,
                                     f"output {pattern} is not there, although the task has succeeded")
-        record = {"secret": run.id} if end.unsaved else {**stamp, "output": end.output}
+        record = {key: value for key, value in stamp.items() if key not in ("outputs", "place")}
+        record["output"] = end.output
+        if end.unsaved or masked(record, run.secrets) != record:
+            record = {"secret": run.id}
+        others = [other for other in self._at_work(self.record(run, end.task)) if other != run.id]
         try:
-            self._put(run, end.task, record)
+            self._put(run, end.task, {"incomplete": others} if others else record)
         except OSError:
             pass                               # it runs once more, then
         return end
+
+    def _at_work(self, record: Mapping[str, Any]) -> List[str]:
+        """Return the runs that may be making the outputs of a task at this moment, as its record tells."""
+        return [run_id for run_id in record.get("incomplete", ()) if self._store.owner(run_id) is not None]
 
     def _path(self, run: Run, name: str) -> str:
         return os.path.join(self._store.path, "cache", _folder(run.flow), f"{name}.json")
@@ -8025,12 +8199,14 @@ class Freshness:
             record = json.loads(read_file(self._path(run, name), follow=False))
             whole = isinstance(record.get("inputs"), dict) and isinstance(record.get("at"), int) and all(
                 isinstance(known, list) and len(known) == 3 for known in record["inputs"].values())
-            return record if whole or "incomplete" in record or "secret" in record else {}
+            for run_id in record.get("incomplete", ()):
+                check_run_id(run_id)
+            return record if whole or record.get("incomplete") or "secret" in record else {}
         except (OSError, ValueError, AttributeError, RecursionError):
             return {}
 
-    def stamp(self, run: Run, name: str) -> Dict[str, Any]:
-        """Return what a task is made of now; raise LookupError, ValueError or OSError if that can't be told.
+    def _recipe(self, run: Run, name: str) -> Recipe:
+        """Return what a task is made of, before files are read; raise LookupError or ValueError.
 
         But for the names of files only hashes are recorded, as values may be secret.
         """
@@ -8040,20 +8216,17 @@ class Freshness:
                     for field in ("inputs", "outputs")}
         env = {key: does.env[key] for key in sorted({*run.plan.flow.env, *task.env})}
         argv: Sequence[str] = does.argv
+        script = None
         if isinstance(task.action, Script):    # its content counts, not where the tasks directory is
+            script = f"{self._setting.tasks_dir}/{task.action.path}"
             argv = [argv[0], task.action.path, *argv[2:]]
         recipe = {"args": [argv, does.stdin], "env": env, "cwd": does.cwd, "params": run.params,
                   "upstream": [run.ctx_of(name), run.outputs_of(run.tasks[name].scope)]}
-        stamp = {key: hash_of(json.dumps(value, sort_keys=True).encode()) for key, value in recipe.items()}
-        if isinstance(task.action, Script):
-            stamp["script"] = digest(f"{self._setting.tasks_dir}/{task.action.path}")
+        hashes = {key: hash_of(json.dumps(value, sort_keys=True).encode()) for key, value in recipe.items()}
+        files = sorted({*files_matching(patterns["inputs"], does.cwd)})
         old = self.record(run, name)
-        files = [path for path in matching(patterns["inputs"], does.cwd)
-                 if os.path.isfile(os.path.join(does.cwd, path))]
-        known, at = old.get("inputs", {}), old.get("at", 0)
-        inputs = {path: _input(os.path.join(does.cwd, path), known.get(path), at) for path in files}
-        return {**stamp, "at": time.time_ns(), "inputs": inputs, "outputs": patterns["outputs"],
-                "place": does.cwd}
+        return Recipe(hashes, files, patterns["outputs"], does.cwd, script, old.get("inputs", {}),
+                      old.get("at", 0))
 
     @staticmethod
     def why(stamp: Mapping[str, Any], record: Mapping[str, Any]) -> Optional[str]:
@@ -8061,7 +8234,7 @@ class Freshness:
         if not record:
             return "it has not succeeded yet"
         if "incomplete" in record:
-            return f"it did not end well in run {record['incomplete']}"
+            return f"it did not end well in run {record['incomplete'][-1]}"
         if "secret" in record:
             return "what it hands on holds a secret, which is not kept"
         for key, told in _RECIPE.items():
@@ -8390,8 +8563,6 @@ class Processes:
         self.now, self._store, self._files = clock.now, store, store.files(run_id)
         self._exchange = Exchange(store, run_id)
         self._setting = make_setting(tasks_dir, store.path, self._exchange.work, token, options)
-        self.freshness = Freshness(store, self._setting, self.now)
-        self.ask = self.freshness.ask
         self._watchdog = Watchdog(token, self._exchange.work)
         self._inherited = inheritable_fds() if sys.platform == "linux" else None
         self._children: Dict[str, Child] = {}
@@ -8400,6 +8571,8 @@ class Processes:
         self._need = Need(store.path)
         self.note: Callable[[str], None] = lambda text: None # is told what a user should know
         self._waiter = Waiter(take_signals)
+        self.freshness = Freshness(store, self._setting, self.now, self._waiter.listen)
+        self.ask = self.freshness.ask
         self.templates = Templates(self._setting, self._exchange.work, self._waiter.listen)
 
     def __enter__(self) -> Processes:
@@ -8414,6 +8587,7 @@ class Processes:
         send_signal(bearers(self._setting.token) if exc_info[0] else (), "KILL")
         self._watchdog.close()
         self._waiter.close()
+        self.freshness.close()
         os.close(self._exchange.null)
 
     def is_signalled(self) -> bool:
@@ -8520,6 +8694,7 @@ class Processes:
             self._reap_at = self.now() + _REAP_S
         ended += [child for child in self._children.values() if child not in ended and child.is_due()]
         events += [event for child in ended for event in self._look_at(run, child)]
+        events += self.freshness.answers(run)
         while self._waiter.signals:
             name = self._waiter.signals.pop(0)
             events.append(CancelRequested(self.now(), f"cancelled by {name}", SIGNAL_EXITS[name],
@@ -9478,6 +9653,8 @@ def open_new(store: Store, source: Source, params: Optional[Mapping[str, Any]], 
     clock = Clock()
     now = clock.now()
     run_id = run_id or store.new_id(source.stem, now)
+    if masked(run_id, secrets) != run_id:
+        raise UsageError("run id: it holds the value of a secret; give another")
     if run_id == "last":
         raise UsageError("run id last stands for the newest run; give another")
     twin = next((other for other in ids if other.lower() == run_id.lower() and other != run_id), None)
@@ -9706,19 +9883,36 @@ def without_hidden(content: bytes) -> bytes:
     return content
 
 
+def hidden_bytes() -> int:
+    """Return how many bytes at the end of a piece of a log may be the beginning of something hidden."""
+    return max(map(len, hidden), default=1) * 4 - 4
+
+
+def read_from(file: IO[bytes], start: int, size: int) -> bytes:
+    """Return bytes from the middle of a log, less the end of something hidden that begins before them."""
+    early = begin = min(start, hidden_bytes())
+    file.seek(start - early)
+    content = file.read(early + size)
+    for text in hidden:
+        secret = text.encode("utf-8", "surrogateescape")
+        for at in range(max(0, early - len(secret) + 1), early):
+            if content.startswith(secret, at):
+                begin = max(begin, at + len(secret))
+    return content[begin:]
+
+
 def log_tail(path: str, lines: int = TAIL_LINES) -> Tuple[List[str], int]:
     """Return the last lines of a log, decoded and safe to show, and how many bytes come before them."""
     try:
         with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
             start = max(0, size - 64 * 1024)
-            file.seek(start)
-            content = file.read()
+            content = without_hidden(read_from(file, start, size - start))
     except OSError as exc:
         return [f"({path}: {exc.strerror})"], 0
     tail = content.splitlines(keepends=True)[-lines:]
-    return [safe(without_hidden(line).decode("utf-8", "replace").rstrip("\r\n")) for line in tail
-            ], size - sum(map(len, tail))
+    return [safe(line.decode("utf-8", "replace").rstrip("\r\n")) for line in tail
+            ], start + len(content) - sum(map(len, tail))
 
 
 def count_states(run: Run) -> str:
@@ -9767,6 +9961,8 @@ class Lines(Watcher):
                       f": {event.reason}" + (" (SIGKILL)" if event.signal == "KILL" else ""))
         elif isinstance(event, AttemptEnded):
             self.ended(event)
+        elif isinstance(event, TaskReading):
+            self.line("reading", event.task, ": its inputs")
         elif isinstance(event, TaskExpanded):
             self.line("expanded", event.task, f": {len(event.each)} instances")
         elif isinstance(event, AttemptDeferred):
@@ -9841,14 +10037,14 @@ def follow_lines(path: str, place: List[Any], whole: bool) -> Iterator[str]:
     `place` keeps the offset and an unfinished line, which is given at the end if `whole`.  Where a line is
     given in pieces, so much of it is kept back that nothing that is hidden is cut in two.
     """
-    keep = max(map(len, hidden), default=1) * 4 - 4              # in bytes
+    keep = hidden_bytes()
     most = SHOWN_LINE + keep
     try:
         with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
             if size - place[0] > SHOWN_BYTES:
                 yield f"({size - place[0] - SHOWN_BYTES} bytes left out)"
-                place[:] = [size - SHOWN_BYTES, b""]
+                place[:] = [size - SHOWN_BYTES + keep, read_from(file, size - SHOWN_BYTES, keep)]
             file.seek(place[0])
             while place[0] < size:
                 raw = file.readline(most - len(place[1]))
@@ -10115,10 +10311,25 @@ def removable(newest_first: Iterable[Aged], keep: Optional[int], before: Optiona
     return found
 
 
-def aged_runs(store: Store) -> List[Aged]:
-    """Return the runs that may be removed, newest first."""
-    return [(str(head["flow"]), head["id"], parse_time(head["started"]) or 0) for head in store.history()
-            if head["status"] not in (RUNNING, "damaged")]
+def aged_runs(store: Store) -> Tuple[List[Aged], Dict[str, List[str]]]:
+    """Return the runs that may be removed, newest first, and by run the runs that go with it.
+
+    The run of a flow within a flow goes with the one that it is a part of, which may need it to go on.
+    """
+    heads = store.history()
+    there, parts = {head["id"] for head in heads}, {}          # type: Set[str], Dict[str, List[str]]
+    for head in heads:
+        parent = (head.get("parent") or {}).get("run")
+        if parent in there:
+            parts.setdefault(parent, []).append(head["id"])
+    within = set(chain.from_iterable(parts.values()))
+    return [(str(head["flow"]), head["id"], parse_time(head["started"]) or 0) for head in heads
+            if head["status"] not in (RUNNING, "damaged") and head["id"] not in within], parts
+
+
+def with_parts(run_id: str, parts: Mapping[str, Sequence[str]]) -> List[str]:
+    """Return a run and all that go with it, itself last."""
+    return [*(name for part in parts.get(run_id, ()) for name in with_parts(part, parts)), run_id]
 
 
 def _aged_scripts(store: Store) -> List[Aged]:
@@ -10176,8 +10387,9 @@ class StateStore:
 
     def cleanup_old_runs(self, days: float = 30) -> int:
         """Remove the runs that began more than `days` days ago, but none that goes on; return how many."""
-        old = removable(aged_runs(self.store), None, time.time() - days * 86400)
-        return sum(self.delete_run(run_id) for _, run_id, _ in old)
+        runs, parts = aged_runs(self.store)
+        old = removable(runs, None, time.time() - days * 86400)
+        return sum(self.delete_run(name) for _, run_id, _ in old for name in with_parts(run_id, parts))
 
 
 class JSONStateStore(StateStore):
@@ -10411,7 +10623,10 @@ def script_checker(tasks_dir: str) -> Callable[[str], Optional[str]]:
     known: Dict[str, Optional[str]] = {}
 
     def problem(path: str) -> Optional[str]:
-        real = os.path.realpath(os.path.join(root, path))
+        try:
+            real = os.path.realpath(os.path.join(root, path))
+        except ValueError:
+            return None                         # the text itself is wrong, and reported as such
         if os.path.isabs(path) or not real.startswith(root + os.sep):
             return (f"{shown(path)} lies outside the tasks directory {tasks_dir}; "
                     "put it below it, or use command")
@@ -11201,6 +11416,14 @@ def _order(options: Any) -> Order:
                  not options.no_fork, getattr(options, "force", False), getattr(options, "parent", None))
 
 
+def _with_secrets(source: Source, *more: Iterable[str]) -> Source:
+    """Return a flow whose secrets are also those of the run that it is a part of."""
+    flow = source.flow
+    names = tuple(dict.fromkeys(chain(flow.secrets, *more)))
+    hide(names)
+    return source._replace(flow=flow._replace(secrets=names)) if names != flow.secrets else source
+
+
 def _foretell(run: Run, freshness: Freshness, name: str) -> str:
     """Return what would become of a task whose upstream need not run, and let the run know its end."""
     event, reason = freshness.look(run, name)
@@ -11260,7 +11483,7 @@ def _dry_run(mini: MiniFlow, stem: str, flow: Flow, params: Dict[str, Any], opti
 def run_run(options: Any) -> int:
     """Run a flow to its end; the run's id is the result."""
     mini = _miniflow(options)
-    source = mini.source(options.flow)
+    source = _with_secrets(mini.source(options.flow), getattr(options, "secrets", ()))
     if options.fail_fast:
         source = source._replace(flow=source.flow._replace(fail_fast=True))
     params = read_params(options, source.flow)
@@ -11297,6 +11520,8 @@ def run_resume(options: Any) -> int:
     elif os.path.exists(path):
         source = load_flow(path, recorded.flow, mini.tasks_dir)
         source = source._replace(flow=source.flow._replace(fail_fast=recorded.plan.flow.fail_fast))
+        if recorded.parent:
+            source = _with_secrets(source, recorded.plan.flow.secrets, getattr(options, "secrets", ()))
     elif any(isinstance(task.action, Function) for task in recorded.plan.tasks.values()):
         where = f"{safe(recorded.source)}, which is gone" if recorded.source else "a Python program"
         raise UsageError(f"run {run_id}: its functions are in {where}; start that again, with this run id")
@@ -11405,7 +11630,7 @@ def _add_logs(parser: Any) -> None:
 
 def _overlapping(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield blocks without what is hidden, also where it begins in one and ends in the next."""
-    keep, rest = max(map(len, hidden), default=1) * 4 - 4, b""    # in bytes
+    keep, rest = hidden_bytes(), b""
     for block in blocks:
         rest = without_hidden(rest + block)
         cut = max(0, len(rest) - keep)
@@ -11576,10 +11801,13 @@ def run_clean(options: Any) -> int:
     store.check()
     before = time.time() - options.older_than * 86400 if options.older_than is not None else None
     code = 0
-    old: List[Tuple[Aged, Callable[[str], None]]] = []
-    old += [(aged, store.remove) for aged in removable(aged_runs(store), options.keep, before)]
-    old += [(aged, store.remove_script) for aged in removable(_aged_scripts(store), options.keep, before)]
-    for (kind, name, _), remove in old:
+    runs, parts = aged_runs(store)
+    old: List[Tuple[str, str, Callable[[str], None]]] = [
+        (kind, name, store.remove) for kind, run_id, _ in removable(runs, options.keep, before)
+        for name in with_parts(run_id, parts)]
+    old += [(kind, name, store.remove_script)
+            for kind, name, _ in removable(_aged_scripts(store), options.keep, before)]
+    for kind, name, remove in old:
         try:
             if not options.dry_run:
                 remove(name)
@@ -11765,7 +11993,7 @@ def _settle_in() -> None:
         raise UsageError(f"the working directory can't be found: {exc.strerror}; change to another") from None
 
 
-def answer(argv: Sequence[str], more: Mapping[str, Any]) -> int:
+def answer(argv: Sequence[str], more: Mapping[str, Any], tell: Callable[[str], None] = say) -> int:
     """Do what was typed, with `more` options than can be; only here does an error become text and a code."""
     try:
         _settle_in()
@@ -11773,8 +12001,8 @@ def answer(argv: Sequence[str], more: Mapping[str, Any]) -> int:
         vars(options).update(more)
         return COMMANDS[name].run(options)
     except MiniFlowError as exc:
-        say("\n".join(f"error: {line}" if isinstance(exc, FlowError) else line
-                      for line in safe(exc).split("\n")))
+        tell("\n".join(f"error: {line}" if isinstance(exc, FlowError) else line
+                       for line in safe(exc).split("\n")))
         return exc.exit_code
     except BrokenPipeError:                     # whoever read stdout has gone
         let_go_of_stdout()
@@ -11816,14 +12044,26 @@ def run_subflow() -> int:
     store, run_id = Store(asked["output_dir"]), asked["run_id"]
     again = ["resume", run_id] if store.exists(run_id) else [
         "run", asked["flow"], "--run-id", run_id, "--params", json.dumps(asked["params"])]
+    said: List[str] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        say(text)
+
     code = answer(["-f", asked["flows_dir"], "-t", asked["tasks_dir"], "-o", asked["output_dir"], *again],
-                  asked["options"])
+                  asked["options"], tell)
+    told = {"reason": said[0].partition("\n")[0] if said else f"run {run_id}: exit {code}", "code": code}
     try:
-        run: Optional[Run] = store.load(run_id).run
+        run = store.load(run_id).run
+        if run.ok:
+            told = run.ctx
+        elif not said:
+            told["reason"] = f"run {run_id}: {run.status}" + (f" ({run.reason})" if run.reason else "")
+        for key, kind in (pair for task in run.tasks.values() for pair in task.unsaved.items()):
+            say(f"{safe(key)} is not handed on: "
+                + ("it holds a secret" if kind == "secret" else f"JSON can't hold a {kind}"))
     except MiniFlowError:
-        run = None
-    told = run.ctx if run and not code else {"reason": f"run {run_id}: {run.status}" + (
-        f" ({run.reason})" if run.reason else "") if run else f"exit {code}", "code": code}
+        pass                                    # said already
     with open(output, "w", encoding="ascii") as file:
         json.dump(told, file)
     return code

@@ -675,6 +675,16 @@ class T04Values(unittest.TestCase):
                 else:
                     self.assertIs(mf.holds(text, self.VALUES), value)
 
+    def test_a_text_in_an_expression_may_be_spelt_as_json_and_as_python_spell_it(self):
+        values = self.VALUES._replace(params={"u": "\U0001f600", "s": "a/b", "q": "it's", "d": 'say "x"'})
+        for text in ('params.u == "\\ud83d\\ude00"', 'params.s == "a\\/b"', 'params["s"] == "\\u0061/b"',
+                     "params.q == 'it\\'s'", 'params.q == "it\'s"', "params['d'] == 'say \"x\"'",
+                     'params.d == "say \\"x\\""', "params.u == '\U0001f600'",
+                     "'' == \"\" and params.s in ('a/b', \"\")",
+                     "params.s == 'a' + '/' + \"b\""):
+            with self.subTest(text):
+                self.assertIs(mf.holds(text, values), True)
+
     def test_an_expression_that_is_none_says_what_is_wrong(self):
         deep = "[" * 60 + "]" * 60 + " == 1"
         for text, what in {
@@ -700,6 +710,11 @@ class T04Values(unittest.TestCase):
                 "(" * 900: "is no expression",
                 "not " * 900 + "true": None, "-" * 3000 + "1 == 1": None, deep: "nested deeper", "1\0 == 1": None,
                 "1 == 1; 2": "is no expression", "await params.n": None, "*params.o": None,
+                "r'x' == 'x'": "is no text; write it in quotes", "u'x' == 'x'": "is no text",
+                "'a' 'b' == 'ab'": "more than one text", '"a" "b" == 1': "is no string of JSON",
+                "\"\"\"x\"\"\" == 'x'": "is no text", '"\\x41" == 1': "is no string of JSON",
+                '"\\ud83d" == 1': "half of a surrogate pair", "'\\ud83d' == 1": "half of a surrogate pair",
+                "{1: 2} == 1": "the keys of an object have to be strings",
                 "\ud800 == 1": None}.items():
             with self.subTest(text[:40]), self.assertRaises(ValueError) as caught:
                 mf.expression_refs(text)
@@ -1629,6 +1644,23 @@ class T10Scheduler(unittest.TestCase):
             "a": (2, ["success"] * 2), "each": (0, []), "each[0]": (2, ["success"] * 2),
             "each[1]": (2, ["failed", "success"]), "each[2]": (2, ["success"] * 2)})
         self.assertEqual((again.status, again.earlier), ("success", {}))
+
+    def test_the_attempts_of_an_instance_outlive_an_array_that_was_shorter_for_a_while(self):
+        def after(old, items):
+            flow = make(task("each", foreach=items), task("bad", "each"))
+            run = mf.reopen(old, flow) if old else mf.Run(mf.make_plan(flow), "r")
+            world = SimWorld(dict.fromkeys(["bad"], {n: (1, 1) for n in range(9)}))
+            steps, events = mf.drive(run, world, lambda events, happened: None, 9), None
+            with contextlib.suppress(StopIteration):
+                while True:
+                    events = world.wait(run, steps.send(events))
+            return mf.run_from_json(json.loads(json.dumps(mf.run_to_json(run))))
+
+        run = None
+        for items in (["a", "b", "c"], ["a"], ["x", "y", "z"]):
+            run = after(run, items)
+        self.assertEqual([run.tasks[f"each[{n}]"].attempt for n in range(3)], [3, 2, 2])
+        self.assertEqual(run.earlier, {})
 
     def test_the_end_of_a_task_with_instances_is_an_event_of_its_own(self):
         flow = make(task("each", foreach=[0, 1]), task("none", foreach=[]), task("bad", foreach=[0, 1, 2, 3, 4]))
@@ -5135,6 +5167,70 @@ class T21Freshness(unittest.TestCase):
                 project.write("miniflow_output/cache/f/a.json", broken)
                 self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it has not succeeded yet\n")
 
+    def test_large_inputs_are_read_while_the_engine_goes_on(self):
+        tasks = [task("t", command="sleep 60", timeout_s=0.2, allow_failure=True), task("a", inputs=["huge"]),
+                 task("gone", inputs=["big"], allow_failure=True)]
+        with one(*tasks) as project:
+            for name, size in (("huge", 400), ("big", 100)):
+                with open(project.at(name), "wb") as file:
+                    file.truncate(size * 2**20)
+                os.utime(project.at(name), (1, 1))
+            found = []
+            for n in range(2):
+                code, out, err = project.main("run", "f", "--run-id", f"r{n}", "--output", "json")
+                self.assertEqual(code, 0, err)
+                found.append([json.loads(line) for line in out.splitlines()])
+            self.assertEqual([sorted(event["task"] for event in events if event["event"] == "task_reading")
+                              for events in found], [["a", "gone"], []])
+            self.assertEqual([project.state("r1")["tasks"][name]["status"] for name in ("a", "gone")], ["cached"] * 2)
+            stopping = next(event["at"] for event in found[0] if event["event"] == "attempt_stopping")
+            started = next(event["at"] for event in found[0] if event["event"] == "attempt_started")
+            self.assertLess(mf.parse_time(stopping) - mf.parse_time(started), 10)
+
+    def test_what_is_read_is_followed_by_links_and_into_directories(self):
+        with one(task("a", inputs=["lnk", "dir"]), task("s", script="link.py", outputs=["o"]),
+                 task("none", inputs=["tpyo/*.csv"])) as project:
+            for name in ("target", "dir/x", "dir/deep/y", "o"):
+                project.write(name, "1")
+            project.write("tasks/real.py", "")
+            os.symlink("target", project.at("lnk"))
+            os.symlink("real.py", project.at("tasks/link.py"))
+            self.assertEqual(project.main("run", "f")[0], 0)
+
+            def explained():
+                return dict(line.split("  ", 1) for line in project.main("run", "f", "--explain")[1].splitlines())
+
+            self.assertEqual(explained(), {"a": "cached: nothing has changed", "s": "cached: nothing has changed",
+                                           "none": "cached: nothing has changed; no file matches tpyo/*.csv"})
+            for change, said in ((lambda: project.write("target", "2"), "input lnk has changed"),
+                                 (lambda: project.write("dir/deep/y", "2"), "input dir/deep/y has changed"),
+                                 (lambda: project.write("dir/z", ""), "input dir/z is new")):
+                change()
+                self.assertEqual(explained()["a"], "run: " + said)
+                project.main("run", "f")
+
+    def test_half_a_file_of_another_run_is_never_taken_for_good(self):
+        make_it = "echo half >big; while test -e wait-$MINIFLOW_PARAM_W; do sleep 0.02; done; echo full >big"
+        with one(task("a", outputs=["big"], command=make_it), params={"w": ""}) as project:
+            project.write("wait-x", "")
+            first = project.start("run", "f", "--run-id", "first", "--param", "w=x")
+            wait_for(lambda: os.path.exists(project.at("big")), "the first half")
+            self.assertEqual(project.main("run", "f", "--run-id", "second")[0], 0)
+            first.kill()
+            first.communicate()
+            project.write("big", "half")
+            self.assertEqual(project.main("run", "f", "--explain")[1], "a  run: it did not end well in run first\n")
+            self.assertEqual(project.main("run", "f", "--run-id", "third")[0], 0)
+            self.assertEqual(project.main("run", "f", "--explain")[1], "a  cached: nothing has changed\n")
+
+    def test_names_of_files_that_hold_a_secret_are_not_recorded(self):
+        with one(task("a", inputs=["in-${{ env.TOK }}"], outputs=["out-${{ env.TOK }}"], cwd="d-${{ env.TOK }}",
+                      command="touch out-$TOK"), secrets=["TOK"]) as project:
+            project.write("d-s3cretvalue/in-s3cretvalue", "")
+            done = project.cli("run", "f", env={**os.environ, "TOK": "s3cretvalue"})
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertNotIn("s3cret", project.read("miniflow_output/cache/f/a.json"))
+
     def test_a_task_that_does_not_make_its_outputs_fails(self):
         with one(task("a", outputs=["out", "other*"], command="echo >out", max_retries=1),
                  task("b", inputs=["gone/${{ params.x }}"]), task("c", inputs=["${{ tasks.b.outputs.no }}"],
@@ -7393,6 +7489,12 @@ class T27CommandLine(unittest.TestCase):
                 project.write("log", "x" * before + "secret" + "y" * 30)
                 shown = list(mf.follow_lines(project.at("log"), [0, b""], True))
                 self.assertEqual("".join(shown), "x" * before + "***" + "y" * 30)
+            for size in range(20):              # what is shown begins in the middle of the log
+                for end, shows in ((2**20, lambda: list(mf.follow_lines(project.at("log"), [0, b""], True))[1:]),
+                                   (2**16, lambda: mf.log_tail(project.at("log"))[0])):
+                    project.write("log", "z" * 9 + "secret" * (end // 6 + 3) + "w" * size)
+                    left = "".join(shows()).replace("*", "").replace("w", "")
+                    self.assertEqual(left, "", size)
 
     def test_a_run_of_all_constructs_that_failed_or_died_at_any_point_is_resumed_to_the_same_end(self):
         point = ("name=$1; shift; if test \"$(cat die 2>&1)\" = \"$name\"; then rm die; kill -9 $PPID; sleep 60; fi; "
@@ -7435,6 +7537,58 @@ class T27CommandLine(unittest.TestCase):
                         self.assertFalse(os.path.exists(project.at(how)))
                         code, _, err = project.main("resume", f"{how}{n}")
                         self.assertEqual((code, ends(f"{how}{n}")), (0, expected), err)
+
+    def test_clean_takes_the_run_of_a_flow_within_a_flow_with_the_run_that_it_is_a_part_of(self):
+        outer = flow_json(task("sub", flow="inner", foreach=[1, 2]), name="outer")
+        inner = flow_json(task("deep", flow="innermost"), task("a", command="test -e go"), name="inner")
+        with Project({"outer": outer, "inner": inner, "innermost": flow_json(task("a"), name="innermost")}) as project:
+            for n in range(2):
+                self.assertEqual(project.main("run", "outer", "--run-id", f"o{n}")[0], 1)
+            project.main("run", "inner", "--run-id", "own")
+            before = json.loads(project.main("runs", "--json")[1])
+            self.assertEqual(len(before), 12)
+            gone = project.main("clean", "--keep", "1")[1].splitlines()
+            self.assertEqual((len(gone), gone[-1]), (5, "outer o0"))
+            left = json.loads(project.main("runs", "--json")[1])
+            self.assertEqual({head["parent"]["run"] for head in left if head["parent"]} - {head["id"] for head in left},
+                             set())
+            self.assertEqual(mf.JSONStateStore(project.at("miniflow_output")).cleanup_old_runs(0), 7)
+
+    def test_a_flow_within_a_flow_hides_the_secrets_of_the_flow_around_it_and_says_why_it_could_not_start(self):
+        outer = flow_json(task("s", flow="inner"), task("n", flow="needs", params={"n": "${{ params.x }}"},
+                                                        allow_failure=True),
+                          name="outer", secrets=["TOK"], params={"x": "abc"})
+        inner = flow_json(task("a", command="echo k=$TOK >>$MINIFLOW_OUTPUT; touch out", outputs=["out"]),
+                          task("b", "a", command="test -e go"), name="inner")
+        needs = flow_json(task("a"), name="needs", params={"n": {"type": "integer"}})
+        with Project({"outer": outer, "inner": inner, "needs": needs}) as project:
+            env = {**os.environ, "TOK": "s3cretvalue"}
+            self.assertEqual(project.cli("run", "outer", "--run-id", "o", env=env).returncode, 1)
+            self.assertIn("expected an integer, got", project.state("o")["tasks"]["n"]["reason"])
+            inner_id = next(head["id"] for head in json.loads(project.main("runs", "inner", "--json")[1]))
+            self.assertNotIn("s3cret", project.cli("show", inner_id, "--json", env=env).stdout)
+            project.write("go", "")
+            self.assertEqual(project.cli("resume", inner_id, env=env).returncode, 0)
+            for folder, _, names in os.walk(project.at("miniflow_output")):
+                for name in names:
+                    with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
+                        self.assertNotIn("s3cret", file.read(), folder + name)
+            done = project.cli("run", "outer", "--run-id", "as3cretvalue", env=env)
+            self.assertEqual((done.returncode, "it holds the value of a secret" in done.stderr), (2, True))
+
+    def test_a_text_that_no_path_can_hold_is_reported_and_stops_no_other_flow(self):
+        with Project({"ok": flow_json(task("a"), name="ok")}) as project:
+            project.write("flows/bad.json", '{"name":"bad","tasks":[{"id":"a","script":"a\\ud800b.py"}]}')
+            project.write("flows/port.json", json.dumps(flow_json(
+                task("a", http={"url": "http://x:70000/y"}), task("b", wait_for={"url": "https://x:0"}),
+                task("c", script="x.py", python="${{ params.x }}"), name="port")))
+            self.assertEqual(project.main("list")[0], 0)
+            self.assertIn("half of a surrogate pair", project.main("validate", "bad")[2])
+            err = project.main("validate", "port")[2]
+            for said in ("port 70000 is not from 1 to 65535", "port 0 is not", "tasks[2].python: takes no template"):
+                self.assertIn(said, err)
+            err = project.main("run", "ok", "--params", '{bad ' + "x" * 30)[2]
+            self.assertIn('got "bad xxxxxxxx…', err)
 
     def test_show_tells_the_params_and_what_they_take(self):
         params = {"days": {"type": "integer", "default": 2, "min": 1, "max": 7, "description": "how \x1b[31mmany"},
@@ -7507,8 +7661,8 @@ class T27CommandLine(unittest.TestCase):
                     head, body = {"Content-Type": "application/json"}, b"\xef\xbb\xbf{}"
                 elif kind == "bad":
                     head, body = {"Content-Type": "application/json"}, b"{"
-                elif kind == "to":
-                    status, head = 302, {"Location": rest}
+                elif kind in ("to", "308"):
+                    status, head = 308 if kind == "308" else 302, {"Location": rest}
                 elif kind == "large":
                     body = b"x" * (mf.MAX_ANSWER + 1)
                 elif kind == "short":
@@ -7563,13 +7717,29 @@ class T27CommandLine(unittest.TestCase):
             "iri": ({"url": place + "/p/ü ö?x=é&y=%41"}, {"text": "text ü"}), "bom": ({"url": place + "/bom"},
             {"json": {}}),
             "stays": ({"url": f"{place}/to/x", "expect_status": [302, 303]}, {"text": "text ü"}),
+            "fifo": ({"url": place + "/json", "save": "fifo"}, {"file": "fifo", "bytes": 24}),
+            "linked": ({"url": place + "/json", "save": "linked"}, {"file": "linked", "bytes": 24}),
+            "port": ({"url": "${{ params.place }}0"}, "the address or a header is not valid"),
+            "to user": ({"url": f"{place}/to/{place.replace('//', '//ada:pw@')}/signed"}, {"text": "text ü"}),
+            "again": ({"url": f"{place}/308/{place}/p/again", "method": "PUT", "body": "once more"},
+            {"text": "text ü"}),
             "scheme": ({"url": "${{ params.scheme }}"}, "unknown url type"),
             "turns": ({"url": place + "/to//to/x"}, "HTTP")}
-        with one(*[task(name, http=ask, allow_failure=True) for name, (ask, _) in asks.items()]) as project:
+        with one(*[task(name.replace(" ", "_"), http=ask, allow_failure=True, max_retries=int(name == "port"))
+                   for name, (ask, _) in asks.items()]) as project:
+            os.mkfifo(project.at("fifo"))
+            reader = subprocess.Popen(["timeout", "60", "cat", project.at("fifo")], stdout=subprocess.PIPE)
+            project.write("real", "old")
+            os.chmod(project.at("real"), 0o640)
+            os.symlink("real", project.at("linked"))
             code, _, err = project.main("run", "f", "--run-id", "r", "--params", json.dumps({
                 "odd": "a b&c/../ü", "place": place, "crlf": "x\r\nY: z", "scheme": "file:///etc/passwd"}))
             self.assertEqual(code, 0, err)
-            tasks = project.state("r")["tasks"]
+            tasks = {name.replace("_", " "): found for name, found in project.state("r")["tasks"].items()}
+            self.assertEqual(len(tasks["port"]["attempts"]), 1)
+            self.assertEqual((reader.communicate()[0], project.read("real"), os.path.islink(project.at("linked")),
+                              os.stat(project.at("real")).st_mode & 0o777, os.path.exists(project.at("fifo"))),
+                             (b'{"n": [1, 2], "h": null}', '{"n": [1, 2], "h": null}', True, 0o640, True))
             for name, (_, expected) in asks.items():
                 with self.subTest(name):
                     if isinstance(expected, str):
@@ -7589,11 +7759,29 @@ class T27CommandLine(unittest.TestCase):
         quoted = "a%20b%26c%2F..%2F%C3%BC"
         self.assertIn(f"/x/{quoted}?q={quoted}", seen)
         self.assertIn("/p/%C3%BC%20%C3%B6?x=%C3%A9&y=%41", seen)
-        self.assertEqual(seen["/signed"][1]["Authorization"], "Basic YWRhOnBAdw==")
+        self.assertEqual([head["Authorization"] for _, path, head, _ in asked if path == "/signed"],
+                         ["Basic YWRhOnBAdw==", "Basic YWRhOnB3"])
+        self.assertEqual((seen["/p/again"][0], seen["/p/again"][2]), ("PUT", b"once more"))
         posted = [(method, json.loads(body), head["Content-Type"], head["X-Own"]) for method, path, head, body in asked
                   if method == "POST"]
         self.assertEqual(posted, [("POST", {"a": ["a b&c/../ü", 1]}, "application/json", "a b&c/../ü")])
-        self.assertEqual([body.decode() for method, _, _, body in asked if method == "PUT"], ["ü a b&c/../ü"])
+        self.assertEqual([body.decode() for method, path, _, body in asked if path == "/p" and method == "PUT"],
+                         ["ü a b&c/../ü"])
+
+    def test_a_request_that_is_stopped_leaves_no_half_of_a_file(self):
+        slow = socket.socket()
+        slow.bind(("127.0.0.1", 0))
+        slow.listen()
+        self.addCleanup(slow.close)
+        with one(task("a", http={"url": f"http://127.0.0.1:{slow.getsockname()[1]}/", "save": "out"})) as project:
+            engine = project.start("run", "f")
+            asking, _ = slow.accept()
+            self.addCleanup(asking.close)
+            asking.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\nhalf")
+            wait_for(lambda: [name for name in os.listdir(project.path) if name.endswith(".part")], "the first half")
+            engine.send_signal(signal.SIGTERM)
+            engine.communicate(timeout=30)
+            self.assertEqual([name for name in os.listdir(project.path) if name.startswith("out")], [])
 
     def test_a_request_is_retried_by_its_status_and_takes_no_credentials_elsewhere(self):
         place, asked = self.serve()
