@@ -357,8 +357,8 @@ class T02Model(unittest.TestCase):
                                           "failed", "upstream_failed", "cancelled"))
         self.assertEqual(mf.RUN_STATES, ("running", "success", "failed", "cancelled", "interrupted"))
         self.assertEqual(list(mf.EVENTS), [
-            "attempt_started", "attempt_spawned", "attempt_deferred", "attempt_stopping", "attempt_ended",
-            "task_admitted", "task_expanded", "task_settled", "cancel_requested", "run_finished"])
+            "attempt_started", "attempt_spawned", "attempt_submitted", "attempt_deferred", "attempt_stopping",
+            "attempt_ended", "task_admitted", "task_expanded", "task_settled", "cancel_requested", "run_finished"])
 
     def test_trigger_rules_mean_what_airflow_documents(self):
         """By whether the upstream holds a success, a skipped and a failed one.
@@ -5199,7 +5199,7 @@ class T22Processes(unittest.TestCase):
         for event in (mf.AttemptStarted(1, "a", 1), mf.CancelRequested(2, "cancelled by SIGTERM"),
                       mf.AttemptStopping(2, "a", 1, "cancelled by SIGTERM")):
             run.apply(event)
-        end = mf.attempt_unkillable(run, "a", 9, "cancelled by SIGTERM", 7)
+        end = mf.attempt_unkillable(run, "a", 9, "cancelled by SIGTERM", "process 7")
         self.assertEqual((end.status, end.reason),
                          ("cancelled", "cancelled by SIGTERM; unkillable: process 7 is given up"))
 
