@@ -10444,7 +10444,8 @@ def format_run(loaded: Loaded, store: Store) -> str:
         lines.append("params " + safe(json.dumps(run.params, ensure_ascii=False)))
     rows = [("task", "status", "attempts", "duration", "process", "reason")]
     rows += [(name, loaded.status_of(task_run), str(len(task_run.attempts)),
-              format_span(span(task_run.started, task_run.finished)), _process_word(task_run), task_run.reason or "")
+              format_span(span(task_run.started, task_run.finished)), _process_word(task_run),
+              task_run.reason or "")
              for name, task_run in _shown_tasks(run)]
     lines += ["", format_table(rows), ""]
     path = critical_path(run)
