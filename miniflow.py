@@ -4841,7 +4841,7 @@ try:
             preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, told))
 except (OSError, ValueError) as exc:
     finish(127 if isinstance(exc, FileNotFoundError) else 126, cannot=str(exc))
-why, kill_at, grace_s = None, None, job["grace_s"]
+why, kill_at, grace_s, asked = None, None, job["grace_s"], False
 stop_at = None if job["timeout_s"] is None else time.monotonic() + job["timeout_s"]
 while child.poll() is None:
     wait = min([3600] + [at - time.monotonic() for at in (stop_at, kill_at) if at is not None])
@@ -4854,8 +4854,8 @@ while child.poll() is None:
     if number == signal.SIGINT or kill_at is not None and now >= kill_at:
         kill_at = None
         send(signal.SIGKILL)
-if why is None and child.returncode and signal.SIGTERM in signal.sigpending():
-    why = "signal"                       # which Slurm sent to all of the job
+if why is None and child.returncode and (asked or signal.sigtimedwait([signal.SIGTERM], 0.1)):
+    why = "signal"                       # which Slurm sends to all of the job, one after another
 if why is None and some_live():
     send(signal.SIGTERM, signal.SIGCONT)
     kill_at = time.monotonic() + grace_s
