@@ -8120,11 +8120,12 @@ class Exchange:
         context.users += 1
         return context
 
-    def take_output(self, path: str) -> Mapping[str, Any]:
+    def take_output(self, path: str, remove: bool = True) -> Mapping[str, Any]:
         """Read what a task wrote to $MINIFLOW_OUTPUT, and remove it; raise ValueError if it can't be used."""
         try:
             content = read_file(path, MAX_OUTPUT + 1)
-            os.unlink(path)
+            if remove:
+                os.unlink(path)
         except FileNotFoundError:
             return {}
         except OSError as exc:
@@ -8659,6 +8660,7 @@ class JobTable:
         self._clusters: Set[str] = set()       # that sbatch has named
         self._doubts: Dict[str, float] = {}    # tasks of which a job may be left, and since when
         self._told: Dict[str, Set[str]] = {}   # words to the jobs that are to be told them
+        self._left: List[Tuple[Job, bool]] = []# attempts that are over, and whether all they left may go
         self._take_up()
 
     def _take_up(self) -> None:
@@ -8698,14 +8700,26 @@ class JobTable:
         del self._jobs[job.task]
         if job.context:
             job.context.users -= 1
-        if tidy:
-            for suffix in (".job", ".began", ".end"):
-                self._store.disk.unlink(job.base + suffix)
-        else:
-            self._store.disk.put(job.base + ".job", b"", False)
+        self._left.append((job, tidy))
+        if not tidy:
             self._doubts[job.task] = self._now()
         self.pulse.hurry()
         return end
+
+    def tidy(self) -> None:
+        """Remove what attempts have left whose end is recorded by now; what stays bars one that was given up.
+
+        Done any sooner, an engine that dies before it has recorded the end would never find it again.
+        """
+        for job, tidy in self._left:
+            try:
+                if not tidy:
+                    self._store.disk.put(job.base + ".job", b"", False)
+                for suffix in (".out", ".end", ".began", ".job") if tidy else ():
+                    self._store.disk.unlink(job.base + suffix)
+            except OSError:
+                pass                           # it stands in nobody's way
+        self._left.clear()
 
     def _give_up(self, now: float) -> List[Event]:
         """Return the ends of attempts that not even SIGKILL has ended."""
@@ -8720,7 +8734,7 @@ class JobTable:
         try:
             told = json.loads(read_file(job.base + ".end"))
             end = job_end(self._run, job.task, now, told,
-                          lambda: self._exchange.take_output(job.base + ".out"))
+                          lambda: self._exchange.take_output(job.base + ".out", remove=False))
         except (OSError, ValueError, KeyError, TypeError):
             if job.missed < 2:                 # a disk that is slow to show all of it
                 job.missed += 1
@@ -8811,6 +8825,7 @@ class Jobs(JobTable):
 
     def turn(self) -> List[Event]:
         """Take in what has been answered, and how jobs have ended; ask, submit and cancel anew."""
+        self.tidy()
         events, now = self._calls.turn(), self._now()
         if self._jobs and now >= self.pulse.look_at:
             events += self._look()
@@ -9990,6 +10005,8 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
             note(f"task {name} was {change} since run {run_id} began"
                  + ("" if change == "removed" else "; it runs again, and so does its downstream"))
         run = reopen(last.run, flow)
+        if run.running:
+            note(f"jobs of the run go on and are taken up as they are: {', '.join(run.running)}")
         run.secrets = secret_texts(flow.secrets, os.environ)
         if order.cancel:
             run.cancel = CancelRequested(time.time(), "cancelled by miniflow cancel")

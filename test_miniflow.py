@@ -1037,9 +1037,6 @@ class T06JsonFrontEnd(unittest.TestCase):
         for field in ("schedule", "executor"):
             self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
                              f"{field}: unknown field")
-        for field in ("executor", "resources"):
-            self.assertEqual(errors_of(flow_json(task("a", **{field: {}})))[0][:len(field) + 24],
-                             f"tasks[0].{field}: unknown field")
 
     def test_a_task_gets_defaults_with_env_merged_and_the_rest_replaced(self):
         flow = make(task("a", env={"X": "own"}, timeout_s=9), task("b"), task("c", script="x.py"),
@@ -5502,7 +5499,8 @@ def carry_out(job):
     put(at(job, "state"), "RUNNING")
     with open(option(job, "--output=").replace("%%", "%"), "ab") as log:
         script = subprocess.Popen([at(job, "script")], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                  cwd=next(filter(os.path.isdir, [option(job, "--chdir="), "/tmp"])), env={**os.environ, "SLURM_JOB_ID": job})
+                                  cwd=next(filter(os.path.isdir, [option(job, "--chdir="), "/tmp"])),
+                                  env={**os.environ, "SLURM_JOB_ID": job})
         put(at(job, "pid"), str(script.pid))
         code = script.wait()
         cancelled = get(job, "state") == "COMPLETING"
@@ -5650,8 +5648,7 @@ class T22bSlurm(unittest.TestCase):
                     ctx = json.load(open(os.environ["MINIFLOW_CONTEXT"]))["ctx"]
                     print(sys.argv[1], ctx, os.path.isdir(os.environ["TMP_DIR"]))
                     """}) as project:
-            self.assertIn("2 at once, 100 jobs at once", project.run("-j2", "--param", "p=y")
-                          .replace("2 jobs at once", "100 jobs at once"))
+            self.assertIn("2 at once, 2 jobs at once", project.run("-j2", "--param", "p=y"))
             self.assertEqual([project.log("r", name).decode() for name in ("a", "b", "c[1]")],
                              ["y 1\n", "4\n", "2 {'p': 'y', 'n': '4'} True\n"])
             self.assertEqual(project.jobs(), dict.fromkeys("123", "COMPLETED"))
@@ -5752,6 +5749,35 @@ class T22bSlurm(unittest.TestCase):
             self.assertEqual((project.side(), list(project.jobs())), (["a"], ["1"]))
             self.assertEqual(project.state("r")["tasks"]["a"]["attempts"][0]["job"], "1")
 
+    def test_an_engine_that_dies_before_it_records_what_it_knows_loses_nothing(self):
+        """At its number, at its end, and at the end of its task's downstream."""
+        code = f"""
+            import os, sys
+            sys.path.insert(0, {HERE!r})
+            import miniflow
+
+            class Deadly(miniflow.Disk):
+                def write(self, fd, content):
+                    if sys.argv[1].encode() in bytes(content) and b'"event":"opened"' not in bytes(content):
+                        os._exit(9)
+                    super().write(fd, content)
+
+            mini = miniflow.MiniFlow()
+            mini.store.disk = Deadly()
+            mini.run("f", run_id="r")
+            """
+        for part in ('"attempt_submitted"', '"attempt_ended"', '"task":"b"'):
+            with self.subTest(part), FakeCluster(
+                    task("a", command="echo a >> side; echo n=4 > $MINIFLOW_OUTPUT"),
+                    task("b", "a", command=["echo", "${{ tasks.a.outputs.n }}"])) as project:
+                done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), part], cwd=project.path,
+                                      env=project.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+                self.assertEqual(done.returncode, 9)
+                wait_for(project.side, "the job")
+                project.finish(project.begin("resume", "r"))
+                self.assertEqual((project.side(), project.log("r", "b")), (["a"], b"4\n"))
+                self.assertEqual([len(t["attempts"]) for t in project.state("r")["tasks"].values()], [1, 1])
+
     def test_an_attempt_runs_once_however_many_jobs_were_made_of_it(self):
         for mode in ("made, timed out", "made, no answer"):
             with self.subTest(mode), FakeCluster(task("a", command="echo a >> side")) as project:
@@ -5770,22 +5796,22 @@ class T22bSlurm(unittest.TestCase):
                 self.assertEqual(project.side(), ["a"])
 
     def test_a_controller_that_does_not_answer_neither_ends_a_job_nor_holds_up_the_rest(self):
-        for mode in ("hang", "down", "odd"):
-            with self.subTest(mode), FakeCluster(
-                    task("a", command="echo a >> side; while ! test -e go; do sleep 0.05; done"),
-                    task("l", executor="local", command="while ! test -e go; do sleep 0.05; done"),
-                    task("m", "l", executor="local")) as project:
-                project.env["MINIFLOW_SLURM_CALL_S"] = "0.5"
-                process = project.begin("run", "f", "--run-id", "r")
-                project.wait_side("a")
-                before = len(project.calls("squeue"))
+        with FakeCluster(
+                task("a", command="echo a >> side; while ! test -e go; do sleep 0.05; done"),
+                task("l", executor="local", command="while ! test -e go; do sleep 0.05; done"),
+                task("m", "l", executor="local")) as project:
+            project.env.update(MINIFLOW_SLURM_POLL_S="0.04", MINIFLOW_SLURM_CALL_S="0.5")
+            process = project.begin("run", "f", "--run-id", "r")
+            project.wait_side("a")
+            for mode in ("hang", "down", "odd"):
                 project.mode(sbatch=mode, squeue=mode, scancel=mode)
-                wait_for(lambda: len(project.calls("squeue")) > before + 2, "calls")
-                project.write("go", "")
-                told = project.finish(process)
-                self.assertEqual(told.count("Slurm gives no answer"), 1)
-                self.assertEqual(set(project.reasons().values()), {("success", None)})
-                self.assertEqual((project.side(), list(project.jobs())), (["a"], ["1"]))
+                before = len(project.calls("squeue"))
+                wait_for(lambda before=before: len(project.calls("squeue")) > before + 1, "calls")
+            project.write("go", "")
+            told = project.finish(process)
+            self.assertEqual(told.count("Slurm gives no answer"), 1)
+            self.assertEqual(set(project.reasons().values()), {("success", None)})
+            self.assertEqual((project.side(), list(project.jobs())), (["a"], ["1"]))
 
     def test_what_could_not_be_submitted_is_when_the_controller_answers_again(self):
         with FakeCluster(task("a", command="echo a >> side")) as project:
@@ -5866,7 +5892,7 @@ class T22bSlurm(unittest.TestCase):
             self.assertEqual(project.side(), ["begin", "end", "again"])
 
     def test_the_executor_of_a_run_is_kept_and_its_jobs_are_bounded(self):
-        with FakeCluster(*[task(f"t{n}", command="sleep 0.2; test -e go") for n in range(4)], defaults={}) as project:
+        with FakeCluster(*[task(f"t{n}", command="sleep 0.1; test -e go") for n in range(3)], defaults={}) as project:
             self.assertEqual(project.finish(project.begin("run", "f", "--run-id", "l"), 1).count("submitted"), 0)
             project.env["MINIFLOW_SLURM_JOBS"] = "2"
             events = [json.loads(line) for line in project.cli(
@@ -5875,7 +5901,7 @@ class T22bSlurm(unittest.TestCase):
             steps = [{"attempt_started": 1, "attempt_ended": -1}.get(event["event"], 0) for event in events]
             self.assertEqual(max(itertools.accumulate(steps)), 2)
             project.write("go", "")
-            self.assertEqual(project.finish(project.begin("resume", "r")).count("submitted"), 4)
+            self.assertEqual(project.finish(project.begin("resume", "r")).count("submitted"), 3)
 
     def test_what_is_needed_is_asked_for_before_anything_runs(self):
         with FakeCluster(task("a")) as project:
