@@ -8961,8 +8961,8 @@ class Jobs(JobTable):
             return self._learn(job, number)
         meaning = judge_refusal(answer.code, answer.said)
         others = any(other is not job and other.stage == _THERE for other in self._jobs.values())
-        job.odd += answer.code == 0
-        if meaning == "refused" or meaning == "too many" and not others or job.odd > 2:
+        job.odd += answer.code == 0 or meaning == "too many" and not others
+        if meaning == "refused" or job.odd > 2:
             if not job.claim():
                 job.stage = _UNSURE            # it is at work, whatever was said
                 return []

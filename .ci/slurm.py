@@ -251,6 +251,10 @@ class Project:
         """Wait until tasks have written so many lines."""
         wait_for(lambda: len(self.told()) >= count, what)
 
+    def wait_said(self, *texts):
+        """Wait until MiniFlow has said all that."""
+        wait_for(lambda: all(text in self.said() for text in texts), f"{texts} to be said")
+
     def go(self):
         """Let tasks go on that wait for it."""
         with open(self.at("go"), "w", encoding="ascii"):
@@ -407,25 +411,23 @@ def check_scancel(make):
 
 def check_controller(make):
     """A controller that hangs, and one that is gone: local tasks and jobs go on, and the run when it is back."""
-    slurm = None
-    for how in ("stopped", "gone"):
+    for pause, go_on in ((lambda slurm: os.kill(slurm.pid("slurmctld"), signal.SIGSTOP),
+                          lambda slurm: os.kill(slurm.pid("slurmctld"), signal.SIGCONT)),
+                         (lambda slurm: slurm.end("slurmctld"), lambda slurm: slurm.start_controller())):
         project = make([{"id": "a", "command": TELL + WAIT}, {"id": "b", "command": TELL, "depends_on": ["l"]},
                         {"id": "l", "executor": "local", "command": WAIT},
                         {"id": "m", "executor": "local", "command": "touch local", "depends_on": ["l"]}])
-        slurm = project.slurm
         process = project.start("run", "f", "--run-id", "r")
         project.wait_told(1)
-        pid = slurm.pid("slurmctld")
-        slurm.end("slurmctld") if how == "gone" else os.kill(pid, signal.SIGSTOP)
+        pause(project.slurm)
         try:
-            wait_for(lambda: "Slurm gives no answer" in project.said(), "a note")
+            project.wait_said("Slurm gives no answer")
             project.go()
-            wait_for(lambda: os.path.exists(project.at("local")), "local tasks, which go on")
-            wait_for(lambda: "success    a" in project.said(), "the end of the job")
+            project.wait_said("success    m", "success    a")
             time.sleep(2)                          # in which b is not submitted
         finally:
-            slurm.start_controller() if how == "gone" else os.kill(pid, signal.SIGCONT)
-            slurm.wait_for_node()
+            go_on(project.slurm)
+            project.slurm.wait_for_node()
         project.expect(process)
         project.check({"a": OK, "b": OK, "l": OK, "m": OK})
 
