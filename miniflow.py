@@ -8573,7 +8573,7 @@ class Inquiries:
         return False
 
     def close(self) -> None:
-        """End all calls."""
+        """End all calls that are under way."""
         for call in self._calls:
             self._end(call)
             call.close()
@@ -8936,6 +8936,8 @@ class Jobs(JobTable):
         job.context = job.context or self._exchange.context(run, job.task)
         setting = self._setting._replace(context=job.context.path, output=self._exchange.output(action))
         invocation, task = invoke(run, job.task, setting), run.defs[job.task]
+        if "\0" in invocation.cwd:
+            raise ValueError(f"there is a NUL in its directory {shown(invocation.cwd)}")
         spec = job_spec(run, task, invocation, self._setting.environ)
         self._store.disk.put(job.base + ".job", spec.encode("ascii"), False)
         comment = job_comment(job.task, job.attempt, self._store.place)

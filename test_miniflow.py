@@ -5933,6 +5933,14 @@ class T22bSlurm(unittest.TestCase):
             self.assertFalse({"SBATCH_WAIT", "SQUEUE_STATES", "MINIFLOW_COOKIE"} & found.keys())
             self.assertEqual(os.listdir(project.at("miniflow_output/tmp/r/io")), ["context-1.json"])
 
+    def test_the_flow_of_the_readme_runs(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            flow = json.loads(re.search(r'(?s)```json\n(\{\n  "name": "sweep".*?)```', file.read())[1])
+        with FakeCluster(*flow["tasks"], defaults=flow["defaults"]) as project:
+            project.run()
+            self.assertEqual(project.log("r", "report"), b'[{"mean": "7"}, {"mean": "14"}]\n')
+            self.assertEqual(len(project.jobs()), 3)
+
     def test_a_bash_script_says_that_it_leaves_the_executor_out(self):
         with FakeCluster(task("a")) as project:
             done = project.cli("export", "f", "--to", "bash")
@@ -7913,6 +7921,7 @@ class T27CommandLine(unittest.TestCase):
         flows = {flow["name"]: flow for text in re.findall(r"(?s)```json\n(.*?)```", readme)
                  if '"tasks": [' in text for flow in [json.loads(text)]}
         del flows["etl"]                        # it shows what a flow with errors looks like
+        del flows["sweep"]                      # it is for Slurm, and run with the tests of that
         script = re.search(r"(?ms)^And its script, `tasks/greet.py`:\n\n```python\n(.*?)```", readme)[1]
         with Project(flows, {"greet.py": script}) as project:
             for name in flows:
