@@ -8583,7 +8583,7 @@ class Job:
     """A running attempt that is, or is to be, a job."""
 
     __slots__ = ("task", "attempt", "base", "id", "stage", "since", "missed", "state", "odd", "word",
-                 "give_up_at", "context")
+                 "give_up_at", "context", "is_barred")
 
     def __init__(self, task: str, attempt: int, base: str, stage: str, since: float) -> None:
         self.task, self.attempt, self.base, self.stage, self.since = task, attempt, base, stage, since
@@ -8593,6 +8593,7 @@ class Job:
         self.word: Optional[str] = None        # the signal that it has been sent
         self.give_up_at: Optional[float] = None
         self.context: Optional[Context] = None
+        self.is_barred = False                 # the engine itself has made its .began
 
     def claim(self) -> bool:
         """See that the attempt never begins; tell whether that was in time."""
@@ -8786,7 +8787,7 @@ class JobTable:
         for task, since in list(self._doubts.items()):
             job = self._jobs.get(task)
             left = [row.job for row in rows if row.task == task and row.is_live
-                    and (job is None or row.attempt != job.attempt)]
+                    and (job is None or row.attempt != job.attempt or job.stage == _READY)]
             for number in left:
                 self._tell("CANCEL", number)
             if not left and since < began:
@@ -8802,7 +8803,9 @@ class Jobs(JobTable):
         """Take in an attempt; it is submitted in the next turn."""
         job = self._enter(action.task, action.attempt, _READY)
         if os.path.lexists(job.base + ".job"): # a power cut took the record of it
-            job.stage = _UNSURE
+            job.is_barred = not self._at_work(job)
+            if not job.is_barred:
+                job.stage = _UNSURE
         self.pulse.hurry()
         return []
 
@@ -8931,6 +8934,9 @@ class Jobs(JobTable):
     def _prepare(self, job: Job) -> Tuple[List[str], str]:
         """Write down what a job is to execute; return the call that submits it, and its script."""
         run, action = self._run, Start(job.task, job.attempt)
+        if job.is_barred:                      # and no job is left that this was to keep from it
+            self._store.disk.unlink(job.base + ".began")
+            job.is_barred = False
         if not os.path.lexists(self._exchange.log_path(action)):
             os.close(self._exchange.open_log(action))
         job.context = job.context or self._exchange.context(run, job.task)

@@ -5776,7 +5776,26 @@ class T22bSlurm(unittest.TestCase):
                 wait_for(project.side, "the job")
                 project.finish(project.begin("resume", "r"))
                 self.assertEqual((project.side(), project.log("r", "b")), (["a"], b"4\n"))
-                self.assertEqual([len(t["attempts"]) for t in project.state("r")["tasks"].values()], [1, 1])
+                self.assertEqual(ends_of(project.state("r")), dict.fromkeys("ab", ("success", 1)))
+
+    def test_a_job_whose_record_a_power_cut_took_runs_once(self):
+        for held in ("yes", ""):               # it waits; it has begun
+            with self.subTest(held), FakeCluster(
+                    task("a", command="echo a >> side; while ! test -e go; do sleep 0.05; done")) as project:
+                project.write("slurm/hold", held)
+                process = project.begin("run", "f", "--run-id", "r")
+                wait_for(lambda: project.jobs() and (held or project.side()), "the job")
+                project.kill(process)
+                journal = project.read("miniflow_output/runs/r.jsonl").partition('{"event":"attempt_started"')[0]
+                project.write("miniflow_output/runs/r.jsonl", journal)
+                os.unlink(project.at("miniflow_output/runs/r.json"))
+                process = project.begin("resume", "r")
+                wait_for(lambda: len(project.jobs()) > 1 or not held, "another job")
+                project.write("slurm/hold", "")
+                project.write("go", "")
+                project.finish(process)
+                self.assertEqual((project.side(), len(project.jobs())), (["a"], 2 if held else 1))
+                self.assertEqual(ends_of(project.state("r")), {"a": ("success", 1)})
 
     def test_an_attempt_runs_once_however_many_jobs_were_made_of_it(self):
         for mode in ("made, timed out", "made, no answer"):
@@ -5946,6 +5965,11 @@ class T22bSlurm(unittest.TestCase):
             done = project.cli("export", "f", "--to", "bash")
             self.assertEqual(done.returncode, 0)
             self.assertIn("note: task a: executor slurm is left out", done.stderr)
+
+
+def ends_of(state):
+    """Return how the tasks of a recorded run have ended, and after how many attempts."""
+    return {name: (t["status"], len(t["attempts"])) for name, t in state["tasks"].items()}
 
 
 def running(part):
