@@ -49,6 +49,7 @@ Contents
   12.5. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
     13. EXPORTERS: how does a plan look in other languages?
     14. BASH: how does a flow run where there is no MiniFlow?
+    14.7. MAKE: how does a flow run where there is make?
     --- the line: all above is pure ---
     15. DISK: how does a byte get onto the disk, and stay there?
     16. LOCKS: which one engine may work on a run?
@@ -63,6 +64,7 @@ Contents
     24. RUNNER: how is one run driven to its end?
     25. REPORTING: how is it told to a person?
     26. LIBRARY: what does a Python program use?
+    26.5. BUNDLE: how does a flow travel, with all that it needs, in one file?
     27. COMMAND LINE: what can be typed?
 
 
@@ -1472,7 +1474,7 @@ def secret_texts(names: Iterable[str], environ: Mapping[str, str]) -> Tuple[str,
     """Return the texts in which the values of environment variables may show, the longest first."""
     texts = set()
     for value in filter(None, map(environ.get, names)):
-        for text in (value, value.strip(), *(line.strip() for line in value.splitlines())):
+        for text in (value, value.strip(), value.rstrip("="), *(line.strip() for line in value.splitlines())):
             if len(text) >= SHORTEST_SECRET:
                 texts |= {_url_part(text), text, json.dumps(text)[1:-1],
                           json.dumps(text, ensure_ascii=False)[1:-1],
@@ -1480,11 +1482,22 @@ def secret_texts(names: Iterable[str], environ: Mapping[str, str]) -> Tuple[str,
     return tuple(sorted(texts, key=lambda text: (-len(text), text)))
 
 
+def _masked_cut(text: str, secret: str) -> str:
+    """Return `text` with the beginning of a secret replaced that stands where a message was cut off."""
+    parts = text.split("…")
+    for n, part in enumerate(parts[:-1]):
+        begin = next((size for size in range(min(len(part), len(secret)), SHORTEST_SECRET - 1, -1)
+                      if part.endswith(secret[:size])), 0)
+        parts[n] = part[:len(part) - begin] + MASK if begin else part
+    return "…".join(parts)
+
+
 def masked(value: Any, secrets: Sequence[str]) -> Any:
     """Return a JSON value with each of `secrets` in its strings replaced by ***."""
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, MASK)
+            value = _masked_cut(value, secret) if "…" in value else value
         return value
     if isinstance(value, Mapping):
         return {masked(key, secrets): masked(item, secrets) for key, item in value.items()}
@@ -1950,6 +1963,7 @@ _NAME: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$(?!
 _STR: Schema = {"type": "string"}
 _STRS: Schema = {"type": "array", "items": _STR, "title": "an array of strings"}
 _TEXT: Schema = {"type": "string", "minLength": 1, "title": "a non-empty string"}
+_ALONE: Schema = {"type": "string", "pattern": r"^\$\{\{[^}]*\}\}$"}           # one template and no more
 _PATTERNS: Schema = {"type": "array", "items": _TEXT, "title": "an array of patterns of files"}
 _BOOL: Schema = {"type": "boolean"}
 _SECONDS: Schema = {"type": "number", "minimum": 0, "maximum": 315360000}
@@ -2016,8 +2030,10 @@ WAIT_FIELDS = (
     Field("url", _TEXT, "an address that answers with 200 to 299"),
     Field("command", {"type": "array", "items": _STR, "minItems": 1, "title": "a non-empty array of strings"},
           "a command that ends with exit code 0"),
-    Field("seconds", _SECONDS, "so many seconds"),
-    Field("poll_s", _LIMIT, "seconds between two looks; default 5"),
+    Field("seconds", {"anyOf": [_SECONDS, _ALONE], "title": "seconds, or a template that gives them"},
+          "so many seconds"),
+    Field("poll_s", {"anyOf": [_LIMIT, _ALONE], "title": "seconds, or a template that gives them"},
+          "seconds between two looks; default 5"),
 )
 ACTION_FIELDS = (
     Field("script", {"type": "string", "minLength": 1,
@@ -3080,8 +3096,30 @@ def judge(task: Task, kinds: Sequence[str]) -> Tuple[str, str]:
     return end, f"trigger rule {task.trigger_rule} does not hold"
 
 
+def judge_group(ends: Mapping[str, str]) -> Tuple[str, str]:
+    """Return the end of a task whose instances have ended so, and why."""
+    end = next((end for end in (CANCELLED, FAILED) if end in ends.values()), SUCCESS)
+    bad = [name for name, status in ends.items() if status == end != SUCCESS]
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return end, f"{len(bad)} of {len(ends)} {end}: {', '.join(bad[:3])}{more}" if bad else ""
+
+
 #: So long an attempt waits that the system had no means for, in seconds.
 PRESSURE_S = 1.0
+
+def _sort_instances(plan: Plan, tasks: Mapping[str, TaskRun]
+                    ) -> Tuple[Dict[str, Dict[str, TaskRun]], Dict[str, List[str]]]:
+    """Return by their task the instances that are to be made anew, and the names of those that are there."""
+    earlier, there = {}, {}    # type: Dict[str, Dict[str, TaskRun]], Dict[str, List[str]]
+    for name, task_run in tasks.items():
+        if name not in plan.tasks:
+            group = name[:name.rindex("[")]
+            if task_run.each is None:
+                earlier.setdefault(group, {})[name] = task_run
+            else:
+                there.setdefault(group, []).append(name)
+    return earlier, there
+
 
 #: What each event changes in a run.
 _APPLY: Dict[Type[Any], Callable[[Any, Any], None]] = {}
@@ -3104,6 +3142,7 @@ class Run:
     def __init__(self, plan: Plan, id: str, params: Optional[Mapping[str, Any]] = None, started: float = 0,
                  flow: str = "", source: str = "", tasks: Optional[Dict[str, TaskRun]] = None) -> None:
         self.plan, self.id, self.params, self.started = plan, id, dict(params or {}), started
+        self.parent: Optional[Mapping[str, str]] = None                # run and task that it is a part of
         self.flow, self.source = flow or plan.flow.name, source
         self.scheduled_time = started
         self.finished: Optional[float] = None
@@ -3112,7 +3151,10 @@ class Run:
         self.cancel: Optional[CancelRequested] = None
         self.first_failure: Optional[str] = None
         self.warnings = 0
-        self.tasks: Dict[str, TaskRun] = tasks or {name: TaskRun() for name in plan.order}
+        self.earlier, found = _sort_instances(plan, tasks or {})
+        self.tasks: Dict[str, TaskRun] = {name: tasks[name] if tasks else TaskRun() for name in plan.order}
+        for names in found.values():
+            self.tasks.update((name, tasks[name]) for name in names if tasks)
         self.defs = dict(plan.tasks)           # of the instances, too
         self.groups: Dict[str, List[str]] = {} # task to its instances
         self.group_of: Dict[str, str] = {}     # instance to its task
@@ -3129,15 +3171,11 @@ class Run:
         self.secrets: Tuple[str, ...] = ()     # texts that are stored as ***
         self.room: Optional[int] = None                      # attempts at once that the system has means for
         self._scopes = Scopes(plan)
-        self._found_instances: Dict[str, List[str]] = {}
-        for name, task_run in self.tasks.items() if tasks else ():
-            if task_run.each is not None:
-                self._found_instances.setdefault(name[:name.rindex("[")], []).append(name)
         for name in plan.order:
-            self._survey(name)
+            self._survey(name, found.get(name, ()))
 
-    def _survey(self, name: str) -> None:
-        """Find the place of task `name` in the frontier; all its upstream has been surveyed before."""
+    def _survey(self, name: str, names: Sequence[str]) -> None:
+        """Find the place of a task with such instances in the frontier; its upstream has been surveyed."""
         task, task_run = self.plan.tasks[name], self.tasks[name]
         self.waits[name] = sum(self.tasks[up].status not in SETTLED for up in task.depends_on)
         if task_run.status == PENDING:
@@ -3145,8 +3183,8 @@ class Run:
                 self._reached(name)
             return
         task_run.scope = self._scopes.take(task)
-        names = self._found_instances.get(name, ())
-        if names:
+        is_group = names or task.many and task_run.status == RUNNING
+        if is_group:
             self._gather(name, names)
         for instance in names:
             if task_run.status not in SETTLED:
@@ -3155,7 +3193,9 @@ class Run:
                 self._count(instance)
         if task_run.status in SETTLED:
             self._count(name)
-        elif not names:
+        elif is_group:
+            self._bar_group(name)
+        else:
             self._resume(name)
 
     def _resume(self, name: str) -> None:
@@ -3189,15 +3229,15 @@ class Run:
         task_run = self.tasks[name]
         task_run.status, task_run.started = RUNNING, at
         names = [instance_id(name, n) for n in range(len(each))]
+        earlier = self.earlier.pop(name, {})
         for instance, values in zip(names, each):
-            self.tasks[instance] = TaskRun()
+            self.tasks[instance] = earlier.get(instance) or TaskRun()
             self.tasks[instance].each = values
         self.unsettled += len(names)
         self._gather(name, names)
         for instance in names:
             self.ask_or_push(instance)
-        if not names:
-            self._settle_group(name, at)
+        self._bar_group(name)
 
     def ask_or_push(self, name: str) -> None:
         """Nothing upstream keeps task `name` from running."""
@@ -3206,17 +3246,10 @@ class Run:
         else:
             self.queues.push(name)
 
-    def _settle_group(self, name: str, at: Optional[float]) -> None:
-        """All instances of task `name` have ended, and so it does itself."""
-        ends = [self.tasks[instance].status for instance in self.groups[name]]
-        status = next((end for end in (CANCELLED, FAILED) if end in ends), SUCCESS)
-        bad = [instance for instance, end in zip(self.groups[name], ends) if end == status != SUCCESS]
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        reason = f"{len(bad)} of {len(ends)} {status}: {', '.join(bad[:3])}{more}" if bad else None
-        items = [self.tasks[instance].output for instance in self.groups[name]]
-        if any(self.tasks[instance].unsaved for instance in self.groups[name]):
-            self.tasks[name].unsaved = {"items": "secret"}
-        self.settle(name, status, at, reason, {"items": items} if status == SUCCESS else None, None)
+    def _bar_group(self, name: str) -> None:
+        """If all instances of task `name` have ended, it is to end itself, as they say."""
+        if not self.waits[name]:
+            self.barred[name] = judge_group({each: self.tasks[each].status for each in self.groups[name]})
 
     def __repr__(self) -> str:
         return f"<Run {self.id}: {self.status}>"
@@ -3288,7 +3321,6 @@ class Run:
             task_run.deadline = round(started + limit, 6)
             heapq.heappush(self.deadlines, (task_run.deadline, name, task_run.attempt, "TERM"))
 
-
     def settle(self, name: str, status: str, at: Optional[float], reason: Optional[str],
                 output: Optional[Mapping[str, Any]], error: Optional[str]) -> None:
         """Give task `name` its end, and reach those downstream for which it was the last to wait for."""
@@ -3299,8 +3331,7 @@ class Run:
         if name in self.group_of:
             group = self.group_of[name]
             self.waits[group] -= 1
-            if not self.waits[group]:
-                self._settle_group(group, at)
+            self._bar_group(group)
             return
         for below in self.plan.downstream[name]:
             self.waits[below] -= 1
@@ -3442,7 +3473,12 @@ def _on_expanded(run: Run, event: TaskExpanded) -> None:
 def _on_settled(run: Run, event: TaskSettled) -> None:
     run.barred.pop(event.task, None)
     run.asking.pop(event.task, None)
-    run.settle(event.task, event.status, event.at, event.reason, event.output, None)
+    output = event.output
+    if event.status == SUCCESS and event.task in run.groups:   # which holds them; the event need not
+        each = [run.tasks[instance] for instance in run.groups[event.task]]
+        output = {"items": [instance.output for instance in each]}
+        run.tasks[event.task].unsaved = {"items": "secret"} if any(one.unsaved for one in each) else {}
+    run.settle(event.task, event.status, event.at, event.reason, output, None)
 
 
 @_applies(CancelRequested)
@@ -3703,7 +3739,8 @@ def fact(run: Run, action: Due, now: float) -> Optional[Event]:
     if isinstance(action, Stop):
         return AttemptStopping(now, action.task, action.attempt, action.reason, action.signal)
     if isinstance(action, Settle):
-        return TaskSettled(now, action.task, action.status, action.reason, run.plan.left_out.get(action.task))
+        return TaskSettled(now, action.task, action.status, action.reason or None,
+                           run.plan.left_out.get(action.task))
     if isinstance(action, Expire):
         return CancelRequested(now, action.reason, 1, expired=True)
     return RunFinished(now, action.status, action.reason)
@@ -3848,7 +3885,7 @@ def _parts_to_json(run: Run, engine: Optional[Mapping[str, Any]]) -> Dict[str, A
     """Return the state of `run` but for its tasks and its definition."""
     return {"id": run.id, "flow": run.flow, "status": run.status, "reason": run.reason,
             "started": format_time(run.started), "finished": format_time(run.finished),
-            "duration_s": span(run.started, run.finished), "warnings": run.warnings,
+            "duration_s": span(run.started, run.finished), "warnings": run.warnings, "parent": run.parent,
             "miniflow": __version__, "format": FORMAT, "engine": engine, "source": run.source,
             "scheduled_time": format_time(run.scheduled_time),
             "cancel": run.cancel._asdict() if run.cancel else None,
@@ -3856,14 +3893,21 @@ def _parts_to_json(run: Run, engine: Optional[Mapping[str, Any]]) -> Dict[str, A
             "params": run.params, "ctx": run.ctx}
 
 
+def _rows_of(run: Run) -> Mapping[str, TaskRun]:
+    """Return what is recorded of tasks: while the run goes on, also of instances that are to be made anew."""
+    if run.outcome or not run.earlier:
+        return run.tasks
+    return dict(chain(run.tasks.items(), *(group.items() for group in run.earlier.values())))
+
+
 def run_to_json(run: Run, engine: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
     """Return the whole state of `run`; `engine` tells who works on it."""
     return {**_parts_to_json(run, engine),
-            "tasks": {name: task_run_to_json(task_run) for name, task_run in run.tasks.items()},
+            "tasks": {name: task_run_to_json(task_run) for name, task_run in _rows_of(run).items()},
             "definition": flow_to_json(run.plan.flow)}
 
 
-_HEAD = ("id", "flow", "status", "reason", "started", "finished", "duration_s", "warnings")
+_HEAD = ("id", "flow", "status", "reason", "started", "finished", "duration_s", "warnings", "parent")
 
 
 @_remembering
@@ -3913,11 +3957,11 @@ def _state_pieces(run: Run, engine: Optional[Mapping[str, Any]], seq: int, defin
     head = _encode({**{name: parts.pop(name) for name in _HEAD}, "seq": seq})[1:-1]
     lines = [f"{_encode(name)}: {_encode(value)}" for name, value in parts.items()]
     yield ",\n".join([head, *lines, '"tasks": {\n ']).encode("ascii")
-    encode = _encoder(None)
+    encode, tasks = _encoder(None), _rows_of(run)
     untouched = encode(task_run_to_json(TaskRun()))
     rows = (encode(without_secrets(task_run_to_json(task_run), run.secrets))
-            if task_run.is_touched else untouched for task_run in run.tasks.values())
-    for piece in _joined(f"{encode(name)}: {row}" for name, row in zip(run.tasks, rows)):
+            if task_run.is_touched else untouched for task_run in tasks.values())
+    for piece in _joined(f"{encode(name)}: {row}" for name, row in zip(tasks, rows)):
         yield piece.encode("ascii")
     yield b'\n},\n"definition": ' + definition
 
@@ -4028,7 +4072,7 @@ def run_from_json(state: Mapping[str, Any]) -> Run:
     run.scheduled_time = parse_time(state["scheduled_time"]) or run.started
     run.finished = parse_time(state["finished"])
     run.outcome = None if state["status"] == RUNNING else state["status"]
-    run.reason = state["reason"]
+    run.reason, run.parent = state["reason"], state.get("parent")
     run.cancel = CancelRequested(**state["cancel"]) if state["cancel"] else None
     return run
 
@@ -4073,6 +4117,15 @@ def _goes_on(flow: Flow, task: Task, old: TaskRun) -> bool:
             and executor_of(flow, task) != LOCAL)
 
 
+def _history(old: TaskRun) -> TaskRun:
+    """Return the TaskRun of an instance that may come to be once more: the attempts of `old`, and no more."""
+    new = TaskRun()
+    new.attempts, new.attempt, new.first_attempt = old.attempts, old.attempt, old.attempt + 1
+    if old.status == RUNNING:
+        old.attempts[-1].status, old.attempts[-1].reason = INTERRUPTED, "interrupted"
+    return new
+
+
 def _reopened(old: TaskRun) -> TaskRun:
     """Return the TaskRun of a task some of whose instances are to run again."""
     new = TaskRun()
@@ -4106,6 +4159,8 @@ def reopen(old: Run, flow: Flow) -> Run:
                    and not again.intersection(plan.tasks[name].depends_on))
         if name in again and anew:
             tasks[name] = tasks[name] if goes_on else _afresh(tasks[name])
+            kept.update((instance, _history(old.tasks[instance])) for instance in names)
+            kept.update(old.earlier.get(name, {}))
             names = ()
         elif name in again:                    # of its instances, those that ended well stay
             tasks[name] = _reopened(tasks[name])
@@ -4116,7 +4171,7 @@ def reopen(old: Run, flow: Flow) -> Run:
             kept[instance] = task_run if done else _afresh(task_run)
     tasks.update(kept)
     run = Run(plan, old.id, old.params, old.started, old.flow, old.source, tasks)
-    run.scheduled_time = old.scheduled_time
+    run.scheduled_time, run.parent = old.scheduled_time, old.parent
     return run
 
 
@@ -4145,6 +4200,7 @@ class Setting(NamedTuple):
     output: str                                # path of the file that the task may write
     output_dir: str = ""
     engine: str = ""                           # path of this file
+    options: Mapping[str, Any] = {}            # of the command line, as they are for flows within a flow, too
 
 
 class Invocation(NamedTuple):
@@ -4235,11 +4291,13 @@ sys.exit(miniflow.answer_call(call))
 #: Opens addresses as the two programs below do: http and https, proxies, nothing else.  A redirection never
 #: leads from https to http, and takes no credentials to another host.
 _OPENER = """
-import json, os, sys, urllib.error, urllib.parse, urllib.request
+import base64, json, os, sys, urllib.error, urllib.parse, urllib.request
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, url):
+        if code in expected:
+            return None
         old, new = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(url)
         if new.scheme not in ("http", "https") or old.scheme == "https" != new.scheme:
             raise urllib.error.URLError("it redirects to %s, which is not followed" % shown(url))
@@ -4259,11 +4317,26 @@ def shown(url):
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def fail(reason, code=1):
+def fail(reason, code=1, final=False):
     print(reason, file=sys.stderr)
     with open(os.environ["MINIFLOW_OUTPUT"], "w", encoding="ascii") as file:
-        json.dump({"reason": reason, "code": code}, file)
+        json.dump({"reason": reason, "code": code, "final": final}, file)
     sys.exit(1)
+
+
+def request_for(url, *args, **more):
+    parts = urllib.parse.urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if not host.isascii():
+        name, colon, port = host.partition(":")
+        host = name.encode("idna").decode() + colon + port
+    path, query = (urllib.parse.quote(part, "!#$%&'()*+,/:;=?@[]~") for part in (parts.path, parts.query))
+    request = urllib.request.Request(urllib.parse.urlunsplit((parts.scheme, host, path, query, "")), *args,
+                                     **more)
+    if at and not request.has_header("Authorization"):
+        word = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", "Basic " + word)
+    return request
 
 
 opener = urllib.request.OpenerDirector()
@@ -4273,6 +4346,8 @@ for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.
     opener.add_handler(handler())
 opener.addheaders = [("User-Agent", "MiniFlow")]
 ask = json.load(sys.stdin)
+expected = ask.get("expect_status", [])
+expected = [expected] if isinstance(expected, int) else expected
 """
 
 #: So many bytes of an answer are handed on; more needs `save`.
@@ -4289,17 +4364,14 @@ if body is not None and "content-type" not in given:
     headers["Content-Type"] = "application/json" if "json" in ask else "text/plain; charset=utf-8"
 method = ask.get("method") or ("GET" if body is None else "POST")
 name = method + " " + shown(ask["url"])
-expected = ask.get("expect_status")
-expected = [expected] if isinstance(expected, int) else expected
 try:
     body = body if body is None else body.encode()
-    request = urllib.request.Request(ask["url"], body, headers, method=method)
     try:
-        answer = opener.open(request, timeout=60)
+        answer = opener.open(request_for(ask["url"], body, headers, method=method), timeout=60)
     except urllib.error.HTTPError as exc:
         answer = exc
     except (ValueError, http.client.InvalidURL) as exc:   # says what is in query, password or header
-        fail("%s: the address or a header is not valid (%s)" % (name, type(exc).__name__))
+        fail("%s: the address or a header is not valid (%s)" % (name, type(exc).__name__), final=True)
     status, word = answer.status, http.client.responses.get(answer.status, "")
     output = {"status": status, "headers": {}}
     for key, value in answer.headers.items():
@@ -4327,7 +4399,7 @@ try:
         if answer.length:
             fail("%s: the answer ended early" % name)
         kind = answer.headers.get_content_type()
-        text = content.decode(answer.headers.get_content_charset("utf-8"), "replace")
+        text = content.decode(answer.headers.get_content_charset("utf-8"), "replace").lstrip("\\ufeff")
         if text.strip() and (kind == "application/json" or kind.endswith("+json")):
             output["json"] = json.loads(text, parse_constant=lambda word: fail(
                 "%s: %s in JSON" % (name, word)))
@@ -4352,20 +4424,33 @@ def look():
         return {"files": found} if found else "no file matches " + ask["file"]
     if "url" in ask:
         try:
-            status = opener.open(ask["url"], timeout=60).status
+            status = opener.open(request_for(ask["url"]), timeout=60).status
+        except (ValueError, http.client.InvalidURL) as exc:
+            fail("%s: the address is not valid (%s)" % (shown(ask["url"]), type(exc).__name__), final=True)
         except (OSError, http.client.HTTPException) as exc:
             return "%s: %s" % (shown(ask["url"]), getattr(exc, "reason", None) or exc)
         return {"status": status}
     if "command" in ask:
         if os.path.exists(os.environ["MINIFLOW_OUTPUT"]):
             os.unlink(os.environ["MINIFLOW_OUTPUT"])                # of the look before
-        code = subprocess.call(ask["command"], stdin=subprocess.DEVNULL)
+        try:
+            code = subprocess.call(ask["command"], stdin=subprocess.DEVNULL)
+        except OSError as exc:
+            fail("cannot start: %s: %s" % (ask["command"][0], exc.strerror),
+                 127 if isinstance(exc, FileNotFoundError) else 126, True)
         return "exit %d" % code if code else {}
     return {}
 
 
 if "url" in ask and not shown(ask["url"]).startswith(("http://", "https://")):
-    fail("%s is no address; it has to begin with http:// or https://" % shown(ask["url"]))
+    fail("%s is no address; it has to begin with http:// or https://" % shown(ask["url"]), final=True)
+for word in set(ask) & {"seconds", "poll_s"}:
+    try:
+        value = ask[word]
+        ask[word] = float(value if type(value) in (int, float, str) else "none")
+        assert 0 <= ask[word] <= 315360000
+    except (ValueError, AssertionError):
+        fail("wait_for.%s: expected a number of seconds, got %s" % (word, json.dumps(value)), final=True)
 if "seconds" in ask:
     time.sleep(ask["seconds"])
 said = None
@@ -4392,7 +4477,7 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("miniflow", sys.argv[1])
 miniflow = sys.modules["miniflow"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(miniflow)
-sys.exit(miniflow.run_subflow(sys.argv[2], sys.argv[3:]))
+sys.exit(miniflow.run_subflow())
 """
 
 
@@ -4409,17 +4494,16 @@ def subflow_id(run: Run, task_id: str, params: Mapping[str, Any]) -> str:
     return f"{name}-{hashlib.sha256(content).hexdigest()[:12]}"
 
 
-def _subflow_argv(run: Run, task_id: str, setting: Setting, params: Mapping[str, Any]) -> List[str]:
-    """Return what runs another flow."""
-    action, flows_dir = run.defs[task_id].action, run.source.rpartition("/")[0] or "."
-    run_id = subflow_id(run, task_id, params)
+def _subflow_asked(run: Run, task_id: str, setting: Setting, params: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what the program of a task that is a flow reads from its standard input."""
     if masked(params, run.secrets) != params:
         raise LookupError("cannot start: a param holds a secret, which would be stored; let tasks read it "
                           "from their environment")
-    executor = ["--executor", run.plan.flow.executor] if run.plan.flow.executor else []
-    return [setting.python, "-c", SUBFLOW_PROGRAM, setting.engine, run_id, "-f", flows_dir,
-            "-t", setting.tasks_dir, "-o", setting.output_dir, "run", str(action[0]), "--run-id", run_id,
-            "--params", "-", *executor]
+    return {"flow": run.defs[task_id].action[0], "run_id": subflow_id(run, task_id, params), "params": params,
+            "flows_dir": run.source.rpartition("/")[0] or ".", "tasks_dir": setting.tasks_dir,
+            "output_dir": setting.output_dir,
+            "options": {**setting.options, "executor": run.plan.flow.executor,
+                        "parent": {"run": run.id, "task": task_id}}}
 
 
 def _glob_part(value: str) -> str:
@@ -4465,11 +4549,20 @@ def _flow_env(run: Run, task_id: str, environ: Mapping[str, str]) -> Tuple[Dict[
     return added, values._replace(env={**environ, **added}) if added else values
 
 
+def _asked_values(run: Run, task: Task, environ: Mapping[str, str]) -> Values:
+    """Return what decides whether and how often a task runs; of its own variables those that are read."""
+    values = _flow_env(run, task.id, environ)[1]
+    read = {ref.path[1] for path, text in templates(task) if path[0] in ("if", "foreach", "matrix")
+            for ref in refs_at(path, text) if ref.path[0] == "env"}
+    own = {name: to_text(render(text, values)) for name, text in task.env.items() if name in read}
+    return values._replace(env={**values.env, **own}) if own else values
+
+
 def admit(run: Run, task_id: str, now: float, environ: Mapping[str, str]) -> Event:
     """Return what becomes of a task that its upstream lets run: it may be skipped, run, or become many."""
     task, field = run.defs[task_id], "if"
     try:
-        values = _flow_env(run, task_id, environ)[1]
+        values = _asked_values(run, task, environ)
         if task.condition is not None and not (task.many and asks_each(task)):
             if not holds(task.condition, values):
                 return TaskSettled(now, task_id, SKIPPED, "if is false")
@@ -4505,7 +4598,8 @@ def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
     elif isinstance(action, Function):
         head = [setting.python, "-c", FUNCTION_PROGRAM]
     elif isinstance(action, SubFlow):
-        head = _subflow_argv(run, task_id, setting, render_all(action.params, values))
+        asked = _subflow_asked(run, task_id, setting, render_all(action.params, values))
+        head = [setting.python, "-c", SUBFLOW_PROGRAM, setting.engine, asked["flow"], asked["run_id"]]
     elif isinstance(action, (Http, WaitFor)):
         head = [setting.python, "-I", "-c", HTTP_PROGRAM if isinstance(action, Http) else WAIT_PROGRAM]
     elif isinstance(action.command, str):
@@ -4514,7 +4608,7 @@ def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
         head = [to_text(render(text, values)) for text in action.command]
     cwd = _absolute(to_text(render(task.cwd, values)), setting.start_dir) if task.cwd else setting.start_dir
     stdin = (_asked(action, values) if isinstance(action, (Http, WaitFor)) else
-             json.dumps(render_all(action.params, values)) if isinstance(action, SubFlow) else
+             json.dumps(asked) if isinstance(action, SubFlow) else
              None if action.stdin is None else to_text(render(action.stdin, values)))
     env = {**values.env, **_own_env(run, task, setting)}
     return Invocation(tuple(head + args), env, cwd, stdin, can_fork)
@@ -4595,7 +4689,7 @@ def attempt_end(run: Run, task_id: str, now: float, code: int, stopping: Optiona
     if code:                                   # of a program of ours, which says why
         reason, number = describe_exit(code)
         return AttemptEnded(now, task_id, attempt, FAILED, handed_on.get("reason", reason),
-                            handed_on.get("code", number))
+                            handed_on.get("code", number), final=bool(handed_on.get("final")))
     return AttemptEnded(now, task_id, attempt, SUCCESS, output=handed_on or None)
 
 
@@ -5038,6 +5132,13 @@ def exporter(name: str) -> Callable[[Any], Any]:
         EXPORTERS[name] = function
         return function
     return enter
+
+
+def executors_left_out(plan: Plan) -> Iterator[str]:
+    """Yield what a language does otherwise that runs all tasks where it runs itself."""
+    for task in plan.flow.tasks:
+        if task.executor not in (None, LOCAL):
+            yield f"task {task.id}: executor {task.executor} is left out: it runs where all the others do"
 
 
 def describe_action(task: Task) -> str:
@@ -5593,8 +5694,475 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
     return Exported("".join([
         _BASH_HEAD, "\n# ---- the flow\n", settings, f"mf_context={bash_quote(context)}\n", exports,
         *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nmf_red=0\n", loop]),
-        tuple(f"task {task.id}: executor {task.executor} is left out: the script runs it where it runs itself"
-              for task in plan.flow.tasks if task.executor == SLURM), is_program=True)
+        tuple(executors_left_out(plan)), is_program=True)
+
+
+# ============================================================================
+# == 14.7. MAKE: how does a flow run where there is make?
+# ============================================================================
+# A task is done when its stamp is there, so another make goes on where the last one stopped.  A stamp holds a
+# digest of what was executed, and `given` all that concerns every task: where they are not what the Makefile
+# says, they are made anew.  Make itself compares them when it reads the Makefile, so that `make -n` and
+# `make -q` tell the truth; a rule that is always tried would have them say that all is to be done.
+#
+# What is executed is bash, written as by the exporter for bash.  It stands in a `define`, is taken from there
+# by $(value) and handed to its own recipe in the environment: make expands nothing of it, and no recipe's
+# text holds a value.  A variable for all recipes would be put into the environment of each of them, which
+# takes a minute for 1,000 tasks.  A newline in a value is written $'\n', so no line of a `define` begins or
+# ends with what a value holds.
+#
+# Only what make gives on its own carries over: a task waits for the success of others, or it is refused.
+
+_MAKE_HEAD = r'''# Made by MiniFlow: make -j4 -f FILE runs the tasks of a flow.
+# Another make goes on where the last one stopped.  make NAME=VALUE sets a param, and all tasks run anew.
+# Needs GNU make 4.2, bash 5.1, coreutils and, for Python scripts, outputs and params, python3 (or PYTHON).
+# Below MINIFLOW_OUTPUT_DIR, by default ./miniflow_output, are a log for each task and ends.tsv (task, end,
+# attempts, reason); make clean removes what was made there.
+ifneq ($(filter 3.% 4.0% 4.1 4.1.%,$(MAKE_VERSION)),)
+$(error this needs GNU make 4.2 or newer, and is read by $(MAKE_VERSION))
+endif
+SHELL := bash
+.SHELLFLAGS := -c
+.SUFFIXES:
+.PHONY: all clean mf_force
+.DEFAULT_GOAL := all
+MAKEFLAGS += --no-builtin-rules
+
+mf_base := $(or $(value MINIFLOW_OUTPUT_DIR),miniflow_output)
+mf_open := (
+mf_bad := $(foreach c,% : ; | = * ? [ ~ & \ $$ $(mf_open),$(findstring $(c),$(mf_base)))
+ifneq ($(words x$(mf_base)x)$(strip $(mf_bad)),1)
+$(error MINIFLOW_OUTPUT_DIR: make can't have a file there: $(mf_base))
+endif
+mf_new = $(if $(filter $(2),$(file <$(mf_dir)/$(1).done)),,mf_force)
+'''
+
+#: Sees to what was given on the command line of make.
+_MAKE_GIVEN = r'''
+mf_set = $(if $(filter command,$(firstword $(origin $(1)))),$(1))
+mf_strange := $(filter-out MINIFLOW_OUTPUT_DIR PYTHON SHELL,$(foreach v,$(.VARIABLES),$(call mf_set,$(v))))
+ifneq ($(strip $(mf_strange)),)
+$(error $(strip $(mf_strange)): no param that make can set; it can set $(or $(mf_known),none))
+endif
+mf_given += .
+ifneq ($(file <$(mf_dir)/given),$(mf_given))
+$(mf_dir)/params: mf_force
+endif
+$(mf_dir)/params: private export mf_given := $(mf_given)
+$(mf_dir)/params: private export mf_begin := $(value mf_begin_text)
+$(mf_dir)/params: private export mf_py_params := $(value mf_py_params_text)
+$(mf_dir)/params:
+	@: begin; eval "$$mf_begin"
+'''
+
+#: Begins a run: what is known when make is called goes into files.
+_MAKE_BEGIN = r'''
+[[ $mf_dir == /* ]] || mf_dir=$PWD/$mf_dir
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+    echo 'this needs bash 5.1 or newer' >&2
+    exit 2
+fi
+umask 077
+mkdir -p -- "$mf_dir/io" || exit 2
+{
+    printf '%s\0' "${mf_flow//[^A-Za-z0-9_-]/_}-$(date -u +%Y%m%dT%H%M%SZ)-$$"
+    printf '%s\0' "$(date -u +%Y-%m-%dT%H:%M:%S.%6NZ)"
+    if [[ ${!mf_given_@} ]]; then
+        "${PYTHON:-python3}" -c "$mf_py_params" "$mf_dir/io/context.part" "$mf_spec" "$mf_context" || exit 2
+    else
+        printf '%s' "$mf_context" >"$mf_dir/io/context.part" && printf '%s\0' "${mf_texts[@]}"
+    fi
+} >"$mf_dir/params.part" || exit 2
+rm -rf -- "$mf_dir/given" "$mf_dir/tmp" "$mf_dir/ends.tsv" # first, so that a kill leaves a run to begin
+mkdir -- "$mf_dir/tmp" && mv -f -- "$mf_dir/io/context.part" "$mf_dir/io/context.json" &&
+    mv -f -- "$mf_dir/params.part" "$mf_dir/params" && printf '%s' "$mf_given" >"$mf_dir/given"
+'''
+
+#: Takes params from the command line of make: checks them, and writes the context and their texts.
+_MAKE_PARAMS = r'''
+import json, os, re, sys
+context, texts, problems = json.loads(sys.argv[3]), [], []
+kinds = {"string": [str], "integer": [int], "number": [int, float]}
+for name, kind, rules, words in json.loads(sys.argv[2]):
+    value = text = os.environ.get("mf_given_" + name)
+    if text is None:
+        value = context["params"][name]
+    elif kind != "string":
+        try:
+            value = json.loads(text)
+        except ValueError:
+            pass
+    size = len(value) if isinstance(value, str) else value
+    if (type(value) not in kinds[kind] or kind != "string" and value - value != 0
+            or value not in rules.get("enum", [value])
+            or kind == "string" and not re.search(rules.get("pattern", ""), value)
+            or size < rules.get("minimum", rules.get("minLength", size))
+            or size > rules.get("maximum", rules.get("maxLength", size))):
+        problems.append("param %s: expected %s, got %s" % (name, words, json.dumps(text)))
+    context["params"][name] = context["ctx"][name] = value
+    texts.append(value if isinstance(value, str) else json.dumps(value))
+if problems:
+    sys.exit("\n".join(problems))
+with open(sys.argv[1], "w") as file:
+    json.dump(context, file)
+for text in texts:
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b"\0")
+'''
+
+#: What the process of an attempt executes.
+_MAKE_ATTEMPT = r'''
+give_up() { # reason: for a task that no attempt can help
+    echo "$1" >&2
+    : >"$mf_io/$mf_n.final"
+    exit "${2:-125}"
+}
+
+go() { # directory: relative to where make was started
+    local to=$1
+    [[ $to == /* ]] || to=$mf_start_dir/$to
+    cd -- "$to" || give_up 'the working directory is not there' 127
+}
+
+value() { # path as JSON: sets mf_v to the value that it leads to in the context
+    mf_v=$("$mf_python" -c "$mf_py_outputs" value '' "$MINIFLOW_CONTEXT" "$@") ||
+        give_up "$*: there is no such value"
+    mf_v=${mf_v%.}
+}
+
+leave() { # nothing of make and of ours is the task's business
+    export -n "${!mf_@}"
+    unset MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL MAKE_TERMOUT MAKE_TERMERR
+    shopt -s execfail
+}
+
+eval "$mf_task"
+task
+'''
+
+#: The recipe of a task.
+_MAKE_ENGINE = r'''
+set -u
+eval "$mf_task"
+mf_start_dir=$PWD
+[[ $mf_dir == /* ]] || mf_dir=$PWD/$mf_dir
+mf_io=$mf_dir/io
+mapfile -d '' -t mf_p <"$mf_dir/params"
+for mf_k in "${!mf_p[@]}"; do export "mf_p$mf_k=${mf_p[mf_k]}"; done
+mf_python=$(command -v "${PYTHON:-python3}") || mf_python=python3
+export mf_start_dir mf_io mf_n mf_python MINIFLOW_RUN_ID=$mf_p0 MINIFLOW_FLOW=$mf_flow MINIFLOW_TASK=$mf_id
+export MINIFLOW_OUTPUT=$mf_io/$mf_n.out GITHUB_OUTPUT=$mf_io/$mf_n.out TMP_DIR=$mf_dir/tmp
+export MINIFLOW_CONTEXT=$mf_io/context.json MINIFLOW_ATTEMPT
+set_params
+
+seconds() { # milliseconds, as seconds
+    printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000))
+}
+
+sweep() { # group, grace in ms: ends what is left of it
+    local ms=0
+    kill -TERM -- "-$1" 2>/dev/null || return 0
+    while kill -0 -- "-$1" 2>/dev/null; do
+        if ((ms >= $2)); then kill -KILL -- "-$1" 2>/dev/null; fi
+        if ((ms >= $2 + 2000)); then return 0; fi # what is left then are zombies that nobody reaps
+        sleep 0.05
+        ((ms += 50))
+    done
+}
+
+stop() { # exit code
+    trap '' INT TERM HUP
+    if [[ $mf_nap ]]; then kill "$mf_nap"; fi
+    if [[ $mf_group ]]; then sweep "$mf_group" "$mf_grace"; fi
+    exit "$1"
+}
+mf_group='' mf_nap=''
+trap 'stop 129' HUP
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+see() { # sets MINIFLOW_CONTEXT to a file with what the task may read
+    local up
+    for up in $mf_needs; do
+        if [[ -e $mf_io/$up.json || -e $mf_io/$up.seen ]]; then
+            # shellcheck disable=SC2086
+            "$mf_python" -c "$mf_py_outputs" context "$mf_io" "$mf_n" $mf_needs || return 1
+            MINIFLOW_CONTEXT=$mf_io/$mf_n.ctx
+            return 0
+        fi
+    done
+}
+
+attempt() { # sets mf_why, and mf_code to what retry_on is held against
+    local began rc limits
+    rm -f -- "$MINIFLOW_OUTPUT" "$mf_io/$mf_n.final"
+    began=${EPOCHREALTIME/[.,]/}
+    limits=("$(seconds $((mf_grace ? mf_grace : 1)))" "$(seconds "$mf_limit")")
+    timeout -k "${limits[@]}" bash -c "$mf_attempt" </dev/null >>"$mf_log" 2>&1 &
+    mf_group=$!
+    wait "$mf_group" 2>/dev/null
+    rc=$?
+    sweep "$mf_group" "$mf_grace"
+    mf_group=''
+    mf_code=$rc mf_why="exit $rc"
+    if ((mf_limit && rc && ${EPOCHREALTIME/[.,]/} - began >= mf_limit * 1000)); then
+        mf_code=timeout mf_why="timeout after $mf_limit_words s"
+    fi
+    ((rc == 0)) || return 1
+    if [[ -e $MINIFLOW_OUTPUT ]]; then
+        mf_code=output
+        mf_why=$("$mf_python" -c "$mf_py_outputs" take "$mf_io" "$mf_n" "$mf_id" 2>&1) || return 1
+    fi
+}
+
+settle() { # end reason
+    (umask 077; printf '%s' "$1" >"$mf_io/$mf_n.end"
+    printf '%s\t%s\t%s\t%s\n' "$mf_id" "$1" "$MINIFLOW_ATTEMPT" "$2" >>"$mf_dir/ends.tsv")
+    printf '%-16s %s%s\n' "$1" "$mf_id" "${2:+: $2}" >&2
+    [[ $1 == success || $mf_tolerant ]] || exit 1
+    printf '%s' "$mf_digest" >"$mf_dir/$mf_id.done"
+    exit
+}
+
+rm -f -- "$mf_dir/$mf_id.done" "$mf_io/$mf_n".*
+mf_log=$mf_dir/$mf_id.log MINIFLOW_ATTEMPT=1
+(umask 077; : >"$mf_log"; see) || exit 1
+if [[ -e $mf_io/$mf_n.ctx ]]; then MINIFLOW_CONTEXT=$mf_io/$mf_n.ctx; fi
+read -ra mf_list <<<"${mf_waits:-0}"
+until attempt; do
+    if ((MINIFLOW_ATTEMPT > mf_retries)) || [[ $mf_retry_on && $mf_retry_on != *" $mf_code "* ]] ||
+        [[ -e $mf_io/$mf_n.final && ! $mf_retry_on ]]; then
+        settle failed "$mf_why"
+    fi
+    echo "attempt $MINIFLOW_ATTEMPT of $mf_id failed: $mf_why" >&2
+    ((mf_ms = mf_list[MINIFLOW_ATTEMPT > ${#mf_list[@]} ? ${#mf_list[@]} - 1 : MINIFLOW_ATTEMPT - 1]))
+    ((mf_ms -= mf_ms * mf_jitter * (SRANDOM % 1001) / 1000000))
+    sleep "$(seconds "$mf_ms")" &
+    mf_nap=$!
+    wait "$mf_nap"
+    mf_nap=''
+    ((MINIFLOW_ATTEMPT += 1))
+    echo "--- attempt $MINIFLOW_ATTEMPT" >>"$mf_log"
+done
+settle success ''
+'''
+
+_MAKE_CLEAN = r'''
+cd -- "$mf_dir" 2>/dev/null || exit 0
+printf '%s\0' *.done *.log io/*.* params params.part given ends.tsv | xargs -0 rm -f --
+rm -rf -- tmp
+if rmdir -- io 2>/dev/null && cd - >/dev/null; then rmdir -- "$mf_dir" 2>/dev/null; fi
+exit 0
+'''
+
+#: Rules that mean the same as all_success where no task is ever skipped.
+_MAKE_RULES = ("all_success", "none_failed", "none_failed_min_one_success")
+#: A recipe gets a task through its environment, where Linux takes 128 kB for one variable.
+_MAKE_ROOM = 100_000
+
+
+def _digest(*parts: Any) -> str:
+    """Return a short word that is another one for other parts."""
+    import hashlib
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _define(name: str, text: str) -> str:
+    """Return the definition of a variable of make that holds `text` as it is."""
+    lines = text.strip("\n").split("\n")
+    assert not any(re.match(r"\t| *(override +|export +|private +)*(define|endef)\b", line)
+                   or line.endswith("\\") for line in lines), f"make reads these lines of {name} otherwise"
+    return "\n".join([f"define {name}", *lines, "endef", ""])
+
+
+def _line(text: str) -> str:
+    """Return a line of bash, in which all newlines are within '', without a newline."""
+    return text.replace("\n", "'$'\\n''")
+
+
+def _open_params(flow: Flow, params: Mapping[str, Any]) -> Dict[str, str]:
+    """Return the params that make's command line may set, and the variables that the recipes have them in.
+
+    A boolean, an array or an object may decide about flags, and a name in capitals be that of a variable
+    that make or a program looks at.
+    """
+    kinds = {name: _same_kind((flow.params or {}).get(name, Param())) for name in params}
+    names = [name for name, kind in kinds.items() if kind in ("string", "integer", "number")
+             and _TYPES[kind](params[name])    # what is not declared may have any
+             and re.fullmatch(r"(?!mf_)(?=.*[a-z])[A-Za-z][A-Za-z0-9_]*", name)]
+    return {name: f"mf_p{n}" for n, name in enumerate(names, 2)}
+
+
+class _MakeTask(_BashTask):
+    """Writes what the recipe of one task knows of it: its settings, and a function that executes it."""
+
+    def __init__(self, plan: Plan, task: Task, values: Values, opened: Mapping[str, str]) -> None:
+        super().__init__(plan, task, values)
+        self.opened = opened
+
+    def reference(self, ref: Ref) -> str:
+        """Return a word for what a template refers to."""
+        root, path = ref.path[0], ref.path[1:]
+        if root == "params" and path[0] in self.opened:
+            if len(path) == 1:
+                return f'"${self.opened[str(path[0])]}"'
+            raise ValueError(f"{ref.text}: a number or a string has nothing within it")
+        if root == "tasks" and path[1] == "status":
+            self.count += 1
+            self.lookups.append(f'mf_v{self.count}=$(<"$mf_io/{self.plan.rank[str(path[0])] + 1}.end")')
+            return f'"$mf_v{self.count}"'
+        return super().reference(ref)
+
+    def argument_words(self) -> List[str]:
+        """Return the words of the task's arguments; a param that is set later never decides about a flag."""
+        task, action, words = self.task, self.task.action, []
+        if not isinstance(action, (Script, Command)) or not isinstance(action.args, dict):
+            return super().argument_words()
+        for name, value in action.args.items():
+            for item in value if isinstance(value, list) else [value]:
+                if not any(ref.path[0] == "params" and ref.path[1] in self.opened for ref in refs(item)):
+                    self.task = task._replace(action=action._replace(args={name: item}))
+                    words += super().argument_words()
+                elif len(name) == 1:
+                    words += [bash_quote(f"-{name}"), self.word(item)]
+                else:
+                    words.append(bash_quote(f"--{name}=") + self.word(item))
+        self.task = task
+        return words
+
+    def settings(self, number: int) -> Iterator[str]:
+        """Yield what the recipe needs to know."""
+        task, retry = self.task, self.task.retry
+        limit = max(1, round(task.timeout_s * 1000)) if task.timeout_s else 0
+        retry_on = "" if retry.retry_on is None else f" {' '.join(map(str, retry.retry_on))} "
+        yield f"mf_n={number} mf_needs='{' '.join(str(self.plan.rank[up] + 1) for up in task.depends_on)}'"
+        yield (f"mf_retries={retry.max_retries} mf_waits='{' '.join(_bash_waits(retry))}' "
+               f"mf_jitter={round(retry.jitter * 1000)} mf_retry_on={bash_quote(retry_on)}")
+        yield f"mf_limit={limit} mf_limit_words={task.timeout_s or 0:g} mf_grace={round(task.grace_s * 1000)}"
+        yield f"mf_tolerant={'1' if task.allow_failure else ''}"
+
+    def text(self, number: int, tasks_dir: str) -> str:
+        """Return the settings and the function."""
+        self.set_env(self.plan.flow.env)
+        self.set_env(self.task.env)
+        words = self.program_words(tasks_dir) + self.argument_words()
+        lines = []
+        if self.task.action.stdin is not None:
+            lines.append(f'printf %s {self.word(self.task.action.stdin)} >"$mf_io/$mf_n.in" || exit')
+            lines.append('exec <"$mf_io/$mf_n.in"')
+        lines += [f"go {self.word(self.task.cwd)}"] if self.task.cwd else []
+        lines += ["leave", *(f"export {name}={word}" for name, word in self.env.items())]
+        lines += [f"exec -- {' '.join(words)}", 'give_up "cannot start" "$?"']
+        body = "".join(f"    {_line(line)}\n" for line in self.lookups + lines)
+        return "\n".join(self.settings(number)) + f"\ntask() {{\n{body}}}"
+
+
+def _make_problems(plan: Plan) -> Iterator[str]:
+    """Yield what of a flow is more than scripts and commands that wait for the success of others."""
+    if plan.flow.timeout_s is not None:
+        yield f"timeout_s: make has no limit of {plan.flow.timeout_s:g} s for all tasks; run it by timeout(1)"
+    if plan.left_out:
+        yield f"a part of the flow, without {', '.join(plan.left_out)}, can't be a Makefile; export all of it"
+    members: Dict[str, List[str]] = {}
+    may_lack: Dict[str, bool] = {}             # whether a task may be left without a stamp
+    for name in plan.order:
+        task = plan.tasks[name]
+        members.setdefault(task.pool or "", []).append(name)
+        needs_lack = any(may_lack[up] for up in task.depends_on)
+        may_lack[name] = needs_lack or not task.allow_failure
+        if task.allow_failure and needs_lack and plan.downstream[name]:
+            yield (f"task {name}: allow_failure: make can't go on behind it where what it waits for has "
+                   "failed; give that allow_failure as well")
+        for field, asked in (("if", task.condition is not None), ("inputs and outputs", task.may_be_cached),
+                             (task.many, task.many), (task.handler, task.handler)):
+            if asked:
+                yield f"task {name}: {field}: make can't decide about that; let MiniFlow run the flow"
+        if task.trigger_rule not in _MAKE_RULES and not task.handler:
+            yield (f"task {name}: trigger_rule {task.trigger_rule}: with make a task waits for the success "
+                   "of others; use all_success, or --to bash")
+    for pool, size in plan.flow.pools.items():
+        if size < len(members.get(pool, ())):
+            names = ", ".join(members[pool])
+            yield f"pools.{pool}: make can't bound {names} to {size} at once; let them depend on each other"
+
+
+def _make_losses(plan: Plan, params: Mapping[str, Any], opened: Mapping[str, str]) -> Iterator[str]:
+    """Yield what make does otherwise, and how to come by it."""
+    yield from executors_left_out(plan)
+    if plan.flow.max_parallel is not None:
+        yield f"max_parallel is not in the Makefile; call make with -j{plan.flow.max_parallel}"
+    if any(task.priority for task in plan.tasks.values()):
+        yield "priority has no effect: make starts ready tasks in its own order"
+    fixed = [name for name in params if name not in opened]
+    if fixed:
+        yield (f"make can't set {', '.join(f'params.{name}' for name in fixed)}; for another value, export "
+               "the flow again")
+
+
+def _make_of_params(plan: Plan, params: Mapping[str, Any], opened: Mapping[str, str]) -> Iterator[str]:
+    """Yield the part of a Makefile that begins a run."""
+    flow, declared = plan.flow, plan.flow.params or {}
+    spec = [(name, kind, schema, describe_schema({"type": kind, **schema})) for name in opened
+            for param in [declared.get(name, Param())]
+            for kind, schema in [(_same_kind(param), param_schema(param))]]
+    context = json.dumps({"params": params, "tasks": {}, "ctx": params})
+    texts = " ".join(bash_quote(to_text(params[name])) for name in opened)
+    lines = [f"mf_flow={bash_quote(flow.name)}", f"mf_context={bash_quote(context)}",
+             f"mf_spec={bash_quote(json.dumps(spec))}", f"mf_texts=({texts})"]
+    yield f"mf_dir := $(mf_base)/make/{flow.name}\nexport mf_dir\n"
+    yield f"mf_given := {_digest(lines, plan.order)}\n"
+    for name in opened:
+        yield (f"ifeq ($(origin {name}),command line)\noverride {name} := $(value {name})\nunexport {name}\n"
+               f"mf_given += {name}=$({name})\n"
+               f"$(mf_dir)/params: private export mf_given_{name} := $({name})\nendif\n")
+    yield f"mf_known := {' '.join(opened)}\n"
+    yield _define("mf_begin_text", "\n".join(map(_line, lines)) + _MAKE_BEGIN)
+    yield _define("mf_py_params_text", _MAKE_PARAMS)
+    yield _MAKE_GIVEN
+
+
+def _make_of_all(plan: Plan, params: Mapping[str, Any], opened: Mapping[str, str]) -> Iterator[str]:
+    """Yield the part of a Makefile that all recipes have in common."""
+    head, loop = _MAKE_ENGINE.split("\nset_params\n")
+    exports = [
+        f"export MINIFLOW_PARAM_{param_variable(name)}="
+        + (f"${opened[name]}" if name in opened else _line(bash_quote(to_text(value))))
+        for name, value in params.items()]
+    outputs = _BASH_ENGINE.split("\nexport mf_py_outputs='\n")[1].split("\n'\n")[0]
+    engine = "\n".join([f"mf_flow={bash_quote(plan.flow.name)}", head, *exports, loop])
+    for name, text in (("engine", engine), ("attempt", _MAKE_ATTEMPT), ("py_outputs", outputs)):
+        yield _define(f"mf_{name}_text", text) + f"export mf_{name} := $(value mf_{name}_text)\n"
+    yield _define("mf_clean_text", _MAKE_CLEAN)
+    yield 'clean: private export mf_clean := $(value mf_clean_text)\nclean:\n\t@eval "$$mf_clean"\n'
+
+
+@exporter("make")
+def to_make(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
+    """Return a Makefile that runs `plan`; raise UsageError with all that make can't do."""
+    values, opened = Values(params, {}, {}, {}, lambda name: {}), _open_params(plan.flow, params)
+    problems, rules = list(_make_problems(plan)), []
+    for number, name in enumerate(plan.order, 1):
+        try:
+            text = _MakeTask(plan, plan.tasks[name], values, opened).text(number, tasks_dir)
+            if len(text.encode("utf-8", "surrogateescape")) > _MAKE_ROOM:
+                raise ValueError(f"its values take more than {_MAKE_ROOM:,} bytes; let it read them from a "
+                                 "file")
+        except ValueError as exc:
+            problems.append(f"task {name}: {exc}")
+            continue
+        stamp, digest = f"$(mf_dir)/{name}.done", _digest(text)
+        needs = "".join(f" $(mf_dir)/{up}.done" for up in plan.tasks[name].depends_on)
+        rules.append(f"\nall: {stamp}\n{_define(f'mf_task_{name}', text)}"
+                     f"{stamp}: private export mf_task := $(value mf_task_{name})\n"
+                     f"{stamp}: $(call mf_new,{name},{digest}) $(mf_dir)/params{needs}\n"
+                     f'\t@mf_id={name} mf_digest={digest}; eval "$$mf_engine"\n')
+    common = [*_make_of_params(plan, params, opened), *_make_of_all(plan, params, opened)]
+    if max(len(text.encode("utf-8", "surrogateescape")) for text in common) > _MAKE_ROOM:
+        problems.append(f"params: they take more than {_MAKE_ROOM:,} bytes; give the path of a file")
+    if problems:
+        raise UsageError("\n".join(problems))
+    keep_going = "" if plan.flow.fail_fast else "MAKEFLAGS += --keep-going\n"
+    return Exported("".join([_MAKE_HEAD, keep_going, *common, *rules]),
+                    tuple(_make_losses(plan, params, opened)))
 
 
 # ############################################################################
@@ -6243,7 +6811,7 @@ class Store:
         """Return the run id that `name` stands for: itself, or that of the newest run for `last`."""
         if name != "last" or self.exists(name):
             return name
-        heads = self.history()
+        heads = [head for head in self.history() if not head.get("parent")]
         if not heads:
             raise NotFound(f"there is no run in {self.runs} yet")
         return str(heads[0]["id"])
@@ -7801,12 +8369,15 @@ class Freshness:
 
         But for the names of files only hashes are recorded, as values may be secret.
         """
-        task, values = run.defs[name], _flow_env(run, name, self._setting.environ)[1]
-        does = invoke(run, name, self._setting)
+        task, does = run.defs[name], invoke(run, name, self._setting)
+        values = values_of(run, name, does.env)
         patterns = {field: [render_parts("file", text, values) for text in getattr(task, field) or ()]
                     for field in ("inputs", "outputs")}
         env = {key: does.env[key] for key in sorted({*run.plan.flow.env, *task.env})}
-        recipe = {"args": [does.argv, does.stdin], "env": env, "cwd": does.cwd, "params": run.params,
+        argv: Sequence[str] = does.argv
+        if isinstance(task.action, Script):    # its content counts, not where the tasks directory is
+            argv = [argv[0], task.action.path, *argv[2:]]
+        recipe = {"args": [argv, does.stdin], "env": env, "cwd": does.cwd, "params": run.params,
                   "upstream": [run.ctx_of(name), run.outputs_of(run.tasks[name].scope)]}
         stamp = {key: hash_of(json.dumps(value, sort_keys=True).encode()) for key, value in recipe.items()}
         if isinstance(task.action, Script):
@@ -8153,20 +8724,21 @@ class Need:
                          f"what was recorded before is safe: miniflow resume {run.id}") from None
 
 
-def make_setting(tasks_dir: str, output_dir: str, work: str, token: str) -> Setting:
+def make_setting(tasks_dir: str, output_dir: str, work: str, token: str,
+                 options: Mapping[str, Any] = {}) -> Setting:
     """Return what the surroundings of this process contribute to attempts."""
     return Setting(dict(os.environ), sys.executable or "python3", os.getcwd(), os.path.abspath(tasks_dir),
-                   work, token, "", "", os.path.abspath(output_dir), os.path.abspath(__file__))
+                   work, token, "", "", os.path.abspath(output_dir), os.path.abspath(__file__), options)
 
 
 class Processes:
     """The real World: attempts are processes of this machine.  To be used as a context manager."""
 
     def __init__(self, store: Store, run_id: str, tasks_dir: str, clock: Clock, token: str,
-                 take_signals: bool = True) -> None:
+                 take_signals: bool = True, options: Mapping[str, Any] = {}) -> None:
         self.now, self._store, self._files = clock.now, store, store.files(run_id)
         self._exchange = Exchange(store, run_id)
-        self._setting = make_setting(tasks_dir, store.path, self._exchange.work, token)
+        self._setting = make_setting(tasks_dir, store.path, self._exchange.work, token, options)
         self.freshness = Freshness(store, self._setting, self.now)
         self.ask = self.freshness.ask
         self._watchdog = Watchdog(token, self._exchange.work)
@@ -8986,8 +9558,9 @@ class Jobs(JobTable):
 class Cluster(Processes):
     """The World of a run of which some attempts are jobs, and the others processes beside the engine."""
 
-    def __init__(self, run: Run, store: Store, tasks_dir: str, clock: Clock, token: str) -> None:
-        super().__init__(store, run.id, tasks_dir, clock, token)
+    def __init__(self, run: Run, store: Store, tasks_dir: str, clock: Clock, token: str,
+                 options: Mapping[str, Any]) -> None:
+        super().__init__(store, run.id, tasks_dir, clock, token, options=options)
         self._calls = Inquiries(self.now, self._waiter, self._watchdog)
         self.jobs = Jobs(run, store, self._exchange, self._setting, self._calls, self.now, self._hand_on)
 
@@ -9679,12 +10252,18 @@ class Watcher:
         """The run has ended."""
 
 
-def remove_files_of_success(store: Store, run_id: str) -> None:
-    """Remove the TMP_DIR and the exchange files of a run that has ended well."""
+def remove_files(store: Store, run_id: str, ok: bool) -> None:
+    """Remove what a run exchanged with its tasks, and if it has ended well, its TMP_DIR, too."""
     import shutil
     if not isinstance(store, MemoryStore) or store.has_folder:
+        tmp = store.files(run_id).tmp
+        io = os.path.join(tmp, "io")
         try:
-            shutil.rmtree(store.files(run_id).tmp, ignore_errors=True)
+            kept = [name for name in os.listdir(io) if name.endswith((".job", ".began"))] if not ok else []
+            for name in set(os.listdir(io)) - set(kept) if kept else ():   # what bars jobs stays
+                store.disk.unlink(os.path.join(io, name))
+            if not kept:
+                shutil.rmtree(tmp if ok else io, ignore_errors=True)
         except OSError:
             pass  # a disk that can't be looked at: the run has ended all the same
 
@@ -9708,8 +10287,7 @@ def _turns(run: Run, journal: Union[Journal, MemoryJournal], world: Any, slots: 
         times = [at for at in (until, journal.idle(run, now), watcher.refresh(now)) if at is not None]
         yield min(times, default=None)
         events = list(news)
-    if run.ok:
-        remove_files_of_success(journal.store, run.id)
+    remove_files(journal.store, run.id, run.ok)
     journal.finish(run)
     watcher.end(run)
 
@@ -9734,8 +10312,14 @@ class Order(NamedTuple):
     force_host: bool = False
     fork: bool = True                          # scripts may be forked from a template interpreter
     force: bool = False                        # tasks run although nothing has changed
+    parent: Optional[Mapping[str, str]] = None # run and task that it is a part of
     executor: Optional[str] = None             # where tasks run that don't say; None: as the run did before
     cancel: bool = False                       # what runs is only ended
+
+    def options(self) -> Dict[str, Any]:
+        """Return the options of the command line that a flow within this one is run with as well."""
+        return {"jobs": self.slots, "durability": self.durability, "on_orphan": self.on_orphan,
+                "force_host": self.force_host, "no_fork": not self.fork, "force": self.force}
 
 
 class Source(NamedTuple):
@@ -9760,12 +10344,12 @@ def make_world(opened: Opened, store: Store, order: Order, token: str) -> Proces
     """Return a world of processes, and of jobs if the run has tasks that need them."""
     run, clock = opened.run, opened.clock
     if not needs_slurm(run.plan.flow):
-        return Processes(store, run.id, order.tasks_dir, clock, token)
+        return Processes(store, run.id, order.tasks_dir, clock, token, options=order.options())
     most = order.slots or run.plan.flow.max_parallel
     if os.environ.get("MINIFLOW_SLURM_JOBS") and not order.slots or not most:
         most = int(max(1, slurm_setting("MINIFLOW_SLURM_JOBS")))
     run.queues.limits[JOBS] = most
-    return Cluster(run, store, order.tasks_dir, clock, token)
+    return Cluster(run, store, order.tasks_dir, clock, token, order.options())
 
 
 def carry_out(opened: Opened, store: Store, order: Order, watcher: Watcher) -> Run:
@@ -9891,7 +10475,7 @@ def open_new(store: Store, source: Source, params: Optional[Mapping[str, Any]], 
         raise RunExists(f"run {run_id} exists; resume it, or give another run id")
     path = os.path.abspath(source.path) if source.path else ""
     run = Run(plan, run_id, values, now, source.stem, path)
-    run.secrets = secrets
+    run.secrets, run.parent = secrets, order.parent
     return Opened(run, journal, clock)
 
 
@@ -9997,7 +10581,7 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
                  "kept beside it and what they recorded happens again")
         if last.run.outcome == SUCCESS:
             note(f"run {run_id} has succeeded already; nothing is done")
-            remove_files_of_success(store, run_id)           # its engine may have died before it could
+            remove_files(store, run_id, True)  # its engine may have died before it could
             if os.path.lexists(store.files(run_id).journal):
                 # Its engine died before it could tidy up.
                 journal.begin(last.run, last)
@@ -10123,6 +10707,13 @@ def short_path(path: str) -> str:
         return path
 
 
+def without_hidden(content: bytes) -> bytes:
+    """Return bytes of a log with what is hidden in them replaced by ***."""
+    for text in hidden:
+        content = content.replace(text.encode("utf-8", "surrogateescape"), MASK.encode())
+    return content
+
+
 def log_tail(path: str, lines: int = TAIL_LINES) -> Tuple[List[str], int]:
     """Return the last lines of a log, decoded and safe to show, and how many bytes come before them."""
     try:
@@ -10134,7 +10725,8 @@ def log_tail(path: str, lines: int = TAIL_LINES) -> Tuple[List[str], int]:
     except OSError as exc:
         return [f"({path}: {exc.strerror})"], 0
     tail = content.splitlines(keepends=True)[-lines:]
-    return [safe(line.decode("utf-8", "replace").rstrip("\r\n")) for line in tail], size - sum(map(len, tail))
+    return [safe(without_hidden(line).decode("utf-8", "replace").rstrip("\r\n")) for line in tail
+            ], size - sum(map(len, tail))
 
 
 def count_states(run: Run) -> str:
@@ -10191,7 +10783,7 @@ class Lines(Watcher):
         elif isinstance(event, AttemptDeferred):
             self.line("deferred", event.task, f": {event.reason}")
         elif isinstance(event, TaskSettled):
-            self.line(event.status, event.task, f": {event.reason}")
+            self.line(event.status, event.task, f": {event.reason}" if event.reason else "")
         elif isinstance(event, CancelRequested):
             self.tell(f"{event.reason}: stopping what runs" + (
                 " at once" if event.kill else "" if event.expired else "; once more to kill it at once"))
@@ -10257,8 +10849,11 @@ SHOWN_LINE = 4096                              # a longer line is shown in piece
 def follow_lines(path: str, place: List[Any], whole: bool) -> Iterator[str]:
     """Yield the new lines of a growing log, safe to show; what would be too much is left out and named.
 
-    `place` keeps the offset and an unfinished line, which is given at the end if `whole`.
+    `place` keeps the offset and an unfinished line, which is given at the end if `whole`.  Where a line is
+    given in pieces, so much of it is kept back that nothing that is hidden is cut in two.
     """
+    keep = max(map(len, hidden), default=1) * 4 - 4              # in bytes
+    most = SHOWN_LINE + keep
     try:
         with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
@@ -10267,18 +10862,21 @@ def follow_lines(path: str, place: List[Any], whole: bool) -> Iterator[str]:
                 place[:] = [size - SHOWN_BYTES, b""]
             file.seek(place[0])
             while place[0] < size:
-                raw = file.readline(SHOWN_LINE - len(place[1]))
+                raw = file.readline(most - len(place[1]))
                 if not raw:
                     break
                 place[0] += len(raw)
                 place[1] += raw
-                if raw.endswith(b"\n") or len(place[1]) >= SHOWN_LINE:
-                    line, place[1] = place[1], b""
-                    yield safe(line.decode("utf-8", "replace").rstrip("\r\n"))
+                if raw.endswith(b"\n") or len(place[1]) >= most:
+                    place[1] = without_hidden(place[1])
+                    end = len(place[1]) if raw.endswith(b"\n") else max(0, len(place[1]) - keep)
+                    line, place[1] = place[1][:end], place[1][end:]
+                    if line:
+                        yield safe(line.decode("utf-8", "replace").rstrip("\r\n"))
     except OSError:
         return
     if whole and place[1]:
-        yield safe(place[1].decode("utf-8", "replace"))
+        yield safe(without_hidden(place[1]).decode("utf-8", "replace"))
         place[1] = b""
 
 
@@ -10459,14 +11057,26 @@ def _process_word(task_run: TaskRun) -> str:
     return "-" if not last or last.pid is None else "forked" if last.forked else "started"
 
 
+def format_param(param: Param) -> str:
+    """Return what may be given for a param, and what it is for."""
+    schema = param_schema(param)
+    words = [describe_schema(schema)] if schema else []
+    return ": ".join(words + ([param.description] if param.description else []))
+
+
 def format_run(loaded: Loaded, store: Store) -> str:
     """Return what `show` tells of a run."""
     run = loaded.run
     lines = [f"run {run.id} of flow {safe(run.flow)}: {loaded.status}"
              + (f" ({safe(run.reason)})" if run.reason else ""),
              f"started {format_time(run.started)}, took {format_span(span(run.started, run.finished))}"]
+    if run.parent:
+        lines.append(f"part of run {run.parent['run']}, task {run.parent['task']}")
+    declared = run.plan.flow.params or {}
     if run.params:
-        lines.append("params " + safe(json.dumps(run.params, ensure_ascii=False)))
+        lines += ["", format_table([("param", "value", "takes")] + [
+            (name, shown(value), format_param(declared.get(name, Param())))
+            for name, value in run.params.items()])]
     rows = [("task", "status", "attempts", "duration", "process", "reason")]
     rows += [(name, loaded.status_of(task_run), str(len(task_run.attempts)),
               format_span(span(task_run.started, task_run.finished)), _process_word(task_run),
@@ -10988,6 +11598,258 @@ class MiniFlow:
 
 
 # ============================================================================
+# == 26.5. BUNDLE: how does a flow travel, with all that it needs, in one file?
+# ============================================================================
+# A bundle is a zip file that Python executes.  It holds the engine, a flow and those within it, and the whole
+# tasks directory where any of them has a script: what a script imports or reads beside itself nobody can
+# tell, so nothing is picked out.  A flow in Python brings the whole flows directory for the same reason.
+#
+# Scripts and the engine have to be files: `python script.py` finds its neighbours by its path, and other
+# processes load this file by its own.  So each start of a bundle puts what it holds into a directory that
+# only its user can change, named by its content, and runs the engine there.  A file that is not as it should
+# be is put anew, by rename; nothing runs before all are there.  So it does not matter who else starts at the
+# same time, where the last start was killed, or what has been tidied up since.
+#
+# The same input gives the same bytes: sorted names, one date, two modes, and no compression, which each zlib
+# does in its own way.  A bundle made by a bundle is that bundle.
+
+MAX_BUNDLE = 100 * 2**20                       # bytes
+MAX_BUNDLE_FILES = 10_000
+
+#: What a bundle executes; behind it stands the call of start().
+BUNDLE_PROGRAM = r'''
+import binascii, os, stat, sys
+if sys.version_info < (3, 9):
+    sys.exit("this needs Python 3.9 or newer, and %s is %s" % (sys.executable, sys.version.split()[0]))
+archive = os.path.dirname(__file__)               # as it was typed: the loader knows it by this name
+
+
+def places():
+    """Yield the directories in which bundles may be unpacked, the best one first."""
+    if os.environ.get("MINIFLOW_BUNDLE_DIR"):
+        yield os.environ["MINIFLOW_BUNDLE_DIR"]
+        return
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    yield os.path.join(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache"), "miniflow")
+    import tempfile
+    yield os.path.join(tempfile.gettempdir(), "miniflow-%s" % (os.geteuid() if os.name == "posix" else ""))
+
+
+def make_private(path):
+    """Make a directory; raise OSError if somebody else may change what is in it, or put another there."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    found, above = os.lstat(path), os.stat(os.path.dirname(path))
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(0, "it is no directory", path)
+    if os.name == "posix" and (found.st_uid != os.geteuid() or found.st_mode & 0o022
+                               or above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX):
+        raise OSError(0, "others may change what is there", path)
+
+
+def put(folder, name, content, mode, crc):
+    """See that a file of the bundle is there, with its content."""
+    path = os.path.join(folder, *name.split("/"))
+    try:
+        with open(path, "rb") as file:
+            if file.read() == content and not os.path.islink(path):
+                return
+    except OSError:
+        pass
+    if binascii.crc32(content) != crc:
+        sys.exit("%s: damaged at %s; copy it again" % (archive, name))
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    part = os.path.join(folder, "part-%d-%s" % (os.getpid(), os.urandom(4).hex()))
+    try:
+        with open(part, "xb") as file:
+            file.write(content)
+        os.chmod(part, mode & 0o700)
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
+
+
+def unpack(place, key, members):
+    """Put all files below a directory of their own in `place`, and return it."""
+    above, name = os.path.split(os.path.abspath(place))
+    os.makedirs(above, 0o700, exist_ok=True)
+    place = os.path.join(os.path.realpath(above), name)
+    folder = os.path.join(place, key)
+    make_private(place)
+    make_private(folder)
+    for name, mode, crc in members:
+        steps = name.split("/")
+        if any(step in ("", ".", "..") or set(step) & set("\\:\0") for step in steps):
+            sys.exit("%s: holds %r, which is no name for a file of a bundle" % (archive, name))
+        put(folder, name, __loader__.get_data(os.path.join(archive, *steps)), mode, crc)
+    return folder
+
+
+def start(key, flow, members):
+    """Unpack, and run the engine that was unpacked."""
+    said = []
+    for place in places():
+        try:
+            folder = unpack(place, key, members)
+            break
+        except OSError as exc:
+            said.append("%s: %s" % (exc.filename or place, exc.strerror or exc))
+    else:
+        said.append("%s can't be unpacked; name a directory of yours by MINIFLOW_BUNDLE_DIR" % archive)
+        sys.stderr.write("\n".join(said) + "\n")
+        sys.exit(74)
+    sys.path[0] = folder
+    import miniflow
+    sys.exit(miniflow.start_bundle(folder, flow))
+
+
+'''
+
+if TYPE_CHECKING:
+    Members = Dict[str, Tuple[bytes, int]]      # name to content and mode
+
+#: The flow that this engine is in a bundle with, if it is in one.
+bundled: Optional[str] = None
+
+
+def _paths_below(folder: str, skipped: str, left_out: List[str], problems: List[str]
+                 ) -> Iterator[Tuple[str, str]]:
+    """Yield name and path of each file that a bundle takes from a directory, noting what it does not take.
+
+    Names that begin with a dot belong to tools (.git, .venv, .env), and are often nobody else's business.
+    """
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(root):
+        kept = []
+        for name in sorted(folders + files):
+            path = os.path.join(place, name)
+            real = os.path.realpath(path)
+            if name == "__pycache__" or real == skipped:
+                continue
+            if name.startswith("."):
+                left_out.append(os.path.relpath(path, root))
+            elif re.search(r"[\\:\ud800-\udfff]", name):
+                problems.append(f"{shown(path)}: not every system can have a file of that name; rename it")
+            elif not real.startswith(root + os.sep) or name in folders and os.path.islink(path):
+                problems.append(f"{shown(path)}: a symbolic link to {shown(real)}, which does not travel "
+                                "with it; put a copy in its place")
+            elif name in folders:
+                kept.append(name)
+            else:
+                yield os.path.relpath(path, root).replace(os.sep, "/"), path
+        folders[:] = kept
+
+
+def _flows_within(flows_dir: str, name: str, tasks_dir: str) -> Dict[str, Source]:
+    """Return a flow and all that are tasks of it, however deep, each checked, by their names."""
+    found: Dict[str, Source] = {}
+    todo = [find_flow(flows_dir, name)]
+    while todo:
+        stem, path = todo.pop()
+        if stem not in found:
+            found[stem] = load_flow(path, stem, tasks_dir)
+            todo += [find_flow(os.path.dirname(path) or ".", task.action.flow)
+                     for task in found[stem].flow.tasks if isinstance(task.action, SubFlow)]
+    return found
+
+
+def _paths_of_bundle(mini: MiniFlow, name: str, problems: List[str], left_out: List[str]
+                     ) -> Tuple[str, Dict[str, str]]:
+    """Return the name of a flow, and the paths of all files of its bundle by their names there."""
+    sources = _flows_within(mini.flows_dir, name, mini.tasks_dir)
+    main = next(iter(sources))
+    tasks = [task for source in sources.values() for task in source.flow.tasks]
+    paths = {"miniflow.py": os.path.abspath(__file__)}
+    trees = {"tasks": mini.tasks_dir} if any(isinstance(task.action, Script) for task in tasks) else {}
+    if any(source.functions is not None for source in sources.values()):
+        trees["flows"] = os.path.dirname(sources[main].path) or "."
+    for prefix, folder in trees.items():
+        for inner, path in _paths_below(folder, mini.store.place, left_out, problems):
+            paths[f"{prefix}/{inner}"] = path
+            if len(paths) > MAX_BUNDLE_FILES:
+                raise UsageError(f"{safe(folder)}: holds more than {MAX_BUNDLE_FILES:,} files, too many for "
+                                 "a bundle; give a smaller directory by -t")
+    paths.update((f"flows/{os.path.basename(source.path)}", source.path) for source in sources.values())
+    return main, paths
+
+
+def _read_members(paths: Mapping[str, str], problems: List[str]) -> Members:
+    """Return the files of a bundle."""
+    members: Members = {}
+    size = 0
+    for name, path in sorted(paths.items()):
+        try:
+            with open_file(path, follow=True) as file:
+                mode = 0o755 if os.fstat(file.fileno()).st_mode & stat.S_IXUSR else 0o644
+                content = file.read(MAX_BUNDLE + 1 - size)
+        except OSError as exc:
+            problems.append(f"{shown(path)}: can't be read: {exc.strerror}; remove it, or mend it")
+            continue
+        size += len(content)
+        if size > MAX_BUNDLE:
+            raise UsageError(f"{shown(path)}: with it the bundle has more than {MAX_BUNDLE // 2**20} MB; "
+                             "keep data elsewhere, and give its path as a param")
+        members[name] = content, mode
+    return members
+
+
+def _zipped(members: Members) -> bytes:
+    """Return the bytes of an executable zip file."""
+    import io
+    import zipfile
+    file = io.BytesIO()
+    file.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, (content, mode) in sorted(members.items()):
+            info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            info.create_system, info.external_attr = 3, (stat.S_IFREG | mode) << 16
+            archive.writestr(info, content)
+    return file.getvalue()
+
+
+def make_bundle(mini: MiniFlow, name: str) -> Tuple[str, bytes, List[str], List[str]]:
+    """Return the name of a flow, the bytes of its bundle, the names of its files, and what was left out.
+
+    Raises UsageError with all that can't travel.
+    """
+    import hashlib
+    problems: List[str] = []
+    left_out: List[str] = []
+    stem, paths = _paths_of_bundle(mini, name, problems, left_out)
+    members = _read_members(paths, problems)
+    if problems:
+        raise UsageError("\n".join(problems))
+    table = [(name, mode, zlib.crc32(content)) for name, (content, mode) in members.items()]
+    digest = hashlib.sha256(repr(table).encode())
+    for content, _ in members.values():
+        digest.update(content)
+    key = re.sub("[^A-Za-z0-9_-]", "_", stem)[:60] + "-" + digest.hexdigest()[:16]
+    program = f"{BUNDLE_PROGRAM}start({key!a}, {stem!a}, {ascii(table)})\n"
+    return stem, _zipped({**members, "__main__.py": (program.encode(), 0o644)}), list(members), left_out
+
+
+def write_bundle(path: str, content: bytes) -> None:
+    """Put an executable file in the place of what is there; raise UsageError if that can't be."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        try:
+            with open(part, "xb") as file:
+                file.write(content)
+            os.chmod(part, 0o755)
+            os.replace(part, path)
+        except BaseException:
+            if os.path.lexists(part):
+                os.unlink(part)
+            raise
+    except OSError as exc:
+        raise UsageError(f"-o {shown(path)}: can't be written: {exc.strerror}") from None
+
+
+# ============================================================================
 # == 27. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
@@ -11039,9 +11901,7 @@ def _write_out(content: bytes) -> None:
 
 def write_result(content: bytes) -> None:
     """Write a result to stdout; raise StateError if that fails, BrokenPipeError if its reader has gone."""
-    for text in hidden:
-        content = content.replace(text.encode("utf-8", "surrogateescape"), MASK.encode())
-    _write_out(content)
+    _write_out(without_hidden(content))
 
 
 def print_result(text: str) -> None:
@@ -11072,6 +11932,48 @@ _SAMPLE_FLOW = {
          "depends_on": ["greet"]},
     ],
 }
+_TOUR_FLOW = {
+    "name": "tour",
+    "description": "what a flow can say, once each; every task tells what it shows",
+    "params": {"days": {"type": "integer", "default": 2, "min": 1, "max": 7, "description": "how many days"},
+               "url": {"type": "string", "default": "", "description": "a web address, to be asked for"}},
+    "env": {"TOUR_DAYS": "${{ params.days }}"},
+    "pools": {"printer": 1},
+    "timeout_s": 600,
+    "defaults": {"timeout_s": 60},
+    "tasks": [
+        {"id": "wait", "description": "waits without taking a slot", "wait_for": {"seconds": 0.2}},
+        {"id": "numbers", "description": "hands on a JSON object",
+         "command": "echo '{\"list\": [2, 3, 5]}' > \"$MINIFLOW_OUTPUT\""},
+        {"id": "square", "description": "one instance for each value that came from upstream",
+         "depends_on": ["numbers"], "foreach": "${{ tasks.numbers.outputs.list }}", "max_parallel": 2,
+         "command": "echo \"square=$(($1 * $1))\" >> \"$MINIFLOW_OUTPUT\"", "args": ["${{ item }}"]},
+        {"id": "print", "description": "one instance for each combination, one at a time", "pool": "printer",
+         "depends_on": ["square", "wait"], "priority": 1,
+         "matrix": {"paper": ["a4", "a5"], "colour": [True, False],
+                    "exclude": [{"paper": "a5", "colour": True}]},
+         "command": ["echo", "${{ matrix.paper }}", "${{ matrix.colour }}",
+                     "${{ tasks.square.outputs.items }}"]},
+        {"id": "flaky", "description": "fails once, and succeeds when it is tried again", "max_retries": 3,
+         "backoff_s": 0.1, "command": "test \"$MINIFLOW_ATTEMPT\" -ge 2"},
+        {"id": "may_fail", "description": "its failure is a warning", "allow_failure": True,
+         "command": "echo it does not matter; exit 3"},
+        {"id": "week", "description": "skipped unless there are enough days", "if": "params.days >= 5",
+         "command": "echo a week of $TOUR_DAYS days"},
+        {"id": "either", "description": "runs although one of its upstream was skipped",
+         "depends_on": ["week", "flaky"], "trigger_rule": "one_success", "command": "echo one is enough"},
+        {"id": "file", "description": "runs only where its input or its output has changed",
+         "inputs": ["flows/tour.json"], "outputs": ["tour_copy.json"],
+         "command": "cp flows/tour.json tour_copy.json"},
+        {"id": "ask", "description": "a request, where there is an address: --param url=https://…",
+         "if": "params.url != ''", "http": {"url": "${{ params.url }}"}, "retry_on": [502, 503],
+         "max_retries": 2},
+        {"id": "hello", "description": "another flow, as a run of its own", "flow": "hello",
+         "params": {"names": ["everybody", "the tour"]}},
+    ],
+    "on_failure": {"description": "runs where a task has failed", "command": "echo something went wrong"},
+    "finally": {"description": "runs last, whatever has happened", "command": "echo that was it"},
+}
 _SAMPLE_SCRIPT = (
     '"""Greets everybody in the JSON array that is its argument, and hands on how many they were."""\n'
     '''import json
@@ -11090,11 +11992,13 @@ def _add_init(parser: Any) -> None:
     parser.add_argument("dir", nargs="?", default=".", metavar="DIR", help="where to put it (default: here)")
 
 
-@command("init", "make a working example: a flow and its script",
-         "miniflow init demo && cd demo && miniflow run hello", _add_init)
+@command("init", "make a working example: a flow and its script, and a tour of what flows can say",
+         "miniflow init demo && cd demo && miniflow run hello && miniflow run tour", _add_init)
 def run_init(options: Any) -> int:
-    """Write the example, over nothing that is there."""
+    """Write the example and the tour, over nothing that is there."""
     files = {os.path.join(options.dir, "flows", "hello.json"): json.dumps(_SAMPLE_FLOW, indent=2) + "\n",
+             os.path.join(options.dir, "flows", "tour.json"): json.dumps(
+                 _TOUR_FLOW, indent=2, ensure_ascii=False) + "\n",
              os.path.join(options.dir, "tasks", "greet.py"): _SAMPLE_SCRIPT}
     for path in files:
         if os.path.lexists(path):
@@ -11138,9 +12042,10 @@ def run_list(options: Any) -> int:
         try:
             flow = load_flow(path, name, mini.tasks_dir).flow
             row.update(flow_name=flow.name, tasks=len(flow.tasks), description=flow.description,
-                       version=flow.version, tags=flow.tags)
+                       version=flow.version, tags=flow.tags, params=flow_to_json(flow).get("params"))
         except FlowError as exc:
-            row.update(flow_name=None, tasks=None, description="", version="", tags=[], error=exc.problems)
+            row.update(flow_name=None, tasks=None, description="", version="", tags=[], params=None,
+                       error=exc.problems)
         rows.append(row)
     if options.json:
         print_json(rows)
@@ -11178,7 +12083,9 @@ def run_validate(options: Any) -> int:
 
 
 def _add_flow(parser: Any) -> None:
-    parser.add_argument("flow", metavar="FLOW", help="a flow's name or path")
+    how: Dict[str, Any] = {"nargs": "?", "default": bundled} if bundled else {}
+    parser.add_argument("flow", metavar="FLOW", help="a flow's name or path"
+                        + (f" (default: {bundled})" if bundled else ""), **how)
 
 
 def _add_graph(parser: Any) -> None:
@@ -11306,7 +12213,8 @@ def _finish(run: Run, options: Any) -> int:
 def _order(options: Any) -> Order:
     """Return how the options want the run to be made."""
     return Order(options.tasks_dir, options.jobs, options.durability, options.on_orphan, options.force_host,
-                 not options.no_fork, getattr(options, "force", False), options.executor)
+                 not options.no_fork, getattr(options, "force", False), getattr(options, "parent", None),
+                 options.executor)
 
 
 def _foretell(run: Run, freshness: Freshness, name: str) -> str:
@@ -11344,9 +12252,12 @@ def _explain(mini: MiniFlow, source: Source, params: Dict[str, Any], options: An
             if name not in run.groups:
                 continue
             found = {each: _foretell(run, freshness, each) for each in run.groups[name]}
-            end = run.tasks[name]
-            told[name] = ("run: some of its instances run" if run.waits[name] else
-                          f"{end.status}: {end.reason}" if end.reason else "cached: none of it runs")
+            told[name] = "run: some of its instances run"
+            if name in run.barred:
+                status, reason = run.barred[name]
+                run.apply(TaskSettled(0, name, status, reason))
+                told[name] = (f"{status}: {reason}" if reason else
+                              "cached: none of it runs" if found else "success: it has no instances")
             told.update(found)
     print_result("\n".join(f"{name}  {safe(text)}" for name, text in told.items()))
     return 0
@@ -11396,10 +12307,11 @@ def run_resume(options: Any) -> int:
     recorded = mini.store.load(run_id).run
     hide(recorded.plan.flow.secrets)
     source: Optional[Source] = None
+    path = flow_files(mini.flows_dir).get(recorded.flow, recorded.source) if bundled else recorded.source
     if recorded.outcome == SUCCESS:
         pass                                   # whatever its flow is by now
-    elif os.path.exists(recorded.source):
-        source = load_flow(recorded.source, recorded.flow, mini.tasks_dir)
+    elif os.path.exists(path):
+        source = load_flow(path, recorded.flow, mini.tasks_dir)
         source = source._replace(flow=source.flow._replace(fail_fast=recorded.plan.flow.fail_fast))
     elif any(isinstance(task.action, Function) for task in recorded.plan.tasks.values()):
         where = f"{safe(recorded.source)}, which is gone" if recorded.source else "a Python program"
@@ -11518,13 +12430,10 @@ def _add_logs(parser: Any) -> None:
 
 
 def _overlapping(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield blocks so that nothing that is hidden begins in one and ends in the next."""
-    secrets = [text.encode("utf-8", "surrogateescape") for text in hidden]
-    keep, rest = max(map(len, secrets), default=1) - 1, b""
+    """Yield blocks without what is hidden, also where it begins in one and ends in the next."""
+    keep, rest = max(map(len, hidden), default=1) * 4 - 4, b""    # in bytes
     for block in blocks:
-        rest += block
-        for secret in secrets:
-            rest = rest.replace(secret, MASK.encode())
+        rest = without_hidden(rest + block)
         cut = max(0, len(rest) - keep)
         yield rest[:cut]
         rest = rest[cut:]
@@ -11553,13 +12462,15 @@ def _follow(store: Store, run_id: str, options: Any) -> int:
     places: Dict[str, List[Any]] = {}
     while True:
         live = store.owner(run_id) is not None  # asked first, so that all is shown before leaving
-        for name, task_run in store.load(run_id).run.tasks.items():
+        run = store.load(run_id).run
+        for name, task_run in run.tasks.items():
             for number, attempt in enumerate(task_run.attempts, 1):
-                if options.task in (None, name) and options.attempt in (None, number) and attempt.log:
+                wanted = options.task in (None, name, run.group_of.get(name))
+                if wanted and options.attempt in (None, number) and attempt.log:
                     place = places.setdefault(attempt.log, [0, b""])
                     over = not live or attempt.status != RUNNING
                     for line in follow_lines(os.path.join(store.path, attempt.log), place, over):
-                        print_result(line if options.task else f"{name} | {line}")
+                        print_result(line if options.task == name else f"{name} | {line}")
         if not live:
             return 0
         time.sleep(0.2)
@@ -11575,7 +12486,7 @@ def run_logs(options: Any) -> int:
         raise NotFound(f"run {run.id} has no task {shown(options.task)}{near(options.task, run.tasks)}")
     if options.follow:
         return _follow(store, run.id, options)
-    names = [options.task] if options.task is not None else list(run.tasks)
+    names = list(run.tasks) if options.task is None else run.groups.get(options.task) or [options.task]
     found = [(name, number, run.tasks[name].attempts[number - 1].log) for name in names
              for number in [options.attempt or run.tasks[name].attempt]
              if 0 < number <= len(run.tasks[name].attempts)]
@@ -11625,6 +12536,32 @@ def run_export(options: Any) -> int:
             os.chmod(options.file, 0o755)
     except OSError as exc:
         raise UsageError(f"-o {shown(options.file)}: can't be written: {exc.strerror}") from None
+    return 0
+
+
+def _add_bundle(parser: Any) -> None:
+    _add_flow(parser)
+    parser.add_argument("-o", dest="file", metavar="FILE", help="where to (default: FLOW.pyz)")
+
+
+@command("bundle", "put a flow, its scripts and the engine into one executable file",
+         "miniflow bundle etl -o etl.pyz && ./etl.pyz run", _add_bundle)
+def run_bundle(options: Any) -> int:
+    """Write the bundle and print its path; what is in it is talk."""
+    mini = _miniflow(options)
+    stem, content, names, left_out = make_bundle(mini, options.flow)
+    path = options.file or f"{stem}.pyz"
+    for folder in {name.partition("/")[0] for name in names if name.count("/")}:
+        place = os.path.realpath({"tasks": mini.tasks_dir, "flows": mini.flows_dir}[folder])
+        if os.path.realpath(path).startswith(place + os.sep):
+            raise UsageError(f"-o {shown(path)}: lies in {safe(place)}, which goes into the bundle; put it "
+                             "elsewhere")
+    write_bundle(path, content)
+    if left_out:
+        say(f"left out, as their names begin with a dot: {', '.join(sorted(left_out)[:20])}")
+    say(f"{len(names)} files, {len(content) // 1024:,} kB: {', '.join(names[:20])}"
+        + (", …" if len(names) > 20 else ""))
+    print_result(safe(path))
     return 0
 
 
@@ -11854,13 +12791,12 @@ def _settle_in() -> None:
         raise UsageError(f"the working directory can't be found: {exc.strerror}; change to another") from None
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line and return the exit code; only here does an error become text and a code."""
-    if argv is None:                            # this process is ours, and what is imported stays in it:
-        gc.freeze()                             # neither a collection nor the exit has to go through that
+def answer(argv: Sequence[str], more: Mapping[str, Any]) -> int:
+    """Do what was typed, with `more` options than can be; only here does an error become text and a code."""
     try:
         _settle_in()
-        name, options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        name, options = parse_arguments(argv)
+        vars(options).update(more)
         return COMMANDS[name].run(options)
     except MiniFlowError as exc:
         say("\n".join(f"error: {line}" if isinstance(exc, FlowError) else line
@@ -11882,15 +12818,34 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 70
 
 
-def run_subflow(run_id: str, argv: Sequence[str]) -> int:
-    """Run a flow as the task of another run; hand on its final context, or say why it failed."""
-    output, output_dir = os.environ["MINIFLOW_OUTPUT"], argv[argv.index("-o") + 1]
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line and return the exit code."""
+    if argv is None:                            # this process is ours, and what is imported stays in it:
+        gc.freeze()                             # neither a collection nor the exit has to go through that
+    return answer(sys.argv[1:] if argv is None else argv, {})
+
+
+def start_bundle(folder: str, flow: str) -> int:
+    """Run the command line in a bundle that was unpacked to `folder`, of which `flow` is what it is for."""
+    global bundled
+    bundled = flow
+    sys.argv[1:1] = ["-f", os.path.join(folder, "flows"), "-t", os.path.join(folder, "tasks")]
+    return main()
+
+
+def run_subflow() -> int:
+    """Run a flow as the task of another run, as stdin says; hand on its final context, or why it failed."""
+    asked, output = json.load(sys.stdin), os.environ["MINIFLOW_OUTPUT"]
     for name in list(os.environ):
         if name in OWN_VARIABLES and name != "MINIFLOW_COOKIE" or name.startswith("MINIFLOW_PARAM_"):
             del os.environ[name]                # the outer run's
-    code = main(argv)
+    store, run_id = Store(asked["output_dir"]), asked["run_id"]
+    again = ["resume", run_id] if store.exists(run_id) else [
+        "run", asked["flow"], "--run-id", run_id, "--params", json.dumps(asked["params"])]
+    code = answer(["-f", asked["flows_dir"], "-t", asked["tasks_dir"], "-o", asked["output_dir"], *again],
+                  asked["options"])
     try:
-        run: Optional[Run] = Store(output_dir).load(run_id).run
+        run: Optional[Run] = store.load(run_id).run
     except MiniFlowError:
         run = None
     told = run.ctx if run and not code else {"reason": f"run {run_id}: {run.status}" + (

@@ -1608,6 +1608,34 @@ class T10Scheduler(unittest.TestCase):
         again = mf.reopen(run, other)
         self.assertEqual((again.tasks["each"].status, again.groups), ("pending", {}))
 
+    def test_instances_that_are_made_anew_keep_the_attempts_of_those_before_them(self):
+        flow = make(task("a"), task("each", "a", foreach=[0, 1, 2]))
+        run, _, journal = simulate(flow, {"each[1]": {1: (1, 1)}})
+        other = make(task("a", priority=1), task("each", "a", foreach=[0, 1, 2]))
+        again = mf.reopen(run, other)
+        for _ in range(2):                      # interrupted before it came to them
+            text = json.dumps(mf.run_to_json(again))
+            again = mf.reopen(mf.run_from_json(json.loads(text)), other)
+        self.assertEqual((len(again.tasks), again.unsettled, again.status), (2, 2, "running"))
+        world = SimWorld()
+        steps, events = mf.drive(again, world, lambda events, happened: None, 9), None
+        with contextlib.suppress(StopIteration):
+            while True:
+                events = world.wait(again, steps.send(events))
+        self.assertEqual({name: (t.attempt, [a.status for a in t.attempts]) for name, t in again.tasks.items()}, {
+            "a": (2, ["success"] * 2), "each": (0, []), "each[0]": (2, ["success"] * 2),
+            "each[1]": (2, ["failed", "success"]), "each[2]": (2, ["success"] * 2)})
+        self.assertEqual((again.status, again.earlier), ("success", {}))
+
+    def test_the_end_of_a_task_with_instances_is_an_event_of_its_own(self):
+        flow = make(task("each", foreach=[0, 1]), task("none", foreach=[]), task("bad", foreach=[0, 1, 2, 3, 4]))
+        run, _, journal = simulate(flow, {f"bad[{n}]": {1: (1, 1)} for n in range(4)})
+        self.assertEqual([(event.task, event.status, event.reason) for event in journal
+                          if isinstance(event, mf.TaskSettled)],
+                         [("none", "success", None), ("each", "success", None),
+                          ("bad", "failed", "4 of 5 failed: bad[0], bad[1], bad[2] and 1 more")])
+        self.assertEqual(run.tasks["each"].output, {"items": [None, None]})
+
     def test_a_run_with_instances_that_is_resumed_from_anywhere_ends_alike(self):
         for seed in range(150):
             flow = random_flow(random.Random(seed), 6)[0]._replace(fail_fast=False, timeout_s=None)
@@ -2434,6 +2462,266 @@ class T14Bash(unittest.TestCase):
             code, table, _ = self.run_script(project, self.script(project))
             self.assertEqual(table, {name: (t.status, len(t.attempts)) for name, t in run.tasks.items()})
             self.assertEqual((code, table["a"], table["c"], table["d"]), (1, *[("failed", 1)] * 3))
+
+
+class T14cMake(unittest.TestCase):
+
+    def export(self, project, *args):
+        code, _, err = project.main("export", "f", "--to", "make", "-o", "f.mk", *args)
+        self.assertEqual(code, 0, err)
+        return err
+
+    def make(self, project, *args, **env):
+        """Run make; return its exit code, the table of ends, and what it said."""
+        done = subprocess.run(["make", "-f", "f.mk", *args], cwd=project.path, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
+                              env={**os.environ, "PYTHON": sys.executable, **env})
+        try:
+            rows = [line.split("\t") for line in project.lines("miniflow_output/make/f/ends.tsv")]
+        except FileNotFoundError:
+            rows = []
+        return done.returncode, [(row[0], row[1], int(row[2])) for row in rows], done.stdout.decode("utf-8", "replace")
+
+    def state(self, project):
+        return {name: os.stat(os.path.join(place, name)).st_mtime_ns
+                for place, _, names in os.walk(project.path) for name in names}
+
+    @needs("make")
+    def test_engine_and_make_end_alike_over_random_flows(self):
+        """Every task's end, its attempts, what it saw, and whether all is well."""
+        command = ('[ -z "$SLEEP" ] || exec sleep 3; cp "$MINIFLOW_CONTEXT" "seen-$WHO-$MINIFLOW_TASK"; '
+                   'echo "$MINIFLOW_TASK $MINIFLOW_ATTEMPT"; [ "$MINIFLOW_TASK" = t1 ] || echo '
+                   '"{\\"$MINIFLOW_TASK\\": $MINIFLOW_ATTEMPT, \\"last\\": \\"$MINIFLOW_TASK\\"}" >"$MINIFLOW_OUTPUT"; '
+                   'shift $((MINIFLOW_ATTEMPT - 1)); exit $1')
+        for seed in range(5):
+            chance = random.Random(seed)
+            tasks = []
+            for n in range(chance.randint(2, 7)):
+                upstream = [f"t{k}" for k in range(n) if chance.random() < 0.35]
+                tolerant = all(t.get("allow_failure") for t in tasks if t["id"] in upstream)
+                fields = {"max_retries": chance.randint(0, 2), "backoff_s": 0.02, "jitter": chance.choice([0, 0.5]),
+                          "allow_failure": tolerant and chance.random() < 0.5, "grace_s": 1,
+                          "trigger_rule": chance.choice(["all_success", "none_failed"]),
+                          "args": [chance.choice([0, 0, 0, 1, 2]) for _ in range(4)]}
+                if chance.random() < 0.15:
+                    fields.update(timeout_s=0.4, env={"SLEEP": "3"})
+                if chance.random() < 0.3:
+                    fields["retry_on"] = chance.choice([[1], [2], ["timeout"], []])
+                tasks.append(task(f"t{n}", *upstream, command=command, **fields))
+            chance.shuffle(tasks)
+            with self.subTest(seed=seed), one(*tasks, params={"p": 1}) as project:
+                self.export(project)
+                code, table, said = self.make(project, "-j4", WHO="make")
+                os.environ["WHO"] = "engine"
+                run = project.run(max_parallel=4)
+                del os.environ["WHO"]
+                self.assertEqual(sorted(table), sorted((name, t.status, len(t.attempts))
+                                                       for name, t in run.tasks.items() if t.attempts), said)
+                self.assertEqual(code == 0, run.ok)
+                for name, t in run.tasks.items():
+                    paths = [project.at(f"seen-{who}-{name}") for who in ("engine", "make")]
+                    self.assertEqual(*[json.load(open(path)) if os.path.exists(path) else None for path in paths])
+                    if os.path.exists(paths[0]):
+                        log = [f"{name} 1"] + [line for n in range(2, len(t.attempts) + 1)
+                                               for line in (f"--- attempt {n}", f"{name} {n}")]
+                        self.assertEqual(project.lines(f"miniflow_output/make/f/{name}.log"), log)
+
+    @needs("make")
+    def test_hostile_values_reach_tasks_and_make_byte_for_byte(self):
+        show = ('import json, os, sys; json.dump([sys.argv[1:], sys.stdin.read(), {k: v for k, v in '
+                'os.environ.items() if k[0] in "VW" or k.startswith("MINIFLOW_PARAM")}], open("seen.json", "w"))')
+        values = [value for value in HOSTILE] + ["endef", "\tx", "a\n\tb\nendef\n", "a \\\n b", "$(shell touch PWN)",
+                                                 "${shell touch PWN}", "%", "a:b", "x;y", "$$", "#", "define x",
+                                                 "\n\n\\", "'\n'", " lead", "trail ", "\r\n", "$(mf_dir)", "q" * 5000]
+        literals = [value.replace("${{", "$${{") for value in values]
+        params = {f"p{n}": {"type": "string", "default": value} for n, value in enumerate(values)}
+        templates = [f"${{{{ params.p{n} }}}}" for n in range(len(values))]
+        with one(task("a", command=[sys.executable, "-c", show, *literals[:-1], *templates[:-1]],
+                      args={"k": literals[:-1], "key": templates[:-1]},
+                      env={**{f"V{n}": value for n, value in enumerate(literals[:-1])},
+                           **{f"W{n}": f"x{value}" for n, value in enumerate(templates)}},
+                      stdin="".join(literals[:-1] + templates)), params=params) as project:
+            self.export(project)
+            given = [f"p{n}={value}" for n, value in enumerate(values[::-1]) if value == value.lstrip()]
+            for args in ([], given, [os.fsdecode(b"p7=\xff\xfe")]):
+                words = [word for value in args for word in ("--param", value)]
+                self.assertEqual(project.main("run", "f", *words)[0], 0)
+                expected = json.loads(project.read("seen.json"))
+                os.unlink(project.at("seen.json"))
+                code, _, said = self.make(project, *args)
+                self.assertEqual(code, 0, said)
+                seen = json.loads(project.read("seen.json"))
+                self.assertEqual(seen[0], expected[0])
+                self.assertEqual(seen, expected)
+            self.assertFalse(os.path.exists(project.at("PWN")))
+
+    @needs("make")
+    def test_another_make_goes_on_and_make_knows_what_is_to_be_done(self):
+        with one(task("a", command="echo a >> ran"), task("b", "a", command="echo b >> ran; test -e go"),
+                 task("c", "b", command="echo c $MINIFLOW_PARAM_LIMIT >> ran"), task("d", command="echo d >> ran"),
+                 params={"limit": {"type": "integer", "default": 3, "min": 1}}) as project:
+            self.export(project)
+            before = self.state(project)
+            code, _, said = self.make(project, "-n")
+            self.assertEqual((code, self.state(project)), (0, before), said)
+            self.assertEqual(re.findall("mf_id=(.)", said), ["a", "b", "c", "d"])
+            steps = [
+                ((), 2, "a b d"), ((), 2, "b"), (("-q",), 1, ""), ("go", 0, "b c3"), ((), 0, ""), (("-q",), 0, ""),
+                (("-n",), 0, ""), (("-n", "limit=5"), 0, ""), (("limit=5", "-j2"), 0, "a b c5 d"),
+                (("limit=5",), 0, ""),
+                (("limit=0",), 2, ""), (("limit=x",), 2, ""), (("limt=5",), 2, ""), (("limit=5",), 0, ""),
+                ("change b", 0, "b c3"), ("order", 0, "a b c3 d e"), (("clean",), 0, ""), ((), 0, "a b c3 d e")]
+            self.make(project, "-n", "limit=5")
+            for args, code, ran in steps:
+                project.write("ran", "")
+                if args == "go":
+                    project.write("go", "")
+                elif isinstance(args, str):
+                    flow = json.loads(project.read("flows/f.json"))
+                    if args == "order":
+                        flow["tasks"].append(task("e", command="echo e >> ran"))
+                    else:
+                        self.make(project)     # with the default limit
+                        project.write("ran", "")
+                        flow["tasks"][1]["command"] = "echo b >> ran"
+                    project.write("flows/f.json", json.dumps(flow))
+                    self.export(project)
+                with self.subTest(args=args, ran=ran):
+                    got, _, said = self.make(project, *(args if isinstance(args, tuple) else ()))
+                    self.assertEqual((got, sorted(project.read("ran").replace(" ", "").split())),
+                                     (code, ran.split()), said)
+                    if args == ("limit=0",):
+                        self.assertIn('param limit: expected an integer of at least 1, got "0"', said)
+                    if args == ("limt=5",):
+                        self.assertIn("limt: no param that make can set; it can set limit", said)
+
+    @needs("make")
+    def test_a_task_sees_nothing_of_make_and_what_the_engine_gives_it(self):
+        flow = {"id": "other", "io": "x", "PYTHON": "python3"}
+        own = {"n": "${{ run.id }}", "when": "${{ run.scheduled_time }}", "mask": "${{ env.HOME }}",
+               "s": "${{ tasks.z.status }}", "o": "${{ tasks.y.outputs.n[1] }}"}
+        with one(task("z", command="false", allow_failure=True), task("y", command="echo '{\"n\": [1, \"a b\"]}' "
+                                                                      "> $MINIFLOW_OUTPUT; umask"),
+                 task("a", "z", "y", command=["env", "-0"], env=own, cwd="tasks"), env=flow,
+                 params={"low": "1", "BIG": 2}) as project:
+            self.assertIn("note: make can't set params.BIG; for another value, export the flow again\n",
+                          self.export(project))
+            run = project.run()
+            code, _, said = self.make(project, "low=a b")
+            self.assertEqual(code, 0, said)
+            with open(project.at("miniflow_output/make/f/a.log"), "rb") as file:
+                seen = dict(part.split(b"=", 1) for part in file.read().split(b"\0") if part)
+            expected = dict(part.split(b"=", 1) for part in project.log(run.id, "a").split(b"\0") if part)
+            apart = {b"OLDPWD", b"PWD", b"SHLVL", b"_", b"MINIFLOW_COOKIE", b"SHELL"}
+            self.assertEqual(set(seen) - apart, set(expected) - apart | ({b"PYTHON"} - set(expected)))
+            for name, value in {**flow, "s": "failed", "o": "a b", "MINIFLOW_PARAM_LOW": "a b"}.items():
+                self.assertEqual(seen[name.encode()], value.encode(), name)
+            self.assertEqual(seen[b"n"], seen[b"MINIFLOW_RUN_ID"])
+            self.assertEqual(project.read("miniflow_output/make/f/y.log").encode(), project.log(run.id, "y"))
+
+    @needs("make")
+    def test_a_timeout_kills_the_whole_group_and_so_does_a_signal(self):
+        hang = ("import subprocess, sys, os; p = subprocess.Popen(['sleep', '60']); "
+                "open('part', 'w').write(str(p.pid)); os.rename('part', 'pids'); p.wait()")
+        with one(task("a", command=[sys.executable, "-c", hang], timeout_s=0.5, grace_s=0.5)) as project:
+            self.export(project)
+            code, table, said = self.make(project)
+            self.assertEqual((code, table), (2, [("a", "failed", 1)]))
+            self.assertIn("timeout after 0.5 s", said)
+            self.assertFalse(alive(int(project.read("pids"))))
+        with contextlib.ExitStack() as stack:
+            started = []
+            for name in ("SIGINT", "SIGTERM"):
+                project = stack.enter_context(one(task("a", command=[sys.executable, "-c", hang], grace_s=0)))
+                self.export(project)
+                started.append((name, project, subprocess.Popen(
+                    ["make", "-f", "f.mk"], cwd=project.path, stdin=subprocess.DEVNULL, start_new_session=True,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)))
+            pids = [int(wait_for(lambda at=project.at("pids"): os.path.exists(at) and open(at).read(), "the task"))
+                    for _, project, _ in started]
+            for name, _, process in started:
+                os.killpg(process.pid, getattr(signal, name))
+            for _, project, process in started:
+                self.assertNotEqual(process.wait(30), 0)
+                self.assertFalse(os.path.exists(project.at("miniflow_output/make/f/a.done")))
+            wait_for(lambda: not any(map(alive, pids)), "the end of the tasks")
+
+    @needs("make")
+    def test_clean_removes_what_make_made_and_nothing_else(self):
+        with one(task("a", command="echo x > $TMP_DIR/x")) as project:
+            self.export(project)
+            before = self.state(project)
+            self.assertEqual(self.make(project)[0], 0)
+            self.assertEqual(self.make(project, "clean")[0], 0)
+            self.assertEqual(self.state(project), before)
+            self.assertEqual(os.listdir(project.at("miniflow_output/make")), [])
+            self.assertEqual(self.make(project, "clean")[0], 0)
+            self.make(project)
+            project.write("miniflow_output/make/f/mine.txt", "")
+            self.assertEqual(self.make(project, "clean")[0], 0)
+            self.assertEqual(os.listdir(project.at("miniflow_output/make/f")), ["mine.txt"])
+            for place in ("a b", "a:b", "a%b", "$(shell touch PWN)", "a(b", "a*"):
+                code, _, said = self.make(project, MINIFLOW_OUTPUT_DIR=place)
+                self.assertEqual(code, 2)
+                self.assertIn("MINIFLOW_OUTPUT_DIR: make can't have a file there: " + place, said)
+            self.assertEqual(self.make(project, MINIFLOW_OUTPUT_DIR=project.at("else,where"))[0], 0)
+            self.assertTrue(os.path.exists(project.at("else,where/make/f/a.done")))
+            self.assertFalse(os.path.exists(project.at("PWN")))
+
+    @needs("make")
+    def test_a_thousand_tasks_are_no_burden(self):
+        with one(*[task(f"t{n}", *([f"t{n // 2}"] if n else [])) for n in range(1000)]) as project:
+            self.export(project)
+            code, _, said = self.make(project, "-n")
+            self.assertEqual((code, said.count("mf_engine")), (0, 1000))
+
+    @needs("shellcheck")
+    def test_the_programs_in_a_makefile_pass_shellcheck(self):
+        plan = mf.make_plan(make(
+            task("a", script="s.py", args=[v.replace("${{", "$${{") for v in HOSTILE], stdin="it's", max_retries=2,
+                 retry_on=[1], cwd="${{ run.id }}", timeout_s=1, env={"X": "${{ env.HOME }}"}),
+            task("b", "a", args=["${{ tasks.a.outputs.x }}", "${{ tasks.a.status }}", "${{ params.p }}"]),
+            params={"p": "$(x)'", "B": "x"}))
+        text = mf.to_make(plan, {"p": "$(x)'", "B": "x"}, "/t").text
+        found = dict(re.findall(r"(?ms)^define mf_(\w+)\n(.*?)\nendef$", text))
+        for names in (("task_a", "engine_text"), ("task_b", "attempt_text"), ("begin_text",), ("clean_text",)):
+            program = "\n".join(["#!/usr/bin/env bash", "# shellcheck disable=SC2016,SC2034,SC2093,SC2154,SC2317,"
+                                 "SC1003,SC1112,SC2329", *(found[name] for name in names)])
+            done = subprocess.run(["shellcheck", "-"], input=program.encode(), stdout=subprocess.PIPE)
+            self.assertEqual((done.returncode, done.stdout.decode()), (0, ""), names)
+
+    def test_what_make_cant_do_is_named_and_refused_all_at_once(self):
+        flow = make(task("a", trigger_rule="all_done"), task("b", http={"url": "http://x"}), task("c", pool="p"),
+                    task("d", pool="p"), task("e", foreach=[1]), task("g", **{"if": "true"}), task("h", inputs=["x"]),
+                    task("i", args=["x" * 100001]), task("j", env={"UID": "1"}), task("k", pool="q"),
+                    task("l", "k", allow_failure=True), task("m", "l"),
+                    **{"finally": {"command": "true"}}, timeout_s=9, pools={"p": 1, "q": 1})
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.to_make(mf.make_plan(flow), {}, "tasks")
+        self.assertEqual([re.split(": make|: with|: its|: bash|: http", line)[0]
+                          for line in str(caught.exception).splitlines()],
+                         ["timeout_s", "task a: trigger_rule all_done", "task e: foreach", "task g: if",
+                          "task h: inputs and outputs", "task l: allow_failure", "task finally: finally",
+                          "pools.p", "task b", "task i", "task j: env.UID"])
+        self.assertIn("params: they take more than", self.problem({"p": "x" * 100001}))
+
+    def problem(self, params):
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.to_make(mf.make_plan(make(task("a"))), params, "tasks")
+        return str(caught.exception)
+
+    def test_what_make_does_otherwise_is_told_and_the_same_flow_gives_the_same_bytes(self):
+        plan = mf.make_plan(make(task("a", priority=1), task("b", "a", args={"x": "${{ params.p }}"}), max_parallel=2,
+                                 fail_fast=True, params={"p": 1, "q": True, "mf_x": "y"}))
+        exported = mf.to_make(plan, {"p": 1, "q": True, "mf_x": "y"}, "/t")
+        self.assertEqual(exported, mf.to_make(plan, {"p": 1, "q": True, "mf_x": "y"}, "/t"))
+        self.assertEqual(exported.losses, (
+            "max_parallel is not in the Makefile; call make with -j2",
+            "priority has no effect: make starts ready tasks in its own order",
+            "make can't set params.q, params.mf_x; for another value, export the flow again"))
+        self.assertNotIn("keep-going", exported.text)
+        self.assertEqual(mf.to_make(mf.make_plan(make(task("a"))), {"x": 5, "y": "s"}, "/t").losses,
+                         ("make can't set params.x; for another value, export the flow again",))
 
 
 class FaultyDisk(mf.Disk):
@@ -4796,7 +5084,7 @@ class T20TemplateInterpreter(unittest.TestCase):
         return engine, self.template_of(engine.pid), [int(line) for line in project.lines("pids")]
 
     def stubborn(self):
-        return self.several("", first=T18Orphans.STUBBORN.replace("len(sys.argv) == 1", "sys.argv[1] == '0'"))
+        return self.several("", first=T19Orphans.STUBBORN.replace("len(sys.argv) == 1", "sys.argv[1] == '0'"))
 
     def test_a_cancelled_run_leaves_neither_template_nor_scripts_nor_what_left_their_group(self):
         with self.stubborn() as project:
@@ -4921,6 +5209,7 @@ class T21Freshness(unittest.TestCase):
 
     def test_explain_says_why_in_words_and_runs_and_writes_nothing(self):
         tasks = [task("a", inputs=["in"], outputs=["out"], command="cp in out"), task("b", "a", inputs=["out"]),
+                 task("none", foreach=[]), task("behind", "none", "each", inputs=["in"]),
                  task("each", foreach=["x", "y"], outputs=["${{ item }}"], command="touch $1", args=["${{ item }}"]),
                  task("no", inputs=[], **{"if": "false"}), task("plain", "b"), task("skipped", "no")]
 
@@ -4932,6 +5221,7 @@ class T21Freshness(unittest.TestCase):
         with one(*tasks) as project:
             project.write("in", "1")
             self.assertEqual(explain(), {
+                "none": "success: it has no instances", "behind": "perhaps: each comes before it",
                 "a": "run: it has not succeeded yet", "b": "perhaps: a comes before it",
                 "plain": "perhaps: b comes before it",
                 "each": "run: some of its instances run", "each[0]": "run: it has not succeeded yet",
@@ -4941,6 +5231,7 @@ class T21Freshness(unittest.TestCase):
             self.assertEqual(project.main("run", "f")[0], 0)
             before = sorted(os.listdir(project.at("miniflow_output", "runs")))
             self.assertEqual(explain(), {
+                "none": "success: it has no instances", "behind": "cached: nothing has changed",
                 "a": "cached: nothing has changed", "b": "cached: nothing has changed",
                 "plain": "run: it has neither inputs nor outputs", "each": "cached: none of it runs",
                 "each[0]": "cached: nothing has changed", "each[1]": "cached: nothing has changed",
@@ -4948,7 +5239,8 @@ class T21Freshness(unittest.TestCase):
             os.unlink(project.at("y"))
             self.assertEqual(explain()["each[1]"], "run: output y is not there")
             self.assertEqual(explain("--force")["a"], "run: it is forced to")
-            self.assertEqual(explain("--only", "b"), {**dict.fromkeys(["a", "each", "no", "plain", "skipped"],
+            self.assertEqual(explain("--only", "b"), {**dict.fromkeys(
+                ["a", "none", "behind", "each", "no", "plain", "skipped"],
             "left out"),
                                                       "b": "cached: nothing has changed"})
             project.write("in", "2")
@@ -5638,6 +5930,10 @@ class FakeCluster(Project):
 @unittest.skipUnless(LINUX, "Slurm runs on Linux")
 class T22bSlurm(unittest.TestCase):
 
+    def setUp(self):
+        """So long tasks sleep that are to be ended, and nobody else on the machine."""
+        self.nap = f"60.{int.from_bytes(os.urandom(6), 'big')}"
+
     def test_jobs_and_processes_of_one_flow_hand_on_outputs_logs_and_params(self):
         with FakeCluster(
                 task("a", command='echo "$MINIFLOW_PARAM_P" $SLURM_JOB_ID; echo n=4 > $MINIFLOW_OUTPUT'),
@@ -5659,10 +5955,11 @@ class T22bSlurm(unittest.TestCase):
 
     def test_failures_are_retried_and_timeouts_reach_grandchildren(self):
         with FakeCluster(
-                task("bad", command="exit 3", max_retries=1), task("slow", command="sleep 60 & wait", timeout_s=0.3),
-                task("gone", command=["no-such-program"], max_retries=1), task("dir", cwd="no-such-dir"),
-                task("left", command="sleep 61 & exit 0", grace_s=0.2),
-                task("deaf", command="trap '' TERM; sleep 62 & wait; wait", timeout_s=0.3, grace_s=0.2),
+                task("bad", command="exit 3", max_retries=1),
+                task("slow", command=f"sleep {self.nap} & wait", timeout_s=0.3), task("gone", command=["no-such-program"], max_retries=1),
+                task("dir", cwd="no-such-dir"),
+                task("left", command=f"sleep {self.nap} & exit 0", grace_s=0.2),
+                task("deaf", command=f"trap '' TERM; sleep {self.nap} & wait; wait", timeout_s=0.3, grace_s=0.2),
                 task("odd", command="echo x > $MINIFLOW_OUTPUT")) as project:
             project.run(code=1)
             found = project.reasons()
@@ -5674,8 +5971,7 @@ class T22bSlurm(unittest.TestCase):
                 "deaf": ("failed", "timeout after 0.3 s")})
             attempts = {name: len(t["attempts"]) for name, t in project.state("r")["tasks"].items()}
             self.assertEqual((attempts["bad"], attempts["gone"]), (2, 1))
-            for seconds in b"60", b"61", b"62":
-                self.assertEqual(running(b"sleep\0" + seconds), [])
+            self.assertEqual(running(self.nap.encode()), [])
 
     def test_arguments_environment_and_input_arrive_byte_for_byte(self):
         show = "import json, os, sys; json.dump([sys.argv[1:], os.environ['V'], sys.stdin.read()], open('seen', 'w'))"
@@ -5784,13 +6080,14 @@ class T22bSlurm(unittest.TestCase):
                     task("a", command="echo a >> side; while ! test -e go; do sleep 0.05; done")) as project:
                 project.write("slurm/hold", held)
                 process = project.begin("run", "f", "--run-id", "r")
-                wait_for(lambda: project.jobs() and (held or project.side()), "the job")
+                wait_for(project.jobs if held else project.side, "the job")
                 project.kill(process)
                 journal = project.read("miniflow_output/runs/r.jsonl").partition('{"event":"attempt_started"')[0]
                 project.write("miniflow_output/runs/r.jsonl", journal)
                 os.unlink(project.at("miniflow_output/runs/r.json"))
                 process = project.begin("resume", "r")
-                wait_for(lambda: len(project.jobs()) > 1 or not held, "another job")
+                if held:
+                    wait_for(lambda: len(project.jobs()) > 1, "another job")
                 project.write("slurm/hold", "")
                 project.write("go", "")
                 project.finish(process)
@@ -5867,18 +6164,18 @@ class T22bSlurm(unittest.TestCase):
             self.assertEqual((late.returncode != 0, project.side()), (True, ["2"]))
 
     def test_a_job_that_slurm_ended_says_so(self):
-        with FakeCluster(task("a", command="echo a > side; exec sleep 60")) as project:
+        with FakeCluster(task("a", command=f"echo a > side; exec sleep {self.nap}")) as project:
             process = project.begin("run", "f", "--run-id", "r")
             project.wait_side("a")
             os.kill(int(project.read("slurm/1/pid")), signal.SIGKILL)          # as for want of memory
             wait_for(lambda: project.jobs()["1"] == "FAILED", "the job's end")
             project.write("slurm/1/state", "OUT_OF_MEMORY")
             self.assertIn("lost by Slurm: job 1 is OUT_OF_MEMORY, and has left no end", project.finish(process, 1))
-            for pid in running(b"sleep\x0060"):
+            for pid in running(self.nap.encode()):
                 os.kill(pid, signal.SIGKILL)
 
     def test_a_cluster_that_sbatch_names_is_the_one_that_is_asked(self):
-        with FakeCluster(task("a", command="echo a > side; exec sleep 60")) as project:
+        with FakeCluster(task("a", command=f"echo a > side; exec sleep {self.nap}")) as project:
             project.mode(sbatch="cluster")
             process = project.begin("run", "f", "--run-id", "r")
             wait_for(lambda: ["-M", "east"] in [call[:2] for call in project.calls("squeue")], "squeue -M east")
@@ -5888,14 +6185,14 @@ class T22bSlurm(unittest.TestCase):
             self.assertEqual(project.calls("scancel")[0][1:3], ["-M", "east"])
 
     def test_the_jobs_of_a_run_without_an_engine_can_be_cancelled(self):
-        with FakeCluster(task("a", command="echo a >> side; exec sleep 60"), task("b", "a")) as project:
+        with FakeCluster(task("a", command=f"echo a >> side; exec sleep {self.nap}"), task("b", "a")) as project:
             process = project.begin("run", "f", "--run-id", "r")
             project.wait_side("a")
             project.kill(process)
             done = project.cli("cancel", "r", env=project.env)
             self.assertEqual((done.returncode, done.stdout), (0, "r cancelled\n"), done.stderr)
             self.assertEqual(project.reasons(), dict.fromkeys("ab", ("cancelled", "cancelled by miniflow cancel")))
-            self.assertEqual(running(b"sleep\x0060"), [])
+            self.assertEqual(running(self.nap.encode()), [])
 
     def test_a_job_of_a_task_that_has_changed_ends_before_it_runs_again(self):
         with FakeCluster(task("a", command="echo begin >> side; trap 'sleep 0.5; echo end >> side; exit' TERM; "
@@ -5950,7 +6247,7 @@ class T22bSlurm(unittest.TestCase):
             found = dict(line.split("=", 1) for line in project.side() if "=" in line)
             self.assertEqual((found["E"], found["KEPT"], found["SLURM_JOB_ID"]), ("flow", "yes", "1"))
             self.assertFalse({"SBATCH_WAIT", "SQUEUE_STATES", "MINIFLOW_COOKIE"} & found.keys())
-            self.assertEqual(os.listdir(project.at("miniflow_output/tmp/r/io")), ["context-1.json"])
+            self.assertEqual(os.listdir(project.at("miniflow_output/tmp/r/io")), [])
 
     def test_the_flow_of_the_readme_runs(self):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
@@ -5960,11 +6257,11 @@ class T22bSlurm(unittest.TestCase):
             self.assertEqual(project.log("r", "report"), b'[{"mean": "7"}, {"mean": "14"}]\n')
             self.assertEqual(len(project.jobs()), 3)
 
-    def test_a_bash_script_says_that_it_leaves_the_executor_out(self):
+    def test_scripts_and_makefiles_say_that_they_leave_the_executor_out(self):
         with FakeCluster(task("a")) as project:
-            done = project.cli("export", "f", "--to", "bash")
-            self.assertEqual(done.returncode, 0)
-            self.assertIn("note: task a: executor slurm is left out", done.stderr)
+            for language in ("bash", "make"):
+                code, _, error = project.main("export", "f", "--to", language)
+                self.assertEqual((code, error.count("note: task a: executor slurm is left out")), (0, 1))
 
 
 def ends_of(state):
@@ -7571,7 +7868,7 @@ class T27CommandLine(unittest.TestCase):
 
         def everything(project):
             for folder, _, names in os.walk(project.at("miniflow_output")):
-                for name in names if "/logs/" not in folder and "/tmp/" not in folder else ():
+                for name in names if "/logs/" not in folder else ():
                     with open(os.path.join(folder, name), "rb") as file:
                         yield folder + name, file.read().decode("utf-8", "replace")
 
@@ -7691,6 +7988,117 @@ class T27CommandLine(unittest.TestCase):
             self.assertIn("flows within flows, more than 20 deep", err)
             self.assertIn("is the name of a file", project.main("validate", "file")[2])
 
+    def test_the_run_of_a_flow_within_a_flow_names_its_parent_and_takes_its_options(self):
+        outer = flow_json(task("sub", flow="inner"), task("after", "sub", command="test -e ok"), name="outer")
+        inner = flow_json(task("cached", outputs=["made"], command="echo $MINIFLOW_PARAM_P >made"),
+                          task("bad", "cached", command="test -e ok"), name="inner", params={"p": "a"})
+        with Project({"outer": outer, "inner": inner}) as project:
+            self.assertEqual(project.main("run", "outer", "--run-id", "o", "--durability", "off", "-j", "3")[0], 1)
+            heads = json.loads(project.main("runs", "--json")[1])
+            self.assertEqual({head["flow"]: head["parent"] for head in heads},
+                             {"outer": None, "inner": {"run": "o", "task": "sub"}})
+            inner_id = next(head["id"] for head in heads if head["parent"])
+            self.assertIn("part of run o, task sub\n", project.main("show", inner_id)[1])
+            self.assertIn("run o of flow outer", project.main("show", "last")[1])
+            self.assertIn(f"run {inner_id}: 2 tasks, 3 at once", project.log("o", "sub").decode())
+            inner["params"]["p"] = "b"          # a run that is gone on with keeps its params
+            project.write("flows/inner.json", json.dumps(inner))
+            project.write("ok", "")
+            self.assertEqual(project.main("resume", "last")[0], 0, project.log("o", "sub"))
+            self.assertEqual((project.state(inner_id)["status"], project.read("made")), ("success", "a\n"))
+            ends = []
+            for n, more in enumerate(([], [], ["--force"])):
+                self.assertEqual(project.main("run", "outer", "--run-id", f"n{n}", *more)[0], 0)
+                heads = json.loads(project.main("runs", "inner", "--json")[1])
+                ends.append(project.state(heads[0]["id"])["tasks"]["cached"]["status"])
+            self.assertEqual(ends, ["success", "cached", "success"])
+
+    def test_what_decides_over_a_task_sees_its_own_environment(self):
+        env = {"WHICH": "${{ params.which }}", "LATE": "${{ tasks.bad.outputs.no }}", "EACH": "${{ item }}"}
+        with one(task("bad", command="exit 1", allow_failure=True),
+                 task("if", "bad", env={**env, "EACH": "1"}, **{"if": "env.WHICH == 'b'"}),
+                 task("each", "bad", env={"LIST": "${{ params.list }}"}, foreach=["${{ env.LIST }}", 2],
+                      command=["echo", "${{ item }}"]),
+                 task("file", env={"WHICH": "${{ params.which }}"}, outputs=["out-${{ env.WHICH }}"],
+                      command="touch out-$WHICH"),
+                 params={"which": "a", "list": [1]}) as project:
+            code, _, err = project.main("run", "f", "--run-id", "r")
+            self.assertEqual(code, 0, err)
+            found = project.state("r")["tasks"]
+            self.assertEqual((found["if"]["status"], found["if"]["reason"]), ("skipped", "if is false"))
+            self.assertEqual([found[name]["each"]["item"] for name in ("each[0]", "each[1]")], ["[1]", 2])
+            self.assertTrue(os.path.exists(project.at("out-a")))
+            code, out, _ = project.main("logs", "r", "each")
+            self.assertEqual((code, out), (0, "==> each[0], attempt 1 <==\n[1]\n==> each[1], attempt 1 <==\n2\n"))
+            self.assertEqual(project.main("logs", "r", "each", "-f")[1], "each[0] | [1]\neach[1] | 2\n")
+
+    def test_a_secret_that_a_message_cuts_in_two_is_not_shown_in_part(self):
+        secrets = mf.secret_texts(["T"], {"T": "s3cret=value=="})
+        self.assertIn("s3cret=value", secrets)
+        for cut in range(len("s3cret=value==")):
+            text = f'expected one, got "{"s3cret=value=="[:cut]}…"; in {"x" * cut}…'
+            shown = mf.masked(text, secrets)
+            self.assertEqual(shown, text if cut < 4 else f'expected one, got "***…"; in {"x" * cut}…')
+        mf.hidden[:] = ["secret"]
+        self.addCleanup(mf.hidden.clear)
+        with Project() as project:
+            for before in (*range(mf.SHOWN_LINE - 8, mf.SHOWN_LINE + 24), 3 * mf.SHOWN_LINE):
+                project.write("log", "x" * before + "secret" + "y" * 30)
+                shown = list(mf.follow_lines(project.at("log"), [0, b""], True))
+                self.assertEqual("".join(shown), "x" * before + "***" + "y" * 30)
+
+    def test_a_run_of_all_constructs_that_failed_or_died_at_any_point_is_resumed_to_the_same_end(self):
+        point = ("name=$1; shift; if test \"$(cat die 2>&1)\" = \"$name\"; then rm die; kill -9 $PPID; sleep 60; fi; "
+                 "if test \"$(cat fail 2>&1)\" = \"$name\"; then rm fail; exit 3; fi; "
+                 "for word; do echo \"$word\" >>\"$MINIFLOW_OUTPUT\"; done")
+        def at(name, *depends_on, says=(), **fields):
+            return task(fields.pop("id", name), *depends_on, command=["sh", "-c", point, "sh", name, *says], **fields)
+
+        outer = flow_json(
+            at("start", says=["n=2"]),
+            at("each-${{ item }}", "start", id="each", foreach=["a", "${{ tasks.start.outputs.n }}"],
+               says=["v=${{ item }}"], max_parallel=1),
+            at("not", "start", **{"if": "tasks.start.outputs.n == '3'"}), at("after", "not",
+            trigger_rule="none_failed"),
+            at("made", "each", says=["list=${{ tasks.each.outputs.items }}"], outputs=["made"],
+            env={"X": "${{ run.id }}"}),
+            task("sub", "start", flow="inner", params={"p": "${{ tasks.start.outputs.n }}"}),
+            at("join", "sub", "made", "after", says=["got=${{ tasks.sub.outputs.inner }}"]), name="outer",
+            **{"finally": at("last", id="last"), "on_success": at("good", id="good")})
+        inner = flow_json(at("first", says=["x=1"]), at("inner", "first", says=["inner=${{ params.p }}"]),
+                          name="inner", params={"p": ""})
+        with Project({"outer": outer, "inner": inner}) as project:
+            project.write("made", "")
+
+            def ends(run_id):
+                return {name: (found["status"], found["output"]) for name,
+                found in project.state(run_id)["tasks"].items()}
+
+            self.assertEqual(project.main("run", "outer", "--run-id", "whole")[0], 0)
+            expected = ends("whole")
+            self.assertEqual(expected["join"], ("success", {"got": "2"}))
+            for n, name in enumerate(["start", "each-a", "each-2", "after", "made", "first", "inner", "join", "last",
+                                      "good"]):
+                for how in ("die", "fail") if name != "good" else ("die",):     # whose failure decides nothing
+                    with self.subTest(name, how=how):
+                        project.write(how, name)
+                        args = ("run", "outer", "--run-id", f"{how}{n}")
+                        code = project.cli(*args).returncode if how == "die" else project.main(*args)[0]
+                        self.assertEqual(code, -9 if how == "die" and name not in ("first", "inner") else 1)
+                        self.assertFalse(os.path.exists(project.at(how)))
+                        code, _, err = project.main("resume", f"{how}{n}")
+                        self.assertEqual((code, ends(f"{how}{n}")), (0, expected), err)
+
+    def test_show_tells_the_params_and_what_they_take(self):
+        params = {"days": {"type": "integer", "default": 2, "min": 1, "max": 7, "description": "how \x1b[31mmany"},
+                  "x": "a\nb", "c": {"enum": ["p", 1], "default": 1}}
+        with one(task("a"), params=params) as project:
+            project.main("run", "f", "--run-id", "r", "--param", "days=3")
+            self.assertEqual([line.split(None, 2) for line in project.main("show", "r")[1].splitlines()[3:7]], [
+                ["param", "value", "takes"], ["days", "3", "an integer from 1 to 7: how \\x1b[31mmany"],
+                ["x", '"a\\nb"'], ["c", "1", 'one of "p", 1']])
+            self.assertEqual(json.loads(project.main("list", "--json")[1])[0]["params"]["days"], params["days"])
+
     def test_a_flow_within_a_flow_ends_and_goes_on_with_it(self):
         outer = flow_json(task("sub", flow="inner", params={"name": "n"}), name="outer")
         for number, status in ((signal.SIGTERM, "cancelled"), (signal.SIGKILL, "interrupted")):
@@ -7748,6 +8156,8 @@ class T27CommandLine(unittest.TestCase):
                     status = int(rest) if rest.isdigit() else 200 if len(asked) > 2 else 503
                 elif kind == "json":
                     head, body = {"Content-Type": "application/json"}, b'{"n": [1, 2], "h": null}'
+                elif kind == "bom":
+                    head, body = {"Content-Type": "application/json"}, b"\xef\xbb\xbf{}"
                 elif kind == "bad":
                     head, body = {"Content-Type": "application/json"}, b"{"
                 elif kind == "to":
@@ -7802,6 +8212,10 @@ class T27CommandLine(unittest.TestCase):
             "bad": ({"url": place + "/bad"}, "Expecting"), "header": ({"url": place,
             "headers": {"X": "${{ params.crlf }}"}}, "header"),
             "user": ({"url": closed.replace("//", "//ada:pw@")}, "GET " + closed),
+            "signed": ({"url": place.replace("//", "//ada:p%40w@") + "/signed"}, {"text": "text ü"}),
+            "iri": ({"url": place + "/p/ü ö?x=é&y=%41"}, {"text": "text ü"}), "bom": ({"url": place + "/bom"},
+            {"json": {}}),
+            "stays": ({"url": f"{place}/to/x", "expect_status": [302, 303]}, {"text": "text ü"}),
             "scheme": ({"url": "${{ params.scheme }}"}, "unknown url type"),
             "turns": ({"url": place + "/to//to/x"}, "HTTP")}
         with one(*[task(name, http=ask, allow_failure=True) for name, (ask, _) in asks.items()]) as project:
@@ -7820,13 +8234,15 @@ class T27CommandLine(unittest.TestCase):
                         self.assertEqual(tasks[name]["status"], "success", tasks[name]["reason"])
                         output = dict(tasks[name]["output"])
                         self.assertEqual((output.pop("status"), output.pop("headers")["x-two"]),
-                                         (404 if name == "other" else 200, "a"))
+                                         ({"other": 404, "stays": 302}.get(name, 200), "a"))
                         self.assertEqual(output, expected or {"json": {"n": [1, 2], "h": None}})
             self.assertEqual(project.read("out.json"), '{"n": [1, 2], "h": null}')
             self.assertEqual([name for name in os.listdir(project.path) if "cut" in name], [])
         seen = {path: (method, head, body) for method, path, head, body in asked}
         quoted = "a%20b%26c%2F..%2F%C3%BC"
         self.assertIn(f"/x/{quoted}?q={quoted}", seen)
+        self.assertIn("/p/%C3%BC%20%C3%B6?x=%C3%A9&y=%41", seen)
+        self.assertEqual(seen["/signed"][1]["Authorization"], "Basic YWRhOnBAdw==")
         posted = [(method, json.loads(body), head["Content-Type"], head["X-Own"]) for method, path, head, body in asked
                   if method == "POST"]
         self.assertEqual(posted, [("POST", {"a": ["a b&c/../ü", 1]}, "application/json", "a b&c/../ü")])
@@ -7860,19 +8276,25 @@ class T27CommandLine(unittest.TestCase):
                  task("command", wait_for={"command": ["sh", "-c",
                  "echo x=1 >>\"$MINIFLOW_OUTPUT\"; test -e \"$1\"", "sh",
                                                        "${{ params.odd }}"], "poll_s": 0.05}),
-                 task("seconds", wait_for={"seconds": 0.3}),
+                 task("seconds", wait_for={"seconds": "${{ params.s }}"}),
+                 task("no", wait_for={"seconds": "${{ params.odd }}"}, max_retries=3, allow_failure=True),
                  task("never", wait_for={"file": "never", "poll_s": 0.05}, timeout_s=3, allow_failure=True),
-                 task("odd", wait_for={"command": ["./not-there"]}, allow_failure=True)]
+                 task("odd", wait_for={"command": ["./not-there"]}, max_retries=3, allow_failure=True),
+                 task("wrong", wait_for={"url": "${{ params.odd }}"}, max_retries=3, allow_failure=True)]
         feed = "sleep 0.4; mkdir in; echo >'in/*[a] 1.csv'; echo >in/other.csv; echo >'*[a]'"
         with one(*tasks, task("feed", command=feed)) as project:
-            code, _, err = project.main("run", "f", "--run-id", "r", "-j", "1", "--param", "odd=*[a]")
+            code, _, err = project.main("run", "f", "--run-id", "r", "-j", "1", "--param", "odd=*[a]",
+            "--param", "s=0.3")
             self.assertEqual(code, 0, err)
             found = project.state("r")["tasks"]
+            self.assertEqual({name: len(found[name]["attempts"]) for name in ("no", "odd", "wrong")},
+                             {"no": 1, "odd": 1, "wrong": 1}, "what is wrong stays so")
+            self.assertEqual(found["no"]["reason"], 'wait_for.seconds: expected a number of seconds, got "*[a]"')
             self.assertEqual(found["file"]["output"], {"files": ["in/*[a] 1.csv"]})
             self.assertEqual(found["url"]["output"], {"status": 200})
             self.assertEqual(found["command"]["output"], {"x": "1"})
             self.assertEqual((found["seconds"]["status"], found["never"]["reason"]), ("success", "timeout after 3 s"))
-            self.assertIn("No such file", found["odd"]["reason"])
+            self.assertEqual(found["odd"]["reason"], "cannot start: ./not-there: No such file or directory")
             self.assertIn("not yet: no file matches never", project.main("logs", "r", "never")[1])
 
     def test_handlers_run_after_a_timeout_a_signal_and_a_kill(self):
@@ -8128,6 +8550,21 @@ class T27CommandLine(unittest.TestCase):
             with open(project.at("demo/miniflow_output/logs/r/count.1.log")) as file:
                 self.assertEqual(file.read(), "greeted: 1\n")
             self.assertEqual(project.main("init", "demo")[0], 2)
+            done = [subprocess.run([sys.executable, ENGINE, "run", "tour", "--run-id", name], cwd=project.at("demo"),
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE) for name in "tu"]
+            self.assertEqual([run.returncode for run in done], [0, 0], done)
+            with open(project.at("demo/miniflow_output/runs/u.json")) as file:
+                tasks = json.load(file)["tasks"]
+            self.assertEqual({end: sum(found["status"] == end for found in tasks.values()) for end in mf.SETTLED}, {
+                "success": 14, "cached": 1, "skipped": 3, "failed": 1, "upstream_failed": 0, "cancelled": 0})
+
+    def test_the_tour_shows_all_that_a_flow_can_say(self):
+        tour = mf._TOUR_FLOW
+        used = {name for found in (*tour["tasks"], *(tour.get(name, {}) for name in mf.HANDLERS)) for name in found}
+        self.assertEqual({field.name for field in mf.TASK_FIELDS} - used, {
+            "script", "tags", "env", "cwd", "python", "stdin", "max_backoff_s", "jitter", "timeout_s", "grace_s"})
+        self.assertEqual({field.name for field in mf.FLOW_FIELDS} - tour.keys(), {
+            "$schema", "version", "tags", "max_parallel", "fail_fast", "preload", "secrets", "on_success"})
 
     def test_the_sample_flow_makes_a_real_report(self):
         with Project() as project:
@@ -8307,6 +8744,264 @@ class T27CommandLine(unittest.TestCase):
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(project.state("r")["ctx"]["mean"], {"harbour": 7.5, "hill": 4.5})
             self.assertIn("mean temperatures: {'harbour': 7.5, 'hill': 4.5}", done.stdout)
+
+
+class T27bBundle(unittest.TestCase):
+
+    def project(self, **fields):
+        """Return a Project whose flow f has a script with a neighbour, data, a package, and a flow within it."""
+        project = Project({
+            "f": flow_json(task("a", script="in/a.py", args=["${{ params.p }}"]), task("b", "a", flow="g"),
+                           params={"p": "x"}, **fields),
+            "g": {"name": "g", "tasks": [task("c", command="echo '{\"c\": 1}' > $MINIFLOW_OUTPUT"),
+                                         task("d", "c", script="top.py")]},
+            "other": flow_json(task("z"))}, {
+            "in/a.py": """
+                import json, os, sys
+                import near
+                from pack import deep
+                here = os.path.dirname(os.path.abspath(__file__))
+                assert sys.path[0] == here, sys.path
+                with open(os.path.join(here, "..", "data.txt")) as file, open("seen.json", "w") as seen:
+                    json.dump([near.N, deep.N, file.read(), sys.argv[1:]], seen)
+                if not os.path.exists("go"): sys.exit(3)
+                """,
+            "in/near.py": "N = 1", "in/pack/__init__.py": "", "in/pack/deep.py": "N = 2", "data.txt": "d\n",
+            "top.py": "import os; open('top', 'w').close()", ".env": "PASSWORD=x", ".git/config": "",
+            "__pycache__/x.pyc": ""})
+        return project
+
+    def bundle(self, project, name="f"):
+        code, out, err = project.main("bundle", name)
+        self.assertEqual((code, out), (0, name + ".pyz\n"), err)
+        return err
+
+    def start(self, project, *args, file="f.pyz", cwd="", python=("-I",), **env):
+        """Start a bundle with next to no environment; return its Popen."""
+        os.makedirs(project.at(cwd), exist_ok=True)
+        env = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": project.at("cache"), **env}
+        return subprocess.Popen([sys.executable, *python, project.at(file), *args], cwd=project.at(cwd), env=env,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def ended(self, process):
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out.decode(), err.decode()
+
+    def go(self, project, *args, **options):
+        """Run a bundle; return exit code, stdout and stderr."""
+        return self.ended(self.start(project, *args, **options))
+
+    def unpacked(self, project):
+        """Return the directory to which a bundle was unpacked."""
+        (name,) = os.listdir(project.at("cache/miniflow"))
+        return project.at("cache/miniflow", name)
+
+    def test_the_same_flow_gives_the_same_bytes_also_from_within_a_bundle(self):
+        with self.project() as project:
+            err = self.bundle(project)
+            with open(project.at("f.pyz"), "rb") as file:
+                content = file.read()
+            self.assertIn("left out, as their names begin with a dot: .env, .git\n9 files, ", err)
+            os.utime(project.at("tasks/top.py"), (1, 1))
+            self.bundle(project)
+            self.assertEqual(self.go(project, "bundle", "-o", "again.pyz")[:2], (0, "again.pyz\n"))
+            for name in ("f.pyz", "again.pyz"):
+                with open(project.at(name), "rb") as file:
+                    self.assertEqual(file.read(), content)
+            self.assertEqual(os.stat(project.at("f.pyz")).st_mode & 0o777, 0o755)
+            with zipfile.ZipFile(project.at("f.pyz")) as archive:
+                self.assertEqual(archive.namelist(), sorted(archive.namelist()))
+                self.assertNotIn("flows/other.json", archive.namelist())
+                self.assertIsNone(archive.testzip())
+
+    def test_a_bundle_runs_where_there_is_nothing_but_python(self):
+        with self.project() as project:
+            self.bundle(project)
+            os.mkdir(project.at("ro"))
+            os.rename(project.at("f.pyz"), project.at("ro/f.pyz"))
+            os.chmod(project.at("ro"), 0o555)
+            shutil.rmtree(project.at("flows"))
+            shutil.rmtree(project.at("tasks"))
+            project.write("empty/go", "")
+            for args in ((), ("-o", "out"), ("--no-fork",)):
+                code, out, err = self.go(project, "run", *args, "--param", "p=a b", file="ro/f.pyz", cwd="empty")
+                self.assertEqual(code, 0, err)
+                self.assertEqual(json.loads(project.read("empty/seen.json")), [1, 2, "d\n", ["a b"]])
+                os.unlink(project.at("empty/top"))
+            self.assertEqual(sorted(os.listdir(project.at("empty"))), ["go", "miniflow_output", "out", "seen.json"])
+            self.assertEqual(os.listdir(project.at("ro")), ["f.pyz"])
+            for args, said in ((["list"], "f "), (["validate"], "g.json: ok"), (["graph"], "a  script in/a.py"),
+                               (["show", "last"], "of flow f"), (["logs", "last"], "==> c"), (["runs"], "success"),
+                               (["export", "g", "--to", "bash"], "#!/usr"), (["run", "g"], "g-"), (["--help"], None),
+                               (["--version"], f"miniflow {mf.__version__}"), (["run", "h"], None)):
+                code, out, err = self.go(project, *args, file="ro/f.pyz", cwd="empty")
+                self.assertEqual(code, 3 if args == ["run", "h"] else 0, err)
+                self.assertIn(said or "", out, args)
+
+    def test_a_run_goes_on_where_the_directory_is_gone_and_with_a_newer_bundle(self):
+        with self.project() as project:
+            self.bundle(project)
+            self.assertEqual(self.go(project, "run", "--run-id", "r", cwd="e")[0], 1)
+            shutil.rmtree(project.at("cache"))
+            code, _, err = self.go(project, "resume", "r", cwd="e")
+            self.assertEqual(code, 1, err)
+            self.assertNotIn("gone", err)
+            flow = json.loads(project.read("flows/f.json"))
+            project.write("flows/f.json", json.dumps({**flow, "tasks": [*flow["tasks"], task("new", "b")]}))
+            project.write("tasks/in/near.py", "N = 5")
+            project.write("e/go", "")
+            self.bundle(project)
+            code, _, err = self.go(project, "resume", "last", cwd="e")
+            self.assertEqual(code, 0, err)
+            self.assertIn("task new was added", err)
+            self.assertEqual(json.loads(project.read("e/seen.json"))[0], 5)
+
+    def test_several_starts_at_once_and_one_that_is_killed_do_no_harm(self):
+        kill = ("import os, runpy, signal, sys\n"
+                "left, real = [int(sys.argv[2])], os.replace\n"
+                "def replace(*names):\n"
+                "    left[0] -= 1\n"
+                "    left[0] < 0 and os.kill(os.getpid(), signal.SIGKILL)\n"
+                "    real(*names)\n"
+                "os.replace, sys.argv = replace, [sys.argv[1], 'list']\n"
+                "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+        with self.project() as project:
+            self.bundle(project)
+            for n in (0, 1, 3, 4):             # of what is lacking yet
+                done = subprocess.run([sys.executable, "-c", kill, project.at("f.pyz"), str(n)],
+                                      env={"XDG_CACHE_HOME": project.at("cache")}, stderr=subprocess.PIPE)
+                self.assertEqual(done.returncode, -signal.SIGKILL, done.stderr)
+            self.assertEqual(self.go(project, "validate", cwd="e")[0], 0)
+            shutil.rmtree(project.at("cache"))
+            project.write("e/go", "")
+            for process in [self.start(project, "run", cwd="e") for _ in range(4)]:
+                code, _, err = self.ended(process)
+                self.assertEqual(code, 0, err)
+            self.assertEqual(len(os.listdir(self.unpacked(project))), 4)     # the parts are gone; __pycache__
+
+    def test_what_is_not_as_it_should_be_is_put_anew(self):
+        with self.project() as project:
+            self.bundle(project)
+            self.go(project, "list")
+            folder = self.unpacked(project)
+            script = os.path.join(folder, "tasks", "top.py")
+            self.assertEqual({os.stat(os.path.join(place, name)).st_mode & 0o077
+                              for place, folders, files in os.walk(project.at("cache/miniflow/"))
+                              for name in files if "__pycache__" not in place}, {0})
+            before = project.read("tasks/top.py")
+            for change in (lambda: os.unlink(script), lambda: project.write(script, "x"), lambda: project.write(
+                    script, ""), lambda: (os.unlink(script), os.symlink(project.at("tasks/top.py"), script))):
+                change()
+                self.assertEqual(self.go(project, "list")[0], 0)
+                self.assertFalse(os.path.islink(script))
+                self.assertEqual(project.read(script), before)
+
+    def test_a_directory_that_others_may_change_is_not_used(self):
+        with self.project() as project:
+            self.bundle(project)
+
+            def spoil(name, mode):
+                os.makedirs(project.at(name), exist_ok=True)
+                os.chmod(project.at(name), mode)
+            for n, (spoilt, mode) in enumerate((("place", 0o777), ("place", 0o770), (".", 0o777), ("place", None),
+                                                (self.key(project), 0o702))):
+                place = project.at(f"{n}/place")
+                os.mkdir(project.at(str(n)))
+                if mode:
+                    spoil(os.path.join(str(n), spoilt), mode)
+                else:
+                    os.symlink(project.at("tasks"), place)
+                with self.subTest(spoilt=spoilt, mode=mode):
+                    code, out, err = self.go(project, "list", MINIFLOW_BUNDLE_DIR=place)
+                    self.assertEqual((code, out), (74, ""))
+                    self.assertIn("it is no directory" if mode is None else "others may change what is there", err)
+                    self.assertIn("f.pyz can't be unpacked; name a directory of yours by MINIFLOW_BUNDLE_DIR\n", err)
+            os.mkdir(project.at("sticky"))
+            os.chmod(project.at("sticky"), 0o1777)
+            for env in ({"MINIFLOW_BUNDLE_DIR": project.at("sticky/mine")},
+                        {"XDG_CACHE_HOME": project.at("f.pyz"), "TMPDIR": project.at("sticky")}):
+                self.assertEqual(self.go(project, "list", **env, python=())[0], 0)
+            self.assertEqual(len(os.listdir(project.at("sticky"))), 2)
+
+    def key(self, project):
+        """Return where a bundle will be unpacked below its place."""
+        self.go(project, "list")
+        return "place/" + os.path.basename(self.unpacked(project))
+
+    def test_a_damaged_bundle_and_one_with_names_that_lead_elsewhere_are_refused(self):
+        with self.project() as project:
+            self.bundle(project)
+            with open(project.at("f.pyz"), "rb") as file:
+                content = file.read()
+            project.write("f.pyz", content.replace(b"PASSWORD", b"PASSW0RD").replace(b"N = 2", b"N = 3"))
+            self.assertEqual(self.go(project, "list")[::2], (
+                1, f"{project.at('f.pyz')}: damaged at tasks/in/pack/deep.py; copy it again\n"))
+            for name in ("../x", "/x", "a//x", "a/./x", "c:x", "a\\x", "a\0x", ""):
+                program = f"{mf.BUNDLE_PROGRAM}start('k', 'f', [({name!a}, 0o644, 0)])\n"
+                project.write("f.pyz", mf._zipped({"__main__.py": (program.encode(), 0o644)}))
+                code, _, err = self.go(project, "list")
+                self.assertEqual((code, err), (
+                    1, f"{project.at('f.pyz')}: holds {name!r}, which is no name for a file of a bundle\n"))
+
+    def test_what_cant_travel_is_refused_and_named_all_at_once(self):
+        with self.project() as project:
+            os.symlink("/etc/passwd", project.at("tasks/out"))
+            os.symlink("in", project.at("tasks/link"))
+            os.symlink("top.py", project.at("tasks/inner.py"))
+            os.symlink("nowhere", project.at("tasks/broken"))
+            project.write("tasks/a:b", "")
+            os.mkfifo(project.at("tasks/pipe"))
+            code, out, err = project.main("bundle", "f")
+            self.assertEqual((code, out), (2, ""))
+            for name, what in (("out", "a symbolic link to \"/etc/passwd\""), ("link", "a symbolic link to "),
+                               ("a:b", "not every system can have"), ("pipe", "it is not a regular file"),
+                               ("broken", "can't be read")):
+                self.assertRegex(err, f'(?m)^"{re.escape(project.at("tasks", name))}": .*{what}')
+                os.unlink(project.at("tasks", name))
+            self.bundle(project)
+            code, _, err = project.main("bundle", "f", "-o", "tasks/f.pyz")
+            self.assertEqual((code, err), (2, f'-o "tasks/f.pyz": lies in {project.at("tasks")}, which goes into the '
+                                              "bundle; put it elsewhere\n"))
+            self.assertEqual(project.main("bundle", "f", "-o", "no/f.pyz")[0], 2)
+            self.assertEqual(project.main("bundle", "nothing")[0], 3)
+            with open(project.at("tasks/large"), "wb") as file:
+                file.truncate(mf.MAX_BUNDLE)
+            self.assertIn("large\": with it the bundle has more than 100 MB", project.main("bundle", "f")[2])
+            project.write("flows/f.json", json.dumps(flow_json(task("a"))))
+            self.assertIn("2 files, ", self.bundle(project))    # no script, so no tasks directory
+
+    def test_what_has_not_changed_need_not_run_in_a_newer_bundle(self):
+        with one(task("a", script="a.py", inputs=["in"]), task("b", script="b.py", inputs=["in"]),
+                 scripts={"a.py": "", "b.py": ""}) as project:
+            for name, ends in (("", ["success", "success"]), ("pass", ["cached", "success"])):
+                project.write("tasks/b.py", name)
+                self.bundle(project)
+                self.assertEqual(self.go(project, "run", "--run-id", "r" + name, cwd="e")[0], 0)
+                tasks = json.loads(project.read(f"e/miniflow_output/runs/r{name}.json"))["tasks"]
+                self.assertEqual([tasks["a"]["status"], tasks["b"]["status"]], ends)
+
+    @unittest.skipUnless(LINUX, "process=True is known to work in a bundle on Linux")
+    def test_a_flow_in_python_brings_its_neighbours(self):
+        with Project() as project:
+            project.write("flows/py.py", textwrap.dedent("""
+                from miniflow import Workflow, task
+                import _near
+
+                @task(process=True)
+                def a(ctx):
+                    return {"n": _near.N + 1}
+
+                @task
+                async def b(ctx):
+                    return {"m": ctx["n"] + 1}
+                a >> b
+                workflow = Workflow([a, b])
+                """))
+            project.write("flows/_near.py", "N = 1")
+            self.bundle(project, "py")
+            code, _, err = self.go(project, "run", "--run-id", "r", file="py.pyz", cwd="e", python=())
+            self.assertEqual(code, 0, err)
+            self.assertEqual(json.loads(project.read("e/miniflow_output/runs/r.json"))["ctx"], {"n": 2, "m": 3})
 
 
 class T99HouseRules(unittest.TestCase):
