@@ -5956,7 +5956,8 @@ class T22bSlurm(unittest.TestCase):
     def test_failures_are_retried_and_timeouts_reach_grandchildren(self):
         with FakeCluster(
                 task("bad", command="exit 3", max_retries=1),
-                task("slow", command=f"sleep {self.nap} & wait", timeout_s=0.3), task("gone", command=["no-such-program"], max_retries=1),
+                task("slow", command=f"sleep {self.nap} & wait", timeout_s=0.3),
+                task("gone", command=["no-such-program"], max_retries=1),
                 task("dir", cwd="no-such-dir"),
                 task("left", command=f"sleep {self.nap} & exit 0", grace_s=0.2),
                 task("deaf", command=f"trap '' TERM; sleep {self.nap} & wait; wait", timeout_s=0.3, grace_s=0.2),
@@ -8562,7 +8563,8 @@ class T27CommandLine(unittest.TestCase):
         tour = mf._TOUR_FLOW
         used = {name for found in (*tour["tasks"], *(tour.get(name, {}) for name in mf.HANDLERS)) for name in found}
         self.assertEqual({field.name for field in mf.TASK_FIELDS} - used, {
-            "script", "tags", "env", "cwd", "python", "stdin", "max_backoff_s", "jitter", "timeout_s", "grace_s"})
+            "script", "tags", "env", "cwd", "python", "stdin", "max_backoff_s", "jitter", "timeout_s", "grace_s",
+            "executor", "resources"})
         self.assertEqual({field.name for field in mf.FLOW_FIELDS} - tour.keys(), {
             "$schema", "version", "tags", "max_parallel", "fail_fast", "preload", "secrets", "on_success"})
 
