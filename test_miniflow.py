@@ -6252,7 +6252,8 @@ class T22bSlurm(unittest.TestCase):
 
     def test_the_flow_of_the_readme_runs(self):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            flow = json.loads(re.search(r'(?s)```json\n(\{\n  "name": "sweep".*?)```', file.read())[1].replace("sleep $1; ", ""))
+            text = re.search(r'(?s)```json\n(\{\n  "name": "sweep".*?)```', file.read())[1]
+        flow = json.loads(text.replace("sleep $1; ", ""))
         with FakeCluster(*flow["tasks"], defaults=flow["defaults"]) as project:
             project.run()
             self.assertEqual(project.log("r", "report"), b'[{"mean": "7"}, {"mean": "14"}]\n')
