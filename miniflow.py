@@ -21,7 +21,7 @@ How it is built
                                                          graph  |  v
                                                         apply(event) + drive --> Start, Stop, Settle, Finish
                                                                   ^      |
-                                                                  '--- World (processes; functions; the clock)
+                                                                  '--- World (processes, jobs, functions)
 
 Five types, five tenses.  A Flow is what the author wrote.  A Plan is what will happen.  An Event is a fact:
 it is appended to the journal first, then it is true.  A Run is the sum of its events and changes through
@@ -46,6 +46,7 @@ Contents
     10. SCHEDULER: given a run and the time, what should be done now?
     11. STATE: how is a run written down, and read back?
     12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
+  12.5. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
     13. EXPORTERS: how does a plan look in other languages?
     14. BASH: how does a flow run where there is no MiniFlow?
     14.7. MAKE: how does a flow run where there is make?
@@ -58,6 +59,7 @@ Contents
     20. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
     21. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
     22. PROCESSES: how are attempts started, watched and ended?
+  22.5. SLURM: how do attempts run as jobs of a cluster?
     23. FUNCTIONS: how are Python functions called, and what becomes of what they return?
     24. RUNNER: how is one run driven to its end?
     25. REPORTING: how is it told to a person?
@@ -404,6 +406,8 @@ ACTION_WORDS = {Script: "script", Command: "command", Http: "http", WaitFor: "wa
                 Function: "function"}
 #: Actions that are programs of ours: such a process says why it failed.
 TELLING = (Http, WaitFor, SubFlow)
+#: Where attempts run: beside the engine, or as jobs of a cluster.
+LOCAL, SLURM = "local", "slurm"
 
 
 def chance(*names: Any) -> float:
@@ -455,6 +459,8 @@ class Task(NamedTuple):
     allow_failure: bool = False
     priority: int = 0
     pool: Optional[str] = None
+    executor: Optional[str] = None             # where it runs; None: as the run says
+    resources: Mapping[str, Any] = {}          # what a job of it needs
     tags: Tuple[str, ...] = ()
     description: str = ""
     handler: Optional[str] = None              # which one of HANDLERS it is, if it is one
@@ -496,6 +502,14 @@ class Flow(NamedTuple):
     timeout_s: Optional[float] = None
     secrets: Tuple[str, ...] = ()              # environment variables whose values are never shown
     preload: Tuple[str, ...] = ()              # modules that Python scripts find imported already
+    executor: Optional[str] = None             # of a run: where tasks run that don't say; in no flow file
+
+
+def executor_of(flow: Flow, task: Task) -> str:
+    """Return where attempts of `task` run; programs of ours, which only wait, stay beside the engine."""
+    if not isinstance(task.action, (Script, Command)):
+        return LOCAL
+    return task.executor or flow.executor or LOCAL
 
 
 def add_handlers(tasks: Sequence[Task], handlers: Mapping[str, Task]) -> Tuple[Task, ...]:
@@ -1777,6 +1791,9 @@ def _check_action(task: Task, path: Path) -> Iterator[Problem]:
                           "use $MINIFLOW_PARAM_NAME, an env entry, args ($1, $2, …) or an array command")
     if isinstance(action, Script) and "${{" in (action.python or ""):
         yield Problem(path + ("python",), "takes no template; write tasks of their own, or a command")
+    if isinstance(action, Function) and task.executor == SLURM:
+        yield Problem(path + ("executor",), f"{action.name} is a Python function, which can't run on Slurm; "
+                      "make it a script, or leave out executor")
     if not isinstance(action, Http):
         for n, code in enumerate(task.retry.retry_on or ()):
             if isinstance(code, int) and code > 255:
@@ -2059,6 +2076,16 @@ ACTION_FIELDS = (
     Field("flow", _NAME, "another flow of the directory, as a run of its own"),
 )
 
+RESOURCE_FIELDS = (
+    Field("cpus", {"type": "integer", "minimum": 1, "maximum": 1000000}, "CPUs for the task"),
+    Field("memory_mb", {"type": "integer", "minimum": 1, "maximum": 2**40}, "memory, in MiB"),
+    Field("time_s", _LIMIT, "seconds that the job may take, which Slurm rounds up to minutes"),
+    Field("partition", {"type": "string", "pattern": r"^[A-Za-z0-9_.+,-]+$(?!\n)",
+                        "title": "the name of a partition, or several with commas between them"},
+          "the partition, or partitions, that it may run in"),
+    Field("gpus", {"type": "integer", "minimum": 1, "maximum": 1000000}, "GPUs for the task"),
+)
+
 TASK_FIELDS = (
     Field("id", _NAME, "the task's name, unique in the flow", required=True),
     *ACTION_FIELDS,
@@ -2089,11 +2116,15 @@ TASK_FIELDS = (
     Field("allow_failure", _BOOL, "true: its failure counts as success"),
     Field("priority", {"type": "integer", "minimum": -1000000, "maximum": 1000000}, "higher starts first"),
     Field("pool", _STR, "name of a pool of the flow, of which only so many tasks run at once"),
+    Field("executor", {"type": "string", "enum": [LOCAL, SLURM]},
+          "where it runs: local, beside MiniFlow, or as a job of slurm; default: as run --executor says"),
+    Field("resources", object_schema(RESOURCE_FIELDS), "what it needs as a job of slurm"),
 )
 #: Fields that `defaults` can't give, and those that fit one action only.
 _NOT_INHERITED = frozenset(["id", "depends_on", "foreach", "matrix", "max_parallel"]
                            + [field.name for field in ACTION_FIELDS])
 _FOR_ACTION = {"python": ("script",), "args": ("script", "command"), "stdin": ("script", "command"),
+               "executor": ("script", "command"), "resources": ("script", "command"),
                "params": ("flow",), **dict.fromkeys(["inputs", "outputs"], ("script", "command", "http"))}
 #: Fields that are members of Task as they stand.
 _PLAIN_FIELDS = frozenset(Task._fields) - {"action", "retry", "handler"}
@@ -2240,6 +2271,8 @@ def _read_task(raw: Any, place: Path, defaults: Dict[str, Any], problems: List[P
     if "env" in inherited and "env" in fields:
         fields["env"] = {**inherited["env"], **fields["env"]}
     fields = {**inherited, **fields}
+    if fields.get("executor") == LOCAL and fields.pop("resources", None) and "resources" in raw:
+        problems.append(Problem(place + ("resources",), f"goes with executor {SLURM} only; remove it"))
     if not fields.keys() & {field.name for field in ACTION_FIELDS}:
         fields["command"] = "exit 70"            # stands in for what was reported, so that checking can go on
     return make_task(fields)
@@ -2725,6 +2758,15 @@ class AttemptSpawned(NamedTuple):
     forked: bool = False
 
 
+class AttemptSubmitted(NamedTuple):
+    """The attempt is a job of a cluster, which may have to wait there before it begins."""
+
+    at: float
+    task: str
+    attempt: int
+    job: str
+
+
 class AttemptDeferred(NamedTuple):
     """The attempt could not start for want of the engine's own means; it counts for nothing."""
 
@@ -2815,12 +2857,14 @@ class RunFinished(NamedTuple):
 
 
 if TYPE_CHECKING:
-    Event = Union[AttemptStarted, AttemptSpawned, AttemptDeferred, AttemptStopping, AttemptEnded,
-                  TaskAdmitted, TaskReading, TaskExpanded, TaskSettled, CancelRequested, RunFinished]
+    Event = Union[AttemptStarted, AttemptSpawned, AttemptSubmitted, AttemptDeferred, AttemptStopping,
+                  AttemptEnded, TaskAdmitted, TaskReading, TaskExpanded, TaskSettled, CancelRequested,
+                  RunFinished]
 
 #: The words by which events are known on disk and in --output json: never renamed.
 EVENTS: Dict[str, Type[Any]] = {
-    "attempt_started": AttemptStarted, "attempt_spawned": AttemptSpawned, "attempt_deferred": AttemptDeferred,
+    "attempt_started": AttemptStarted, "attempt_spawned": AttemptSpawned,
+    "attempt_submitted": AttemptSubmitted, "attempt_deferred": AttemptDeferred,
     "attempt_stopping": AttemptStopping,
     "attempt_ended": AttemptEnded, "task_admitted": TaskAdmitted, "task_reading": TaskReading,
     "task_expanded": TaskExpanded, "task_settled": TaskSettled,
@@ -2907,7 +2951,7 @@ def join_scopes(scopes: Sequence[Scope]) -> Scope:
 class Attempt:
     """One try of a task in a run."""
 
-    __slots__ = ("status", "reason", "started", "finished", "error", "log", "pid", "ticks", "forked")
+    __slots__ = ("status", "reason", "started", "finished", "error", "log", "pid", "ticks", "forked", "job")
 
     def __init__(self, started: float, log: Optional[str] = None) -> None:
         self.status, self.started, self.log = RUNNING, started, log
@@ -2917,6 +2961,7 @@ class Attempt:
         self.pid: Optional[int] = None
         self.ticks: Optional[int] = None
         self.forked = False
+        self.job: Optional[str] = None          # of a cluster
 
 
 class TaskRun:
@@ -2996,8 +3041,10 @@ class Scopes:
 
 #: The pool of plain functions that have none of their own; no pool of a flow can have this name.
 PLAIN_FUNCTIONS = "(plain functions)"
-#: Among the limits of a task: it only waits, and takes up none of the slots of the run.
+#: Among the limits of a task: its process here, if any, only waits, and takes up none of the run's slots.
 WAITING = "(waiting)"
+#: The pool of all tasks that run as jobs of a cluster.
+JOBS = "(jobs)"
 
 
 class Queues:
@@ -3013,9 +3060,10 @@ class Queues:
             task.id: (task.pool or PLAIN_FUNCTIONS,) for task in plan.flow.tasks
             if task.pool or isinstance(task.action, Function) and task.action.kind != "async"}
         for task in plan.flow.tasks:
-            if isinstance(task.action, WaitFor):
-                self._limits[task.id] = (*self.limits_of(task.id), WAITING)
-        self.some_wait = any(isinstance(task.action, WaitFor) for task in plan.flow.tasks)
+            elsewhere = executor_of(plan.flow, task) != LOCAL
+            if isinstance(task.action, WaitFor) or elsewhere:
+                self._limits[task.id] = (*self.limits_of(task.id), WAITING, *([JOBS] if elsewhere else []))
+        self.some_wait = any(WAITING in limits for limits in self._limits.values())
         self.limits: Dict[str, int] = dict(plan.flow.pools)
         self.ready: Dict[Tuple[str, ...], List[Tuple[float, str]]] = {}
         self._running: Dict[str, int] = {}
@@ -3310,9 +3358,9 @@ class Run:
         return self.tasks[name].status == RETRYING and self.tasks[name].attempt == attempt
 
     def set_deadline(self, name: str, started: float) -> None:
-        """Note when the running attempt's time is over."""
+        """Note when the running attempt's time is over; a job, which may wait, keeps its own time."""
         limit, task_run = self.defs[name].timeout_s, self.tasks[name]
-        if limit is not None:
+        if limit is not None and executor_of(self.plan.flow, self.defs[name]) == LOCAL:
             task_run.deadline = round(started + limit, 6)
             heapq.heappush(self.deadlines, (task_run.deadline, name, task_run.attempt, "TERM"))
 
@@ -3393,6 +3441,11 @@ def _on_spawned(run: Run, event: AttemptSpawned) -> None:
     attempt = run.tasks[event.task].attempts[-1]
     attempt.pid, attempt.ticks, attempt.forked = event.pid, event.ticks, event.forked
     run.set_deadline(event.task, event.at)  # the record of the start may have waited for a disk
+
+
+@_applies(AttemptSubmitted)
+def _on_submitted(run: Run, event: AttemptSubmitted) -> None:
+    run.tasks[event.task].attempts[-1].job = event.job
 
 
 @_applies(AttemptDeferred)
@@ -3841,6 +3894,8 @@ def _attempt_to_json(attempt: Attempt) -> Dict[str, Any]:
         members.update(pid=attempt.pid, ticks=attempt.ticks)
     if attempt.forked:
         members["forked"] = True
+    if attempt.job is not None:
+        members["job"] = attempt.job
     return members
 
 
@@ -4034,7 +4089,7 @@ def _attempt_from_json(members: Mapping[str, Any]) -> Attempt:
     attempt.status, attempt.reason, attempt.error = members["status"], members["reason"], members["error"]
     attempt.finished = parse_time(members["finished"])
     attempt.pid, attempt.ticks = members.get("pid"), members.get("ticks")
-    attempt.forked = members.get("forked", False)
+    attempt.forked, attempt.job = members.get("forked", False), members.get("job")
     return attempt
 
 
@@ -4102,6 +4157,12 @@ def _afresh(old: TaskRun) -> TaskRun:
     return new
 
 
+def _goes_on(flow: Flow, task: Task, old: TaskRun) -> bool:
+    """Tell whether the running attempt of a task is none of its engine's, with which it did not end."""
+    return (old.status == RUNNING and bool(old.attempts) and not old.stopping
+            and executor_of(flow, task) != LOCAL)
+
+
 def _history(old: TaskRun) -> TaskRun:
     """Return the TaskRun of an instance that may come to be once more: the attempts of `old`, and no more."""
     new = TaskRun()
@@ -4119,7 +4180,10 @@ def _reopened(old: TaskRun) -> TaskRun:
 
 
 def reopen(old: Run, flow: Flow) -> Run:
-    """Return `old` ready to go on with `flow`: what ended well stays, the rest and its downstream rerun."""
+    """Return `old` ready to go on with `flow`: what ended well stays, the rest and its downstream rerun.
+
+    So does a job of a cluster stay, which goes on without an engine.
+    """
     changes = changed_tasks(old.plan.flow, flow)
     left_out = {task.id: old.plan.left_out[task.id] for task in flow.tasks if task.id in old.plan.left_out}
     plan = make_plan(flow, left_out, known_durations(old))
@@ -4137,15 +4201,18 @@ def reopen(old: Run, flow: Flow) -> Run:
         names = old.groups.get(name, ())
         anew = (not names or name in changes or name in unsaved
                 or bool(again.intersection(plan.tasks[name].depends_on)))
+        goes_on = (_goes_on(flow, plan.tasks[name], tasks[name]) and name not in changes
+                   and not again.intersection(plan.tasks[name].depends_on))
         if name in again and anew:
-            tasks[name] = _afresh(tasks[name])
+            tasks[name] = tasks[name] if goes_on else _afresh(tasks[name])
             kept.update((instance, _history(old.tasks[instance])) for instance in names)
             names = ()
         elif name in again:                    # of its instances, those that ended well stay
             tasks[name] = _reopened(tasks[name])
         for instance in names:
             task_run = old.tasks[instance]
-            done = name not in again or task_run.status in (SUCCESS, CACHED, SKIPPED)
+            done = (name not in again or task_run.status in (SUCCESS, CACHED, SKIPPED)
+                    or _goes_on(flow, plan.tasks[name], task_run))
             kept[instance] = task_run if done else _afresh(task_run)
     tasks.update({**old.earlier, **kept})
     run = Run(plan, old.id, old.params, old.started, old.flow, old.source, tasks)
@@ -4496,8 +4563,8 @@ def _subflow_asked(run: Run, task_id: str, setting: Setting, params: Mapping[str
     return {"flow": run.defs[task_id].action[0], "run_id": subflow_id(run, task_id, params), "params": params,
             "flows_dir": run.source.rpartition("/")[0] or ".", "tasks_dir": setting.tasks_dir,
             "output_dir": setting.output_dir,
-            "options": {**setting.options, "parent": {"run": run.id, "task": task_id},
-                        "secrets": run.plan.flow.secrets}}
+            "options": {**setting.options, "executor": run.plan.flow.executor, "secrets": run.plan.flow.secrets,
+                        "parent": {"run": run.id, "task": task_id}}}
 
 
 def _glob_part(value: str) -> str:
@@ -4836,16 +4903,269 @@ def note_secrets(run: Run, end: AttemptEnded) -> AttemptEnded:
     return end._replace(unsaved={**end.unsaved, **found}) if found else end
 
 
-def attempt_unkillable(run: Run, task_id: str, now: float, stopping: str, pid: int) -> AttemptEnded:
-    """Return the end of an attempt that SIGKILL did not end: there will be no other one beside it."""
+def attempt_unkillable(run: Run, task_id: str, now: float, stopping: str, what: str) -> AttemptEnded:
+    """Return the end of an attempt that SIGKILL did not end: no other will be beside `what` it is."""
     status = CANCELLED if run.cancel and stopping == run.cancel.reason else FAILED
     return AttemptEnded(now, task_id, run.tasks[task_id].attempt, status,
-                        f"{stopping}; unkillable: process {pid} is given up", "unkillable", final=True)
+                        f"{stopping}; unkillable: {what} is given up", "unkillable", final=True)
 
 
 def attempt_unstartable(run: Run, task_id: str, now: float, reason: str, code: Optional[int]) -> AttemptEnded:
     """Return the end of an attempt that never came to be; without a retry unless retry_on names `code`."""
     return AttemptEnded(now, task_id, run.tasks[task_id].attempt, FAILED, reason, code, final=True)
+
+
+# ============================================================================
+# == 12.5. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
+# ============================================================================
+# An attempt that is a job has three files beside each other on the disk that all machines share: what is to
+# be executed (.job), who executes it (.began), and how it ended (.end), which comes by a rename, as the last
+# act.  Those files are the truth.  Slurm is asked only whether a job that has left no end is still there.
+#
+# .began is made by whoever is first, by O_EXCL: the job when it begins, or the engine when it gives the
+# attempt up.  So no attempt runs twice, however many jobs a controller that did not answer has made of it,
+# and one that has been given up does not run at all when it comes to light again.
+#
+# Nothing of a flow stands in the job script, which Slurm copies to a place of its own, but the quoted path of
+# these files.  The environment of the engine goes with the job by itself; what is different in an attempt's
+# own is in its .job.
+
+#: What a job executes.  It leads no process of the attempt, so that it outlives them and can tell of their
+#: end: SIGTERM ends them with grace, SIGINT at once, and so does their time.
+JOB_PROGRAM = """
+import collections, json, os, signal, subprocess, sys, tempfile, time
+
+told = [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT]
+signal.pthread_sigmask(signal.SIG_BLOCK, told)
+base, began = sys.argv[1], time.time()
+os.dup2(1, 2)
+try:
+    fd = os.open(base + ".began", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+except FileExistsError:
+    sys.exit("this attempt has been given up, or another job is at it")
+os.write(fd, ("%(SLURM_JOB_ID)s;%(SLURM_CLUSTER_NAME)s" % collections.defaultdict(str, os.environ)).encode())
+os.close(fd)
+with open(base + ".job", encoding="ascii") as file:
+    job = json.load(file)
+
+
+def finish(code, **told):
+    end = {"code": code, "began": began, "ended": time.time(), **told}
+    for wait in 1, 2, 4, 8, 16, 32, 0:
+        try:
+            fd = os.open(base + ".end.part", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(fd, "w", encoding="ascii") as file:
+                json.dump(end, file)
+                file.flush()
+                os.fsync(fd)
+            os.replace(base + ".end.part", base + ".end")
+            break
+        except OSError as exc:
+            print("the end of this attempt can't be recorded:", exc, file=sys.stderr, flush=True)
+            time.sleep(wait)
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def send(*numbers):
+    for number in numbers:
+        try:
+            os.killpg(child.pid, number)
+        except OSError:
+            pass
+
+
+def some_live():
+    for name in os.listdir("/proc"):
+        try:
+            with open("/proc/%s/stat" % name, "rb") as file:
+                state, _, group = file.read().rpartition(b")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(group) == child.pid and state not in (b"Z", b"X"):
+            return True
+    return False
+
+
+try:
+    os.chdir(job["cwd"])
+    with tempfile.TemporaryFile() if job["stdin"] else open(os.devnull, "r+b") as stdin:
+        stdin.write(os.fsencode(job["stdin"]))
+        stdin.seek(0)
+        child = subprocess.Popen(
+            job["argv"], env={**os.environ, **job["env"]}, stdin=stdin, start_new_session=True,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, told))
+except (OSError, ValueError) as exc:
+    finish(127 if isinstance(exc, FileNotFoundError) else 126, cannot=str(exc))
+why, kill_at, grace_s, asked = None, None, job["grace_s"], False
+stop_at = None if job["timeout_s"] is None else time.monotonic() + job["timeout_s"]
+while child.poll() is None:
+    wait = min([3600] + [at - time.monotonic() for at in (stop_at, kill_at) if at is not None])
+    info = signal.sigtimedwait(told, max(0, wait))
+    number, now = info.si_signo if info else None, time.monotonic()
+    asked = number in (signal.SIGTERM, signal.SIGINT)
+    if why is None and child.poll() is None and (asked or stop_at is not None and now >= stop_at):
+        why, stop_at, kill_at = "signal" if asked else "timeout", None, now + grace_s
+        send(signal.SIGTERM, signal.SIGCONT)
+    if number == signal.SIGINT or kill_at is not None and now >= kill_at:
+        kill_at = None
+        send(signal.SIGKILL)
+if why is None and child.returncode and (asked or signal.sigtimedwait([signal.SIGTERM], 0.1)):
+    why = "signal"                       # which Slurm sends to all of the job, one after another
+if why is None and some_live():
+    send(signal.SIGTERM, signal.SIGCONT)
+    kill_at = time.monotonic() + grace_s
+kill_at = kill_at or time.monotonic()
+while some_live() and time.monotonic() < kill_at + 5:
+    if time.monotonic() >= kill_at:
+        send(signal.SIGKILL)
+    time.sleep(0.02)
+finish(child.returncode, why=why)
+"""
+
+
+def job_script(python: str, base: str) -> str:
+    """Return the script of a job whose files begin with `base`, for the standard input of sbatch."""
+    import shlex
+    return f"#!/bin/sh\nexec {shlex.quote(python)} -I -S -c {shlex.quote(JOB_PROGRAM)} {shlex.quote(base)}\n"
+
+
+def job_spec(run: Run, task: Task, invocation: Invocation, environ: Mapping[str, str]) -> str:
+    """Return the text of a .job; of the environment what differs from `environ`, which the job has anyway.
+
+    It lacks the engine's mark: a job is not to end with its engine.
+    """
+    own = {*run.plan.flow.env, *task.env}
+    env = {name: value for name, value in invocation.env.items()
+           if name in own or name != "MINIFLOW_COOKIE" and environ.get(name) != value}
+    return json.dumps({"argv": invocation.argv, "env": env, "cwd": invocation.cwd,
+                       "stdin": invocation.stdin or "", "timeout_s": task.timeout_s, "grace_s": task.grace_s})
+
+
+def job_minutes(task: Task) -> Optional[int]:
+    """Return the time limit that Slurm is given, if any: beyond the attempt's own, which the job keeps."""
+    if "time_s" in task.resources:
+        return int(-(-task.resources["time_s"] // 60))
+    return None if task.timeout_s is None else int(-(-(task.timeout_s + task.grace_s) // 60)) + 2
+
+
+def job_name(run_id: str) -> str:
+    """Return the name of all jobs of a run."""
+    return f"mf:{run_id}"
+
+
+def job_comment(task_id: str, attempt: int, place: str) -> str:
+    """Return the comment of a job: which attempt it is, and of the run in which directory."""
+    return f"{task_id}.{attempt} {zlib.crc32(place.encode('utf-8', 'surrogateescape')):08x}"
+
+
+def sbatch_argv(run_id: str, task: Task, comment: str, log: str, cwd: str) -> List[str]:
+    """Return the call that submits a job, whose script it reads from its standard input."""
+    # In the name of an output file Slurm replaces %j and the like, unless there is a backslash in it.
+    output = log.replace("\\", "\\\\") if "\\" in log else log.replace("%", "%%")
+    argv = ["sbatch", "--parsable", "--no-requeue", "--export=ALL", "--open-mode=append", "--nodes=1",
+            "--ntasks=1", f"--job-name={job_name(run_id)}", f"--comment={comment}", f"--output={output}",
+            f"--chdir={cwd}"]
+    minutes = job_minutes(task)
+    options = {"--time": minutes, "--cpus-per-task": task.resources.get("cpus"),
+               "--mem": task.resources.get("memory_mb"), "--partition": task.resources.get("partition"),
+               "--gpus": task.resources.get("gpus")}
+    return argv + [f"{option}={value}" for option, value in options.items() if value is not None]
+
+
+def parse_submitted(text: str) -> Optional[str]:
+    """Return the job that sbatch has told of, with ;cluster if it named one; None if it told of none."""
+    match = re.fullmatch(r"(?s:.*\n)?([0-9]+(?:;[\w.-]+)?)\s*", text)
+    return match[1] if match else None
+
+
+#: What sbatch says where the job may or may not have come to be, and where there are too many for now.
+_NO_ANSWER = r"(?i)contact|connect|timed out|temporarily|zero bytes|try again|not responding"
+_TOO_MANY = r"(?i)limit|policy|too many"
+
+
+def judge_refusal(code: Optional[int], said: str) -> str:
+    """Return what a submission that gave no job may mean: no answer, too many, or refused."""
+    if not code or re.search(_NO_ANSWER, said):
+        return "no answer"
+    return "too many" if re.search(_TOO_MANY, said) else "refused"
+
+
+#: The states of jobs that squeue still tells of, though they are over.
+_ENDED = frozenset(["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+                    "PREEMPTED", "REVOKED", "TIMEOUT"])
+
+
+class Queued(NamedTuple):
+    """What squeue says of one job."""
+
+    job: str
+    state: str
+    task: str
+    attempt: int
+
+    @property
+    def is_live(self) -> bool:
+        """True if the job waits, runs, or is about to end."""
+        return self.state not in _ENDED
+
+
+def squeue_argv(run_id: str, uid: int, clusters: Collection[str]) -> List[str]:
+    """Return the call that asks for all jobs of a run."""
+    where = ["-M", ",".join(sorted(clusters))] if clusters else ["-h"]     # with -M heads name them
+    return ["squeue", *where, "-t", "all", "-u", str(uid), "-n", job_name(run_id), "-o", "%i|%T|%k"]
+
+
+def parse_queue(text: str, place: str) -> List[Queued]:
+    """Return what squeue has told of the jobs of a run in `place`; raise ValueError if it told odd things."""
+    found, cluster = [], ""
+    for line in text.splitlines():
+        match = re.fullmatch(r"([0-9]\S*)\|([A-Z_]+)\|(.*)", line)
+        if line.startswith("CLUSTER: "):
+            cluster = ";" + line[9:].strip()
+        elif match:
+            name, dot, number = match[3].split(" ")[0].rpartition(".")
+            if dot and number.isdecimal() and match[3] == job_comment(name, int(number), place):
+                found.append(Queued(match[1] + cluster, match[2], name, int(number)))
+        elif line.strip() and not line.startswith("JOBID|"):
+            raise ValueError(f"squeue: {shown(line)} tells of no job")
+    return found
+
+
+def scancel_argvs(jobs: Iterable[str], word: str) -> Iterator[List[str]]:
+    """Yield the calls that end jobs: by TERM with grace, by KILL at once, by CANCEL where they wait."""
+    groups: Dict[str, List[str]] = {}
+    for job in jobs:
+        number, _, cluster = job.partition(";")
+        groups.setdefault(cluster, []).append(number)
+    how = {"TERM": ["--signal=TERM", "--batch"], "KILL": ["--signal=INT", "--batch"], "CANCEL": []}[word]
+    for cluster, numbers in sorted(groups.items()):
+        yield ["scancel", "--quiet", *(["-M", cluster] if cluster else []), *how, *sorted(numbers)]
+
+
+def job_end(run: Run, task_id: str, now: float, end: Mapping[str, Any],
+            output: Callable[[], Mapping[str, Any]]) -> AttemptEnded:
+    """Return how the running attempt of a task ended, by the .end that its job has left."""
+    task, task_run = run.defs[task_id], run.tasks[task_id]
+    code, why, limit = int(end["code"]), end.get("why"), task.resources.get("time_s")
+    if "cannot" in end:
+        return attempt_unstartable(run, task_id, now, f"cannot start: {end['cannot']}", code)
+    if why == "signal" and task_run.stopping is None:
+        if limit is not None and end["ended"] - end["began"] >= limit:
+            return AttemptEnded(now, task_id, task_run.attempt, FAILED,
+                                f"Slurm's time limit of {limit:g} s is over", "timeout")
+        return AttemptEnded(now, task_id, task_run.attempt, FAILED, "ended by Slurm: somebody has cancelled "
+                            "its job, or it was preempted", 143)
+    stopping = f"timeout after {task.timeout_s or 0:g} s" if why == "timeout" else task_run.stopping
+    return attempt_end(run, task_id, now, code, stopping if why else None, output)
+
+
+def job_lost(run: Run, task_id: str, now: float, job: Optional[str], state: Optional[str]) -> AttemptEnded:
+    """Return the end of a running attempt whose job has left none and is not there any more."""
+    task_run = run.tasks[task_id]
+    if task_run.stopping:
+        return attempt_end(run, task_id, now, -15, task_run.stopping, dict)
+    told = f"job {job} {'is not there any more' if state is None else f'is {state}'}, and has left no end"
+    return AttemptEnded(now, task_id, task_run.attempt, FAILED, f"lost by Slurm: {told}")
 
 
 # ============================================================================
@@ -4873,6 +5193,13 @@ def exporter(name: str) -> Callable[[Any], Any]:
         EXPORTERS[name] = function
         return function
     return enter
+
+
+def executors_left_out(plan: Plan) -> Iterator[str]:
+    """Yield what a language does otherwise that runs all tasks where it runs itself."""
+    for task in plan.flow.tasks:
+        if task.executor not in (None, LOCAL):
+            yield f"task {task.id}: executor {task.executor} is left out: it runs where all the others do"
 
 
 def describe_action(task: Task) -> str:
@@ -5427,7 +5754,8 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
     head, loop = _BASH_ENGINE.split("\nmf_red=0\n")
     return Exported("".join([
         _BASH_HEAD, "\n# ---- the flow\n", settings, f"mf_context={bash_quote(context)}\n", exports,
-        *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nmf_red=0\n", loop]), is_program=True)
+        *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nmf_red=0\n", loop]),
+        tuple(executors_left_out(plan)), is_program=True)
 
 
 # ============================================================================
@@ -5820,6 +6148,7 @@ def _make_problems(plan: Plan) -> Iterator[str]:
 
 def _make_losses(plan: Plan, params: Mapping[str, Any], opened: Mapping[str, str]) -> Iterator[str]:
     """Yield what make does otherwise, and how to come by it."""
+    yield from executors_left_out(plan)
     if plan.flow.max_parallel is not None:
         yield f"max_parallel is not in the Makefile; call make with -j{plan.flow.max_parallel}"
     if any(task.priority for task in plan.tasks.values()):
@@ -6366,6 +6695,11 @@ class Loaded(NamedTuple):
     def status(self) -> str:
         """The status of the run: interrupted, if it should be running and nobody works on it."""
         return self.run.status if self.live or self.run.outcome else INTERRUPTED
+
+    def status_of(self, task_run: TaskRun) -> str:
+        """Return the status of a task: without an engine only a job of a cluster can be running."""
+        goes_on = self.live or task_run.attempts and task_run.attempts[-1].job is not None
+        return INTERRUPTED if task_run.status == RUNNING and not goes_on else task_run.status
 
 
 def _read_journal(path: str) -> Tuple[Optional[Run], int, Mapping[str, Any], bytes]:
@@ -7914,7 +8248,8 @@ class Templates:
         """Start the templates that will pay, so that they are ready when the first script is."""
         counts: Dict[str, int] = {}
         for name, task in run.plan.tasks.items():
-            if isinstance(task.action, Script) and run.tasks[name].status not in SETTLED:
+            if (isinstance(task.action, Script) and run.tasks[name].status not in SETTLED
+                    and executor_of(run.plan.flow, task) == LOCAL):
                 python = task.action.python or self._setting.python
                 if "/" in python:
                     python = _absolute(python, self._setting.start_dir)
@@ -8469,6 +8804,17 @@ class Exchange:
             self._disk.unlink(path)
         return path
 
+    def base(self, task: str, attempt: int) -> str:
+        """Return what the paths of an attempt's own files begin with."""
+        return f"{self._io}/{task}.{attempt}"
+
+    def names(self) -> List[str]:
+        """Return the names of all files of all attempts; none if the disk does not tell."""
+        try:
+            return os.listdir(self._io)
+        except OSError:
+            return []
+
     def log_path(self, action: Start) -> str:
         """Return where the log of an attempt lies."""
         return os.path.join(self._logs, f"{action.task}.{action.attempt}.log")
@@ -8506,6 +8852,8 @@ class Exchange:
         context = self._contexts.get(id(scope))
         if context is None:
             self._made += 1
+            while f"context-{self._made}.json" in self._found:
+                self._made += 1                # an earlier engine's, which a job may read still
             context = Context(scope, os.path.join(self._io, f"context-{self._made}.json"))
             self._disk.put(context.path, context_json(run, task_id).encode(), False)
             self._contexts[id(scope)] = context
@@ -8516,11 +8864,12 @@ class Exchange:
         context.users += 1
         return context
 
-    def take_output(self, path: str) -> Mapping[str, Any]:
+    def take_output(self, path: str, remove: bool = True) -> Mapping[str, Any]:
         """Read what a task wrote to $MINIFLOW_OUTPUT, and remove it; raise ValueError if it can't be used."""
         try:
             content = read_file(path, MAX_OUTPUT + 1)
-            os.unlink(path)
+            if remove:
+                os.unlink(path)
         except FileNotFoundError:
             return {}
         except OSError as exc:
@@ -8769,7 +9118,8 @@ class Processes:
             if child.code is None and child.give_up_at and now >= child.give_up_at:
                 self._forget(child)
                 stopping = run.tasks[child.task].stopping or "stopped"
-                return [attempt_unkillable(run, child.task, now, stopping, child.process.pid)]
+                return [attempt_unkillable(run, child.task, now, stopping,
+                                           f"process {child.process.pid}")]
             if child.code is None:
                 return []
             child.stopping = run.tasks[child.task].stopping
@@ -8802,6 +9152,622 @@ class Processes:
             self._watchdog.remove(child.process.pid)
         child.context.users -= 1
         self._unwatch(child)
+
+
+# ============================================================================
+# == 22.5. SLURM: how do attempts run as jobs of a cluster?
+# ============================================================================
+# The engine decides, and one attempt is one job: retries, order and limits are as everywhere else.  How an
+# attempt has ended is in the file that its job leaves; squeue is asked only whether the job is still there.
+#
+# A controller that is dead does not refuse a call, it keeps it waiting for minutes.  So each call of sbatch,
+# squeue and scancel is a process beside the engine's loop, which never waits for it, and whose time is
+# bounded.  That no answer has come means that nothing is known, never that a job has ended, or has not come
+# to be: it is looked for, and only then submitted again.  Its .began keeps two jobs of one attempt apart.
+#
+# The jobs live on without an engine; the next one takes up what was running by name and comment.  A task of
+# which a job may be left that was given up is in doubt: it waits until squeue shows none, and what it shows
+# is cancelled.
+#
+# Left alone: accounting (sacct), which small sites don't have; a call for each job instead of one for all,
+# ten times as dear; dependencies between jobs, as they can say neither retries nor conditions.
+
+#: How many jobs a run has at once, and in seconds, how soon squeue is asked again and how long an answer may
+#: take, unless the environment says otherwise.
+SLURM_DEFAULTS = {"MINIFLOW_SLURM_JOBS": 100.0, "MINIFLOW_SLURM_POLL_S": 2.0, "MINIFLOW_SLURM_CALL_S": 30.0}
+_SLOWEST = 15                                  # times as long as at first it is until squeue is asked again
+_LOOK_MOST_S = 2.0                             # how long an end may lie there unseen
+_CALLS = 4                                     # submissions at a time
+#: Variables that tell Slurm's programs what is told by options here, or belong to a job that we are in.
+_NOT_OURS = ("SQUEUE_", "SCANCEL_", "SLURM_", "SBATCH_WAIT", "SBATCH_ARRAY", "SBATCH_ERROR", "SBATCH_INPUT",
+             "MINIFLOW_COOKIE")
+
+
+def slurm_setting(name: str) -> float:
+    """Return the value of one of SLURM_DEFAULTS; raise UsageError for one that makes no sense."""
+    text = os.environ.get(name) or str(SLURM_DEFAULTS[name])
+    try:
+        value = float(text)
+        if not 0.01 <= value <= 1e6:
+            raise ValueError(text)
+        return value
+    except ValueError:
+        raise UsageError(f"{name}={shown(text)}: expected a number from 0.01 to 1000000; "
+                         f"unset, it is {SLURM_DEFAULTS[name]:g}") from None
+
+
+def needs_slurm(flow: Flow) -> List[str]:
+    """Return the tasks of a flow that run as jobs."""
+    return [task.id for task in flow.tasks if executor_of(flow, task) == SLURM]
+
+
+def check_slurm(flow: Flow) -> None:
+    """Raise UsageError if tasks of `flow` are to run as jobs and can't."""
+    if flow.executor == SLURM:
+        for task in flow.tasks:
+            if isinstance(task.action, Function):
+                raise UsageError(f"flow {flow.name}: task {task.id} is a Python function, which can't run on "
+                                 "Slurm; leave out --executor slurm")
+    names = needs_slurm(flow)
+    for program in ("sbatch", "squeue", "scancel") if names else ():
+        if program_path(program, os.environ) is None:
+            raise UsageError(f"flow {flow.name}: task {names[0]} is to run on Slurm, and there is no "
+                             f"{program} in PATH; add it to PATH, or run the task with executor local")
+    for name in SLURM_DEFAULTS if names else ():
+        slurm_setting(name)
+
+
+class Answer(NamedTuple):
+    """What a call of one of Slurm's programs gave; code None: nothing in time."""
+
+    code: Optional[int]
+    out: str
+    error: str
+    began: float
+
+    @property
+    def said(self) -> str:
+        """What a user should know of it, on one line."""
+        lines = (self.error or self.out).strip().splitlines()
+        return lines[-1] if lines else "no answer" if self.code is None else f"exit {self.code}"
+
+
+class Inquiry:
+    """A call under way."""
+
+    __slots__ = ("process", "pidfd", "began", "take", "_files")
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], stdin: str, began: float,
+                 take: Callable[[Answer], List[Event]]) -> None:
+        import tempfile
+        self.began, self.take = began, take
+        self._files = [tempfile.TemporaryFile() for _ in range(3)]     # pipes could fill up
+        self._files[0].write(os.fsencode(stdin))
+        self._files[0].seek(0)
+        files = self._files[0].fileno(), self._files[1].fileno(), self._files[2].fileno()
+        self.process = spawn(argv, env, os.getcwd(), files)
+        self.pidfd: Optional[int] = None
+
+    def answer(self, code: Optional[int]) -> Answer:
+        """Return what came of it."""
+        texts = []
+        for file in self._files[1:]:
+            file.seek(0)
+            texts.append(file.read(2**26).decode("utf-8", "replace"))
+        return Answer(code, texts[0], texts[1], self.began)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._files:
+            file.close()
+
+
+class Inquiries:
+    """The calls of Slurm's programs that are under way."""
+
+    def __init__(self, now: Callable[[], float], waiter: Waiter, watchdog: Watchdog) -> None:
+        self._now, self._waiter, self._watchdog = now, waiter, watchdog
+        self._env = {name: value for name, value in os.environ.items()
+                     if name == "SLURM_CONF" or not name.startswith(_NOT_OURS)}
+        self._call_s = slurm_setting("MINIFLOW_SLURM_CALL_S")
+        self._calls: List[Inquiry] = []
+        self._failed: List[Tuple[Callable[[Answer], List[Event]], Answer]] = []
+
+    def make(self, argv: Sequence[str], take: Callable[[Answer], List[Event]], stdin: str = "") -> None:
+        """Begin a call; `take` is given its answer and returns what has happened by it."""
+        self._watchdog.ready()
+        try:
+            call = Inquiry(argv, self._env, stdin, self._now(), take)
+        except OSError as exc:
+            self._failed.append((take, Answer(None, "", f"{argv[0]}: {exc.strerror}", self._now())))
+            return
+        call.pidfd = self._waiter.watch(call.process.pid)
+        self._watchdog.add(call.process.pid)   # for the engine may be killed while nobody answers
+        self._calls.append(call)
+
+    def turn(self) -> List[Event]:
+        """Take in the answers that have come, and give up waiting for those that are late."""
+        failed, self._failed = self._failed, []
+        events = [event for take, answer in failed for event in take(answer)]
+        for call in list(self._calls):
+            code = call.process.poll()
+            late = self._now() >= call.began + self._call_s
+            if code is not None or late:
+                self._calls.remove(call)
+                self._end(call)
+                events += call.take(call.answer(code))
+                call.close()
+        return events
+
+    def _end(self, call: Inquiry) -> None:
+        """See that nothing of a call runs any more."""
+        call.process.kill()
+        wait_for(call.process.poll, UNKILLABLE_S)
+        self._watchdog.remove(call.process.pid)
+        self._waiter.unwatch(call.pidfd)
+
+    def wake(self) -> float:
+        """Return when to look at the latest."""
+        if self._failed or any(call.pidfd is None for call in self._calls):
+            return self._now() + _LOOK_S
+        return min((call.began + self._call_s for call in self._calls), default=self._now() + _FOREVER_S)
+
+    def wait(self, until: float) -> bool:
+        """Wait for an answer, at the longest until then; tell whether there is one to wait for."""
+        if self._calls and self._now() < until:
+            self._waiter.wait(min(self.wake(), until) - self._now())
+            return True
+        return False
+
+    def close(self) -> None:
+        """End all calls that are under way."""
+        for call in self._calls:
+            self._end(call)
+            call.close()
+
+
+class Job:
+    """A running attempt that is, or is to be, a job."""
+
+    __slots__ = ("task", "attempt", "base", "id", "stage", "since", "missed", "state", "odd", "word",
+                 "give_up_at", "context", "is_barred")
+
+    def __init__(self, task: str, attempt: int, base: str, stage: str, since: float) -> None:
+        self.task, self.attempt, self.base, self.stage, self.since = task, attempt, base, stage, since
+        self.id: Optional[str] = None
+        self.missed = self.odd = 0             # looks that did not show it; answers to it that made no sense
+        self.state: Optional[str] = None       # as squeue said last
+        self.word: Optional[str] = None        # the signal that it has been sent
+        self.give_up_at: Optional[float] = None
+        self.context: Optional[Context] = None
+        self.is_barred = False                 # the engine itself has made its .began
+
+    def claim(self) -> bool:
+        """See that the attempt never begins; tell whether that was in time."""
+        try:
+            os.close(os.open(self.base + ".began", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except OSError:
+            return False
+        return True
+
+    def has_begun(self) -> bool:
+        """Tell whether a job of the attempt has begun."""
+        return os.path.lexists(self.base + ".began")
+
+
+#: Where a job stands: to be submitted; sbatch has been called; it may be there or not; it was submitted.
+_READY, _SENT, _UNSURE, _THERE = "ready", "sent", "unsure", "there"
+
+
+class Pulse:
+    """When Slurm is asked, and the disk looked at: soon after something has happened, then more seldom."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now, self.note = now, lambda text: None          # type: Any, Callable[[str], None]
+        self.poll_s = self.pace = slurm_setting("MINIFLOW_SLURM_POLL_S")
+        self.ask_at = self.look_at = self.send_at = now()
+        self._troubles: Set[str] = set()
+
+    def hurry(self) -> None:
+        """Something has happened, so more may soon."""
+        self.pace = self.poll_s
+        self.ask_at = min(self.ask_at, self._now() + self.pace)
+        self.look_at = min(self.look_at, self._now() + self.pace / 4)
+
+    def looked(self) -> None:
+        """The disk has been looked at."""
+        self.look_at = self._now() + min(self.pace / 4, _LOOK_MOST_S)
+
+    def asked(self, unclear: bool) -> None:
+        """Slurm has been asked; where that left something unclear it is asked again soon."""
+        self.pace = self.poll_s if unclear else min(self.pace * 1.5, self.poll_s * _SLOWEST)
+        self.ask_at = self._now() + self.pace
+
+    def complain(self, of: str, text: str) -> None:
+        """Tell of a trouble, unless it is known that there is one of that kind."""
+        if of not in self._troubles:
+            self.note(text)
+        self._troubles.add(of)
+
+    def recover(self, of: str) -> None:
+        """A trouble is over, if there was one."""
+        if of in self._troubles:
+            self.note(f"Slurm {of} again")
+        self._troubles.discard(of)
+
+
+class JobTable:
+    """The attempts of a run that are jobs, what is known of each, and what follows from it."""
+
+    def __init__(self, run: Run, store: Store, exchange: Exchange, setting: Setting, calls: Inquiries,
+                 now: Callable[[], float], ended: Callable[[Run, AttemptEnded], AttemptEnded]) -> None:
+        self._run, self._store, self._exchange, self._setting = run, store, exchange, setting
+        self._calls, self._now, self._ended = calls, now, ended
+        self.pulse = Pulse(now)
+        self._jobs: Dict[str, Job] = {}
+        self._clusters: Set[str] = set()       # that sbatch has named
+        self._doubts: Dict[str, float] = {}    # tasks of which a job may be left, and since when
+        self._told: Dict[str, Set[str]] = {}   # words to the jobs that are to be told them
+        self._left: List[Tuple[Job, bool]] = []# attempts that are over, and whether all they left may go
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Find what an earlier engine of the run has left."""
+        run = self._run
+        for name in run.running:
+            task_run = run.tasks[name]
+            if executor_of(run.plan.flow, run.defs[name]) == SLURM:
+                job = self._enter(name, task_run.attempt, _UNSURE)
+                job.id = task_run.attempts[-1].job
+                job.stage = _THERE if job.id else _UNSURE
+                self._clusters |= set((job.id or "").split(";")[1:])
+        for name in self._exchange.names():
+            match = re.fullmatch(r"(.+)\.([0-9]+)\.job", name)
+            if match and (match[1] not in self._jobs or self._jobs[match[1]].attempt != int(match[2])):
+                Job(match[1], int(match[2]), self._exchange.base(match[1], int(match[2])), "", 0).claim()
+                self._doubts[match[1]] = self._now()
+
+    def _enter(self, task: str, attempt: int, stage: str) -> Job:
+        """Look after an attempt from now on."""
+        self._jobs[task] = job = Job(task, attempt, self._exchange.base(task, attempt), stage, self._now())
+        return job
+
+    def _tell(self, word: str, job: str) -> None:
+        self._told.setdefault(word, set()).add(job)
+
+    def _say(self, job: Job, again: bool = False) -> None:
+        """Tell a job that has begun to end."""
+        job.id = job.id or self._at_work(job)  # else squeue will tell who it is
+        if job.id and job.word:
+            self._tell(job.word, job.id)
+            if again and job.word == "KILL":
+                self._tell("CANCEL", job.id)
+
+    def _over(self, job: Job, end: AttemptEnded, tidy: bool) -> AttemptEnded:
+        """Let go of an attempt; what is left of one that was given up stands in the way of its job."""
+        del self._jobs[job.task]
+        if job.context:
+            job.context.users -= 1
+        self._left.append((job, tidy))
+        if not tidy:
+            self._doubts[job.task] = self._now()
+        self.pulse.hurry()
+        return end
+
+    def tidy(self) -> None:
+        """Remove what attempts have left whose end is recorded by now; what stays bars one that was given up.
+
+        Done any sooner, an engine that dies before it has recorded the end would never find it again.
+        """
+        for job, tidy in self._left:
+            try:
+                if not tidy:
+                    self._store.disk.put(job.base + ".job", b"", False)
+                for suffix in (".out", ".end", ".began", ".job") if tidy else ():
+                    self._store.disk.unlink(job.base + suffix)
+            except OSError:
+                pass                           # it stands in nobody's way
+        self._left.clear()
+
+    def _give_up(self, now: float) -> List[Event]:
+        """Return the ends of attempts that not even SIGKILL has ended."""
+        late = [job for job in self._jobs.values() if job.give_up_at is not None and now >= job.give_up_at]
+        reasons = [self._run.tasks[job.task].stopping or "stopped" for job in late]
+        return [self._over(job, attempt_unkillable(self._run, job.task, now, reason, f"job {job.id}"), False)
+                for job, reason in zip(late, reasons)]
+
+    def _take_end(self, job: Job) -> List[Event]:
+        """Return how an attempt has ended, by what its job has written."""
+        now = self._now()
+        try:
+            told = json.loads(read_file(job.base + ".end"))
+            end = job_end(self._run, job.task, now, told,
+                          lambda: self._exchange.take_output(job.base + ".out", remove=False))
+        except (OSError, ValueError, KeyError, TypeError):
+            if job.missed < 2:                 # a disk that is slow to show all of it
+                job.missed += 1
+                return []
+            end = job_lost(self._run, job.task, now, job.id, "over")
+        events = self._learn(job, self._at_work(job)) if job.id is None else []
+        return [*events, self._over(job, self._ended(self._run, end), True)]
+
+    def _at_work(self, job: Job) -> Optional[str]:
+        """Return which job has begun an attempt, if that can be told."""
+        try:
+            number, _, cluster = read_file(job.base + ".began", 256).decode().partition(";")
+        except (OSError, ValueError):
+            return None
+        return f"{number};{cluster}" if cluster and self._clusters else number or None
+
+    def _learn(self, job: Job, number: Optional[str]) -> List[Event]:
+        """Note which job an attempt is."""
+        job.id = number
+        return [AttemptSubmitted(self._now(), job.task, job.attempt, number)] if number else []
+
+    def _compare(self, job: Job, rows: Sequence[Queued]) -> List[Event]:
+        """Take in what squeue shows of an attempt."""
+        events: List[Event] = []
+        live = [row for row in rows if row.is_live]
+        if live:
+            job.missed, job.state = 0, live[0].state
+            if job.id is None:
+                events += self._learn(job, live[0].job)
+            job.stage = _THERE
+            self._say(job, again=True)
+            return events
+        if job.stage == _UNSURE and not job.has_begun():
+            job.stage = _READY                 # it has not come to be, or not to begin: once more
+            return []
+        job.missed += 1
+        job.state = next((row.state for row in rows if job.id in (None, row.job)), None)
+        if job.missed < 2:                     # the disk may show its end later than squeue
+            return []
+        events += self._take_end(job) if os.path.lexists(job.base + ".end") else ()
+        if job.task in self._jobs:
+            job.claim()                        # should it turn up all the same, it does not run
+            end = job_lost(self._run, job.task, self._now(), job.id, job.state)
+            events.append(self._over(job, end, False))
+        return events
+
+    def _clear_doubts(self, rows: Sequence[Queued], began: float) -> None:
+        """Cancel jobs of attempts that were given up; a task of which there are none may go on."""
+        for task, since in list(self._doubts.items()):
+            job = self._jobs.get(task)
+            left = [row.job for row in rows if row.task == task and row.is_live
+                    and (job is None or row.attempt != job.attempt or job.stage == _READY)]
+            for number in left:
+                self._tell("CANCEL", number)
+            if not left and since < began:
+                del self._doubts[task]
+
+
+class Jobs(JobTable):
+    """The same, beside calls of sbatch, squeue and scancel that find out and get done what is to be."""
+
+    _sending, _asking = 0, False               # submissions under way; whether squeue has been called
+
+    def start(self, action: Start) -> List[Event]:
+        """Take in an attempt; it is submitted in the next turn."""
+        job = self._enter(action.task, action.attempt, _READY)
+        if os.path.lexists(job.base + ".job"): # a power cut took the record of it
+            job.is_barred = not self._at_work(job)
+            if not job.is_barred:
+                job.stage = _UNSURE
+        self.pulse.hurry()
+        return []
+
+    def stop(self, action: Stop) -> List[Event]:
+        """End an attempt: at once if it has not begun, else by a signal to its job."""
+        job = self._jobs.get(action.task)
+        if job is None:
+            return []
+        job.word = action.signal
+        if job.claim():
+            if job.id:
+                self._tell("CANCEL", job.id)
+            end = job_lost(self._run, job.task, self._now(), job.id, None)
+            return [self._over(job, end, job.stage == _READY)]
+        self._say(job)
+        if action.signal == "KILL":
+            job.give_up_at = self._now() + _SLOWEST * self.pulse.poll_s
+        self.pulse.hurry()
+        return []
+
+    def turn(self) -> List[Event]:
+        """Take in what has been answered, and how jobs have ended; ask, submit and cancel anew."""
+        self.tidy()
+        events, now = self._calls.turn(), self._now()
+        if self._jobs and now >= self.pulse.look_at:
+            events += self._look()
+        if self._is_unknown() and now >= self.pulse.ask_at:
+            self._ask()
+        events += self._give_up(now)
+        if now >= self.pulse.send_at:
+            events += self._send()
+        for word, jobs in self._told.items():
+            for argv in scancel_argvs(jobs, word):
+                self._calls.make(argv, lambda answer: [])
+        self._told.clear()
+        return events
+
+    def wake(self) -> float:
+        """Return when the next turn is due at the latest."""
+        times = [self._now() if self._told else self._calls.wake()]
+        if self._jobs:
+            times += [self.pulse.look_at, self.pulse.ask_at] if self._is_unknown() else [self.pulse.look_at]
+            times += [job.give_up_at for job in self._jobs.values() if job.give_up_at is not None]
+            if self._sending < _CALLS and self._next():
+                times.append(self.pulse.send_at)
+        return min(times)
+
+    def _look(self) -> List[Event]:
+        """Return the ends that jobs have left."""
+        names = set(self._exchange.names())
+        self.pulse.looked()
+        events: List[Event] = []
+        for job in list(self._jobs.values()):
+            if os.path.basename(job.base) + ".end" in names:
+                events += self._take_end(job)
+        return events
+
+    def _is_unknown(self) -> bool:
+        """Tell whether squeue knows what is not known here, and has not been called already."""
+        return not self._asking and bool(self._jobs) and (
+            bool(self._doubts) or any(job.stage in (_THERE, _UNSURE) for job in self._jobs.values()))
+
+    def _ask(self) -> None:
+        """Call squeue."""
+        self._asking = True
+        uid = os.getuid() if hasattr(os, "getuid") else 0
+        self._calls.make(squeue_argv(self._run.id, uid, self._clusters), self._take_queue)
+
+    def _take_queue(self, answer: Answer) -> List[Event]:
+        """Take in what squeue has answered; what it does not know is known only if it answers well."""
+        self._asking = False
+        try:
+            if answer.code != 0:
+                raise ValueError(f"squeue: {answer.said}")
+            rows = parse_queue(answer.out, self._store.place)
+        except ValueError as exc:
+            self.pulse.complain("answers", f"Slurm gives no answer ({exc}); it is asked again")
+            self.pulse.asked(False)
+            return []
+        self.pulse.recover("answers")
+        by_attempt: Dict[Tuple[str, int], List[Queued]] = {}
+        for row in rows:
+            by_attempt.setdefault((row.task, row.attempt), []).append(row)
+        events: List[Event] = []
+        for job in list(self._jobs.values()):
+            if job.stage in (_THERE, _UNSURE) and job.since < answer.began:
+                events += self._compare(job, by_attempt.get((job.task, job.attempt), []))
+        self._clear_doubts(rows, answer.began)
+        self.pulse.asked(bool(self._doubts) or any(job.missed or job.word or job.stage == _UNSURE
+                                                   for job in self._jobs.values()))
+        return events
+
+    def _next(self) -> Optional[Job]:
+        """Return the attempt to be submitted next, if there is one."""
+        return next((job for job in self._jobs.values()
+                     if job.stage == _READY and job.task not in self._doubts), None)
+
+    def _send(self) -> List[Event]:
+        """Submit what is ready, some at a time."""
+        events: List[Event] = []
+        while self._sending < _CALLS:
+            job = self._next()
+            if job is None:
+                break
+            try:
+                argv, script = self._prepare(job)
+            except OSError as exc:
+                place = exc.filename or self._store.path
+                self.pulse.complain("takes jobs", f"{place}: {exc.strerror}, so no job is made yet")
+                self.pulse.send_at = self._now() + self.pulse.pace
+                break
+            except (LookupError, ValueError) as exc:
+                why = str(exc.args[0]) if isinstance(exc, LookupError) else f"cannot start: {exc}"
+                events.append(self._over(job, attempt_unstartable(
+                    self._run, job.task, self._now(), why,
+                    None if isinstance(exc, LookupError) else 126), True))
+                continue
+            self._submit(job, argv, script)
+        return events
+
+    def _submit(self, job: Job, argv: Sequence[str], script: str) -> None:
+        """Call sbatch."""
+        job.stage, self._sending = _SENT, self._sending + 1
+        self._calls.make(argv, lambda answer: self._take_submitted(job, answer), script)
+
+    def _prepare(self, job: Job) -> Tuple[List[str], str]:
+        """Write down what a job is to execute; return the call that submits it, and its script."""
+        run, action = self._run, Start(job.task, job.attempt)
+        if job.is_barred:                      # and no job is left that this was to keep from it
+            self._store.disk.unlink(job.base + ".began")
+            job.is_barred = False
+        if not os.path.lexists(self._exchange.log_path(action)):
+            os.close(self._exchange.open_log(action))
+        job.context = job.context or self._exchange.context(run, job.task)
+        setting = self._setting._replace(context=job.context.path, output=self._exchange.output(action))
+        invocation, task = invoke(run, job.task, setting), run.defs[job.task]
+        if "\0" in invocation.cwd:
+            raise ValueError(f"there is a NUL in its directory {shown(invocation.cwd)}")
+        spec = job_spec(run, task, invocation, self._setting.environ)
+        self._store.disk.put(job.base + ".job", spec.encode("ascii"), False)
+        comment = job_comment(job.task, job.attempt, self._store.place)
+        argv = sbatch_argv(run.id, task, comment, self._exchange.log_path(action), invocation.cwd)
+        return argv, job_script(self._setting.python, job.base)
+
+    def _take_submitted(self, job: Job, answer: Answer) -> List[Event]:
+        """Take in what sbatch has answered."""
+        self._sending -= 1
+        number = parse_submitted(answer.out) if answer.code == 0 else None
+        if number:
+            self._clusters |= set(number.split(";")[1:])
+        if self._jobs.get(job.task) is not job:                # it was stopped meanwhile
+            if number:
+                self._tell("CANCEL", number)
+            return []
+        job.since = self._now()
+        if number:
+            job.stage = _THERE
+            self.pulse.recover("takes jobs")
+            self._say(job)
+            self.pulse.hurry()
+            return self._learn(job, number)
+        meaning = judge_refusal(answer.code, answer.said)
+        others = any(other is not job and other.stage == _THERE for other in self._jobs.values())
+        job.odd += answer.code == 0 or meaning == "too many" and not others
+        if meaning == "refused" or job.odd > 2:
+            if not job.claim():
+                job.stage = _UNSURE            # it is at work, whatever was said
+                return []
+            why = f"cannot start: sbatch: {answer.said}"
+            end = attempt_unstartable(self._run, job.task, self._now(), why, answer.code or None)
+            return [self._over(job, end, answer.code != 0)]
+        job.stage = _READY if meaning == "too many" else _UNSURE
+        self.pulse.complain("takes jobs", f"Slurm takes no job now ({answer.said}); it is tried again")
+        self.pulse.send_at = self._now() + self.pulse.pace
+        return []
+
+
+class Cluster(Processes):
+    """The World of a run of which some attempts are jobs, and the others processes beside the engine."""
+
+    def __init__(self, run: Run, store: Store, tasks_dir: str, clock: Clock, token: str,
+                 options: Mapping[str, Any]) -> None:
+        super().__init__(store, run.id, tasks_dir, clock, token, options=options)
+        self._calls = Inquiries(self.now, self._waiter, self._watchdog)
+        self.jobs = Jobs(run, store, self._exchange, self._setting, self._calls, self.now, self._hand_on)
+
+    def __exit__(self, *exc_info: Any) -> None:
+        end = self.now() + slurm_setting("MINIFLOW_SLURM_CALL_S")
+        if exc_info[0] is None:
+            self.jobs.turn()
+            while self._calls.wait(end):       # to cancel jobs takes a moment
+                self.jobs.turn()
+        self._calls.close()
+        super().__exit__(*exc_info)
+
+    def _hand_on(self, run: Run, end: AttemptEnded) -> AttemptEnded:
+        """Return the end of a job as that of every attempt is told."""
+        return self.freshness.made(run, note_secrets(run, end))
+
+    def start(self, run: Run, action: Start) -> List[Event]:
+        """Start an attempt where it is to run."""
+        if executor_of(run.plan.flow, run.defs[action.task]) == SLURM:
+            return self.jobs.start(action)
+        return super().start(run, action)
+
+    def stop(self, run: Run, action: Stop) -> List[Event]:
+        """End an attempt where it runs."""
+        return self.jobs.stop(action) + super().stop(run, action)
+
+    def wait(self, run: Run, until: Optional[float]) -> List[Event]:
+        """Wait until something happens here or there, at the longest until `until`; return what did."""
+        self.jobs.pulse.note = self.note
+        wake = self.jobs.wake()
+        return super().wait(run, wake if until is None else min(until, wake)) + self.jobs.turn()
+
 
 # ============================================================================
 # == 23. FUNCTIONS: how are Python functions called, and what becomes of what they return?
@@ -9466,8 +10432,13 @@ def remove_files(store: Store, run_id: str, ok: bool) -> None:
     import shutil
     if not isinstance(store, MemoryStore) or store.has_folder:
         tmp = store.files(run_id).tmp
+        io = os.path.join(tmp, "io")
         try:
-            shutil.rmtree(tmp if ok else os.path.join(tmp, "io"), ignore_errors=True)
+            kept = [name for name in os.listdir(io) if name.endswith((".job", ".began"))] if not ok else []
+            for name in set(os.listdir(io)) - set(kept) if kept else ():   # what bars jobs stays
+                store.disk.unlink(os.path.join(io, name))
+            if not kept:
+                shutil.rmtree(tmp if ok else io, ignore_errors=True)
         except OSError:
             pass  # a disk that can't be looked at: the run has ended all the same
 
@@ -9517,6 +10488,8 @@ class Order(NamedTuple):
     fork: bool = True                          # scripts may be forked from a template interpreter
     force: bool = False                        # tasks run although nothing has changed
     parent: Optional[Mapping[str, str]] = None # run and task that it is a part of
+    executor: Optional[str] = None             # where tasks run that don't say; None: as the run did before
+    cancel: bool = False                       # what runs is only ended
 
     def options(self) -> Dict[str, Any]:
         """Return the options of the command line that a flow within this one is run with as well."""
@@ -9542,20 +10515,31 @@ class Opened(NamedTuple):
     last: Optional[Loaded] = None
 
 
+def make_world(opened: Opened, store: Store, order: Order, token: str) -> Processes:
+    """Return a world of processes, and of jobs if the run has tasks that need them."""
+    run, clock = opened.run, opened.clock
+    if not needs_slurm(run.plan.flow):
+        return Processes(store, run.id, order.tasks_dir, clock, token, options=order.options())
+    most = order.slots or run.plan.flow.max_parallel
+    if os.environ.get("MINIFLOW_SLURM_JOBS") and not order.slots or not most:
+        most = int(max(1, slurm_setting("MINIFLOW_SLURM_JOBS")))
+    run.queues.limits[JOBS] = most
+    return Cluster(run, store, order.tasks_dir, clock, token, order.options())
+
+
 def carry_out(opened: Opened, store: Store, order: Order, watcher: Watcher) -> Run:
     """Drive a run to its end in a world of processes, and let go of it whatever happens."""
     run, journal, news = opened.run, opened.journal, []      # type: Run, Any, List[Event]
     if journal is None:
         return run
     try:
-        with Processes(store, run.id, order.tasks_dir, opened.clock, journal.engine["token"],
-                       options=order.options()) as world:
+        slots = order.slots or run.plan.flow.max_parallel or usable_cpus()
+        with make_world(opened, store, order, journal.engine["token"]) as world:
             journal.note, journal.hurry, world.note = watcher.note, world.is_signalled, watcher.note
             world.freshness.force = order.force
             if order.fork:
                 world.templates.foresee(run)
             journal.begin(run, opened.last)
-            slots = order.slots or run.plan.flow.max_parallel or usable_cpus()
             for until in _turns(run, journal, world, slots, watcher, news):
                 news[:] = world.wait(run, until)
     finally:
@@ -9644,8 +10628,10 @@ def check_secrets(flow: Flow, params: Mapping[str, Any]) -> Tuple[str, ...]:
 def open_new(store: Store, source: Source, params: Optional[Mapping[str, Any]], order: Order,
              selection: Selection = Selection(), run_id: Optional[str] = None) -> Opened:
     """Make a run of a checked flow; raise RunExists if there is one of that id."""
-    flow, values = source.flow, complete_params(source.flow, params or {})
+    flow = source.flow._replace(executor=order.executor)
+    values = complete_params(flow, params or {})
     secrets = check_secrets(flow, values)
+    check_slurm(flow)
     store.prepare("runs", durable=True)
     ids = store.ids()
     plan = make_plan(flow, last_outputs(store, source.stem, select(flow, selection)),
@@ -9695,7 +10681,9 @@ def orphans_of(loaded: Loaded, store: Store) -> List[Orphan]:
 def _clear_orphans(loaded: Loaded, store: Store, order: Order, note: Callable[[str], None]) -> None:
     """See that nothing of the run's attempts runs any more, by the means that `order.on_orphan` names."""
     run, host = loaded.run, loaded.engine.get("host")
-    if host != this_engine(0)["host"] and any(t.status == RUNNING for t in run.tasks.values()):
+    if host != this_engine(0)["host"] and any(
+            t.status == RUNNING and t.attempts and executor_of(run.plan.flow, run.defs[name]) == LOCAL
+            for name, t in run.tasks.items()):
         if not order.force_host:
             raise RunLocked(f"run {run.id} was being run on host {host}, where its tasks may still run; "
                             "resume it there, or with --force-host if that host is gone")
@@ -9721,6 +10709,19 @@ def _clear_orphans(loaded: Loaded, store: Store, order: Order, note: Callable[[s
                             "end it, then resume")
         time.sleep(0.02)
         orphans = [orphan for orphan in orphans if orphan.trace()]
+
+
+def _check_jobs(last: Run, flow: Flow) -> None:
+    """Raise RunLocked if a task that may be a job still is no task for a cluster any more."""
+    tasks = {task.id: task for task in flow.tasks}
+    for name, task_run in last.tasks.items():
+        task = tasks.get(last.group_of.get(name, name))
+        was = executor_of(last.plan.flow, last.defs[name])
+        if (task_run.status == RUNNING and task_run.attempts and was != LOCAL
+                and (task is None or executor_of(flow, task) != was)):
+            job = task_run.attempts[-1].job or "?"
+            raise RunLocked(f"run {last.id}: task {name} may still be job {job} of {was}, where it is not to "
+                            f"run any more; end it: miniflow cancel {last.id}")
 
 
 def _check_same(last: Run, source: Optional[Source], params: Optional[Mapping[str, Any]]) -> None:
@@ -9766,11 +10767,18 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
                 journal.close(remove=True)
             return Opened(last.run, None, Clock())
         flow = source.flow if source else last.run.plan.flow
+        flow = flow._replace(executor=order.executor or last.run.plan.flow.executor)
+        check_slurm(flow)
+        _check_jobs(last.run, flow)
         for name, change in changed_tasks(last.run.plan.flow, flow).items():
             note(f"task {name} was {change} since run {run_id} began"
                  + ("" if change == "removed" else "; it runs again, and so does its downstream"))
         run = reopen(last.run, flow)
+        if run.running:
+            note(f"jobs of the run go on and are taken up as they are: {', '.join(run.running)}")
         run.secrets = secret_texts(flow.secrets, os.environ)
+        if order.cancel:
+            run.cancel = CancelRequested(time.time(), "cancelled by miniflow cancel")
         if source and source.path:
             run.source = os.path.abspath(source.path)
         return Opened(run, journal, Clock(), last)
@@ -9940,7 +10948,8 @@ class Lines(Watcher):
     def begin(self, run: Run, slots: Optional[int]) -> None:
         self.run = run
         left = f", {run.unsettled} of them to do" if run.unsettled < len(run.tasks) else ""
-        self.tell(f"run {run.id}: {len(run.tasks)} tasks{left}" + (f", {slots} at once" if slots else ""))
+        jobs = f", {run.queues.limits[JOBS]} jobs at once" if JOBS in run.queues.limits else ""
+        self.tell(f"run {run.id}: {len(run.tasks)} tasks{left}{f', {slots} at once' if slots else ''}{jobs}")
 
     def tell(self, text: str) -> None:
         """Show a line for good."""
@@ -9956,6 +10965,8 @@ class Lines(Watcher):
     def observe(self, event: Event) -> None:
         if isinstance(event, AttemptStarted):
             self.started(event)
+        elif isinstance(event, AttemptSubmitted):
+            self.line("submitted", event.task, f": job {event.job}")
         elif isinstance(event, AttemptStopping):
             self.line("stopping", event.task,
                       f": {event.reason}" + (" (SIGKILL)" if event.signal == "KILL" else ""))
@@ -10188,7 +11199,7 @@ class JsonLines(Watcher):
     def observe(self, event: Event) -> None:
         members = event_to_json(event)
         task = members.get("task")
-        status = (RUNNING if isinstance(event, AttemptSpawned) else
+        status = (RUNNING if isinstance(event, (AttemptSpawned, AttemptSubmitted)) else
                   self.run.tasks[task].status if task else self.run.status)
         text = json.dumps({**without_secrets(members, hidden), "run": self.run.id, "task": task,
                            "status": status})
@@ -10237,6 +11248,8 @@ def _shown_tasks(run: Run) -> Iterator[Tuple[str, TaskRun]]:
 def _process_word(task_run: TaskRun) -> str:
     """Return how the process of a task's latest attempt came to be; functions may have none of their own."""
     last = task_run.attempts[-1] if task_run.attempts else None
+    if last and last.job is not None:
+        return f"job {last.job}"
     return "-" if not last or last.pid is None else "forked" if last.forked else "started"
 
 
@@ -10261,9 +11274,9 @@ def format_run(loaded: Loaded, store: Store) -> str:
             (name, shown(value), format_param(declared.get(name, Param())))
             for name, value in run.params.items()])]
     rows = [("task", "status", "attempts", "duration", "process", "reason")]
-    rows += [(name, INTERRUPTED if task_run.status == RUNNING and not loaded.live else task_run.status,
-              str(len(task_run.attempts)), format_span(span(task_run.started, task_run.finished)),
-              _process_word(task_run), task_run.reason or "")
+    rows += [(name, loaded.status_of(task_run), str(len(task_run.attempts)),
+              format_span(span(task_run.started, task_run.finished)), _process_word(task_run),
+              task_run.reason or "")
              for name, task_run in _shown_tasks(run)]
     lines += ["", format_table(rows), ""]
     path = critical_path(run)
@@ -10281,7 +11294,7 @@ def format_plan(plan: Plan, slots: int) -> str:
         task = plan.tasks[name]
         extra = [f"{word} {value}" for word, value, usual in (
             ("retries", task.retry.max_retries, 0), ("timeout_s", task.timeout_s, None),
-            ("trigger_rule", task.trigger_rule, "all_success"),
+            ("trigger_rule", task.trigger_rule, "all_success"), ("executor", task.executor, None),
             ("if", task.condition, None)) if value != usual]
         extra += [task.many] if task.many else []
         after = "all" if task.handler else ", ".join(task.depends_on) or "-"
@@ -11329,6 +12342,8 @@ def _add_execution(parser: Any) -> None:
                         help="what to do about tasks that still run after their engine died (default: kill)")
     parser.add_argument("--force-host", action="store_true",
                         help="resume although the run was last on another host, which is gone")
+    parser.add_argument("--executor", choices=[LOCAL, SLURM],
+                        help="where tasks run that don't say it themselves (default: local)")
     parser.add_argument("--no-fork", action="store_true",
                         help="start a new interpreter for each Python script (also: MINIFLOW_NO_FORK=1)")
 
@@ -11413,7 +12428,8 @@ def _finish(run: Run, options: Any) -> int:
 def _order(options: Any) -> Order:
     """Return how the options want the run to be made."""
     return Order(options.tasks_dir, options.jobs, options.durability, options.on_orphan, options.force_host,
-                 not options.no_fork, getattr(options, "force", False), getattr(options, "parent", None))
+                 not options.no_fork, getattr(options, "force", False), getattr(options, "parent", None),
+                 options.executor)
 
 
 def _with_secrets(source: Source, *more: Iterable[str]) -> Source:
@@ -11552,12 +12568,22 @@ def _signal_engine(store: Store, run_id: str, name: str) -> bool:
     return True
 
 
+def _cancel_jobs(store: Store, run_id: str, options: Any) -> int:
+    """Cancel a run whose engine is gone while its jobs go on: it is taken up to that end."""
+    order = Order(options.tasks_dir, cancel=True)
+    run = run_to_end(open_again(store, run_id, None, None, order, say), store, None, order, Lines(store))
+    print_result(f"{run_id} {run.status}")
+    return 0
+
+
 @command("cancel", "stop a running run from another terminal", "miniflow cancel last", _add_run_id)
 def run_cancel(options: Any) -> int:
     """Cancel a run and wait for its end: as Ctrl-C does, as a second one, at last by killing its engine."""
     store = _miniflow(options).store
     run_id = store.resolve(options.run)
     loaded = store.load(run_id)
+    if loaded.status == INTERRUPTED and needs_slurm(loaded.run.plan.flow):
+        return _cancel_jobs(store, run_id, options)
     tasks = loaded.run.plan.flow.tasks
     grace = max(task.grace_s for task in tasks)
     if any(task.handler == "finally" for task in tasks):

@@ -357,8 +357,8 @@ class T02Model(unittest.TestCase):
                                           "failed", "upstream_failed", "cancelled"))
         self.assertEqual(mf.RUN_STATES, ("running", "success", "failed", "cancelled", "interrupted"))
         self.assertEqual(list(mf.EVENTS), [
-            "attempt_started", "attempt_spawned", "attempt_deferred", "attempt_stopping", "attempt_ended",
-            "task_admitted", "task_expanded", "task_settled", "cancel_requested", "run_finished"])
+            "attempt_started", "attempt_spawned", "attempt_submitted", "attempt_deferred", "attempt_stopping",
+            "attempt_ended", "task_admitted", "task_expanded", "task_settled", "cancel_requested", "run_finished"])
 
     def test_trigger_rules_mean_what_airflow_documents(self):
         """By whether the upstream holds a success, a skipped and a failed one.
@@ -1052,9 +1052,6 @@ class T06JsonFrontEnd(unittest.TestCase):
         for field in ("schedule", "executor"):
             self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
                              f"{field}: unknown field")
-        for field in ("executor", "resources"):
-            self.assertEqual(errors_of(flow_json(task("a", **{field: {}})))[0][:len(field) + 24],
-                             f"tasks[0].{field}: unknown field")
 
     def test_a_task_gets_defaults_with_env_merged_and_the_rest_replaced(self):
         flow = make(task("a", env={"X": "own"}, timeout_s=9), task("b"), task("c", script="x.py"),
@@ -2147,6 +2144,138 @@ HOSTILE = ["", " ", "a b", "'", '"', "\\", "\\\\'", "$HOME", "$(touch PWN)", "`t
            "a[$(touch PWN)]", "x\ny", "\n", "trailing\n\n", "--flag", "-n", "*", "?", "~", "!!", "%s%d",
            "{a,b}", "é\U0001f600", "\x01\x7f\t", "${{x", "$${{ x }}", "&& false", "|| true", "#no", "\\n",
            "a\\", "${HOME}", "$'x'", "\u2028"]
+
+
+class T12bJobs(unittest.TestCase):
+
+    def plan(self, **fields):
+        """Return a run whose task a has started."""
+        run = mf.Run(mf.make_plan(make(task("a", executor="slurm", **fields))), "r")
+        run.apply(mf.AttemptStarted(1, "a", 1))
+        return run
+
+    def test_a_job_keeps_its_own_time_which_does_not_begin_before_it_does(self):
+        run = self.plan(timeout_s=3)
+        self.assertEqual((run.deadlines, mf.next_wake(run, 1)), ([], None))
+        run.apply(mf.AttemptSubmitted(2, "a", 1, "12"))
+        self.assertEqual((run.deadlines, run.tasks["a"].attempts[-1].job), ([], "12"))
+
+    def test_jobs_take_up_no_slot_and_have_a_limit_of_their_own(self):
+        tasks = [task(f"s{n}", executor="slurm") for n in range(5)] + [task("a"), task("b")]
+        run = mf.Run(mf.make_plan(make(*tasks)), "r")
+        run.queues.limits[mf.JOBS] = 3
+        self.assertEqual([start.task for start in mf.due(run, 0, 1)], ["s0", "s1", "s2", "a"])
+
+    def test_what_only_waits_stays_beside_the_engine(self):
+        flow = make(task("a"), task("b", wait_for={"seconds": 1}), task("c", executor="local"),
+                    task("d", http={"url": "http://x"}), task("e", executor="slurm"))
+        for executor, there in ((None, "e"), ("local", "e"), ("slurm", "ae")):
+            flow = flow._replace(executor=executor)
+            self.assertEqual("".join(t.id for t in flow.tasks if mf.executor_of(flow, t) == "slurm"), there)
+
+    def test_the_limit_that_slurm_is_given_lies_beyond_our_own(self):
+        for fields, minutes in (({}, None), ({"timeout_s": 1}, 3), ({"timeout_s": 60, "grace_s": 0}, 3),
+                                ({"timeout_s": 61, "grace_s": 0}, 4), ({"resources": {"time_s": 61}}, 2),
+                                ({"timeout_s": 900, "resources": {"time_s": 60}}, 1)):
+            with self.subTest(fields):
+                self.assertEqual(mf.job_minutes(make(task("a", executor="slurm", **fields)).tasks[0]), minutes)
+
+    def test_resources_become_options_of_sbatch(self):
+        resources = {"cpus": 2, "memory_mb": 300, "time_s": 90, "partition": "long,gpu", "gpus": 1}
+        item = make(task("a", executor="slurm", resources=resources)).tasks[0]
+        argv = mf.sbatch_argv("r", item, "a.1 x", "/o/a%j.log", "/somewhere else")
+        for option in ("--cpus-per-task=2", "--mem=300", "--time=2", "--partition=long,gpu", "--gpus=1",
+                       "--job-name=mf:r", "--comment=a.1 x", "--output=/o/a%%j.log", "--chdir=/somewhere else",
+                       "--no-requeue", "--export=ALL"):
+            self.assertIn(option, argv)
+        self.assertIn("--output=/o\\\\x/%j", mf.sbatch_argv("r", item, "", "/o\\x/%j", "/"))
+
+    def test_fields_of_jobs_are_checked(self):
+        for fields, part in (
+                ({"executor": "pbs"}, 'expected one of "local", "slurm"'),
+                ({"executor": "slurm", "resources": {"cpu": 1}}, "resources.cpu: unknown field, did you mean cpus?"),
+                ({"executor": "slurm", "resources": {"cpus": 0}}, "resources.cpus: expected"),
+                ({"executor": "slurm", "resources": {"partition": "a b"}}, "expected the name of a partition"),
+                ({"executor": "local", "resources": {"cpus": 1}}, "goes with executor slurm only; remove it"),
+                ({"wait_for": {"seconds": 1}, "executor": "slurm"}, "goes with script and command only"),
+                ({"flow": "g", "resources": {"cpus": 1}}, "goes with script and command only")):
+            with self.subTest(fields):
+                self.assertIn(part, "\n".join(errors_of(flow_json(task("a", **fields)))))
+        flow = make(task("a"), task("b", executor="local"), task("c", wait_for={"seconds": 0}),
+                    defaults={"executor": "slurm", "resources": {"cpus": 4}})
+        self.assertEqual([(t.executor, t.resources) for t in flow.tasks],
+                         [("slurm", {"cpus": 4}), ("local", {}), (None, {})])
+
+    def test_a_python_function_cant_be_a_job(self):
+        flow = make(task("a"))
+        a = flow.tasks[0]._replace(action=mf.Function("m:f"), executor="slurm")
+        self.assertIn("m:f is a Python function, which can't run on Slurm",
+                      mf.check_flow(flow._replace(tasks=(a,)))[0].what)
+
+    def test_a_submission_is_a_number_and_perhaps_a_cluster(self):
+        for text, job in (("12\n", "12"), ("12;east\n", "12;east"), ("hello\n12\n", "12"), ("", None),
+                          ("ok\n", None), ("12 jobs\n", None), ("Submitted batch job 12\n", None)):
+            self.assertEqual(mf.parse_submitted(text), job, text)
+
+    def test_what_sbatch_says_tells_whether_to_try_again(self):
+        failed = "sbatch: error: Batch job submission failed: "
+        for code, said, meaning in (
+                (1, failed + "Invalid partition name specified", "refused"),
+                (1, failed + "Unable to contact slurm controller (connect failure)", "no answer"),
+                (1, failed + "Socket timed out on send/recv operation", "no answer"),
+                (1, failed + "Job violates accounting/QOS policy (job submit limit, user's size)", "too many"),
+                (None, "", "no answer"), (0, "what?", "no answer")):
+            self.assertEqual(mf.judge_refusal(code, said), meaning, said)
+
+    def test_only_our_jobs_are_read_from_the_queue_and_odd_lines_mean_that_nothing_is_known(self):
+        mine, other = mf.job_comment("a[0]", 2, "/out"), mf.job_comment("a[0]", 2, "/elsewhere")
+        text = f"7|RUNNING|{mine}\n8|PENDING|{other}\n9|TIMEOUT|(null)\n10|NODE_FAIL|b.1\n"
+        self.assertEqual(mf.parse_queue(text, "/out"), [mf.Queued("7", "RUNNING", "a[0]", 2)])
+        text = f"CLUSTER: east\nJOBID|STATE|COMMENT\n7|COMPLETED|{mine}\n\nCLUSTER: west\nJOBID|STATE|COMMENT\n"
+        self.assertEqual(mf.parse_queue(text, "/out"), [mf.Queued("7;east", "COMPLETED", "a[0]", 2)])
+        self.assertEqual([row.is_live for row in mf.parse_queue(text, "/out")], [False])
+        for text in ("squeue: error", "7 RUNNING", "|RUNNING|x", "<html>"):
+            with self.assertRaisesRegex(ValueError, "tells of no job"):
+                mf.parse_queue(text, "/out")
+
+    def test_the_end_that_a_job_leaves_is_judged_like_that_of_a_process(self):
+        def told(code, why=None, **members):
+            return {"code": code, "why": why, "began": 10, "ended": 20, **members}
+
+        for fields, end, expected in (
+                ({}, told(0), ("success", None, None)), ({}, told(3), ("failed", "exit 3", 3)),
+                ({}, told(-9), ("failed", "killed by signal 9", 137)),
+                ({"timeout_s": 4}, told(-15, "timeout"), ("failed", "timeout after 4 s", "timeout")),
+                ({}, told(127, cannot="no such program"), ("failed", "cannot start: no such program", 127)),
+                ({}, told(-15, "signal"), ("failed", "ended by Slurm: somebody has cancelled its job, or it was "
+                                           "preempted", 143)),
+                ({"resources": {"time_s": 10}}, told(-15, "signal"),
+                 ("failed", "Slurm's time limit of 10 s is over", "timeout"))):
+            found = mf.job_end(self.plan(**fields), "a", 30, end, dict)
+            self.assertEqual((found.status, found.reason, found.code), expected)
+
+    def test_a_job_that_was_through_before_it_was_told_to_stop_has_succeeded(self):
+        run = self.plan()
+        for event in (mf.CancelRequested(2, "cancelled by SIGTERM"),
+                      mf.AttemptStopping(2, "a", 1, "cancelled by SIGTERM")):
+            run.apply(event)
+        ends = [mf.job_end(run, "a", 9, {"code": code, "why": why}, dict) for code, why in ((0, None), (-15, "signal"))]
+        ends.append(mf.job_lost(run, "a", 9, "12", None))
+        self.assertEqual([end.status for end in ends], ["success", "cancelled", "cancelled"])
+
+    def test_a_running_job_stays_one_when_its_run_is_reopened(self):
+        flow = make(task("a", executor="slurm"), task("b"), task("c", "a"), task("m", executor="slurm", foreach=[1, 2]))
+        run = mf.Run(mf.make_plan(flow), "r")
+        for event in (mf.AttemptStarted(1, "a", 1), mf.AttemptSubmitted(1, "a", 1, "12"), mf.AttemptStarted(1, "b", 1),
+                      mf.TaskExpanded(1, "m", [{"item": 1}, {"item": 2}]), mf.AttemptStarted(2, "m[1]", 1)):
+            run.apply(event)
+        again = mf.reopen(mf.run_from_json(mf.run_to_json(run)), flow)
+        self.assertEqual(ends(again), {"a": "running", "b": "pending", "c": "pending", "m": "running",
+                                       "m[0]": "pending", "m[1]": "running"})
+        self.assertEqual(list(again.running), ["a", "m[1]"])
+        changed = make(task("a", executor="slurm", command="false"), *[mf.task_to_json(t) for t in flow.tasks[1:]])
+        again = mf.reopen(run, changed)
+        self.assertEqual((ends(again)["a"], again.tasks["a"].attempts[0].status), ("pending", "interrupted"))
 
 
 class T13Exporters(unittest.TestCase):
@@ -5587,7 +5716,7 @@ class T22Processes(unittest.TestCase):
         for event in (mf.AttemptStarted(1, "a", 1), mf.CancelRequested(2, "cancelled by SIGTERM"),
                       mf.AttemptStopping(2, "a", 1, "cancelled by SIGTERM")):
             run.apply(event)
-        end = mf.attempt_unkillable(run, "a", 9, "cancelled by SIGTERM", 7)
+        end = mf.attempt_unkillable(run, "a", 9, "cancelled by SIGTERM", "process 7")
         self.assertEqual((end.status, end.reason),
                          ("cancelled", "cancelled by SIGTERM; unkillable: process 7 is given up"))
 
@@ -5720,6 +5849,532 @@ def failure(*tasks, **options):
         raise AssertionError(f"it succeeded: {run_workflow(*tasks, **options)}")
     except mf.FlowFailed as exc:
         return exc
+
+
+FAKE_SLURM = r"""
+import json, os, signal, subprocess, sys, time
+name, argv, root = os.path.basename(sys.argv[0]), sys.argv[1:], os.environ["FAKE_SLURM"]
+
+def at(*parts):
+    return os.path.join(root, *map(str, parts))
+
+def put(path, text):
+    with open(path + ".part", "w") as file:
+        file.write(text)
+    os.rename(path + ".part", path)
+
+def get(*parts):
+    try:
+        with open(at(*parts)) as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+def option(job, start):
+    return next((word[len(start):] for word in json.loads(get(job, "argv")) if word.startswith(start)), "")
+
+def fail(text):
+    sys.exit(f"{name}: error: {text}")
+
+def live(job):
+    return get(job, "state") in ("PENDING", "RUNNING", "COMPLETING")
+
+def carry_out(job):
+    while get("hold") and get(job, "state") == "PENDING":
+        time.sleep(0.02)
+    if get(job, "state") != "PENDING":
+        return
+    put(at(job, "state"), "RUNNING")
+    with open(option(job, "--output=").replace("%%", "%"), "ab") as log:
+        script = subprocess.Popen([at(job, "script")], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                  cwd=next(filter(os.path.isdir, [option(job, "--chdir="), "/tmp"])),
+                                  env={**os.environ, "SLURM_JOB_ID": job})
+        put(at(job, "pid"), str(script.pid))
+        code = script.wait()
+        cancelled = get(job, "state") == "COMPLETING"
+        put(at(job, "state"), "CANCELLED" if cancelled else "FAILED" if code else "COMPLETED")
+
+with open(at("calls"), "a") as file:
+    file.write(json.dumps([name, *argv]) + "\n")
+mode = get("mode-" + name)
+if mode == "hang":
+    time.sleep(60)
+elif mode == "odd":
+    print("what?")
+    sys.exit()
+elif mode == "down":
+    fail("Unable to contact slurm controller (connect failure)")
+elif mode == "refuse":
+    fail("Batch job submission failed: Invalid partition name specified")
+if name == "sbatch":
+    jobs = [entry for entry in os.listdir(root) if entry.isdigit()]
+    if mode == "limit" and any(map(live, jobs)):
+        fail("Batch job submission failed: Job violates accounting/QOS policy (job submit limit)")
+    number = 1 + len(jobs)
+    while True:
+        try:
+            os.mkdir(at(number))
+            break
+        except FileExistsError:
+            number += 1
+    job = str(number)
+    put(at(job, "argv"), json.dumps(argv))
+    put(at(job, "script"), sys.stdin.read())
+    os.chmod(at(job, "script"), 0o700)
+    put(at(job, "state"), "gone" if mode == "lose" else "PENDING")
+    if mode != "lose" and not os.fork():
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in 0, 1, 2:
+            os.dup2(null, fd)
+        carry_out(job)
+        os._exit(0)
+    if mode == "made, no answer":
+        time.sleep(60)
+    if mode == "made, timed out":
+        fail("Batch job submission failed: Socket timed out on send/recv operation")
+    print(job + (";east" if mode == "cluster" else ""))
+elif name == "squeue":
+    if "-M" in argv:
+        print("CLUSTER: " + argv[argv.index("-M") + 1] + "\nJOBID|STATE|COMMENT")
+    for job in sorted(entry for entry in os.listdir(root) if entry.isdigit()):
+        if get(job, "state") not in ("", "gone") and option(job, "--job-name=") == argv[argv.index("-n") + 1]:
+            print(job, get(job, "state"), option(job, "--comment="), sep="|")
+else:
+    for job in (word for word in argv if word.isdigit()):
+        state, number = get(job, "state"), signal.SIGTERM
+        for word in argv:
+            number = getattr(signal, "SIG" + word[9:]) if word.startswith("--signal=") else number
+        if "--batch" not in argv and live(job):
+            put(at(job, "state"), "CANCELLED" if state == "PENDING" else "COMPLETING")
+        if state == "RUNNING" and get(job, "pid"):
+            os.kill(int(get(job, "pid")), number)
+"""
+
+
+class FakeCluster(Project):
+    """A project on a machine with a Slurm that is not one, and of which each program can be given a mode."""
+
+    def __init__(self, *tasks, scripts=None, **fields):
+        super().__init__({"f": flow_json(*tasks, **{"defaults": {"executor": "slurm"}, **fields})}, scripts)
+
+    def __enter__(self):
+        super().__enter__()
+        for name in ("sbatch", "squeue", "scancel"):
+            self.write(f"bin/{name}", f"#!{sys.executable} -IS\n{FAKE_SLURM}")
+            os.chmod(self.at("bin", name), 0o755)
+        os.mkdir(self.at("slurm"))
+        self.env = {**{name: value for name, value in os.environ.items() if not name.startswith("MINIFLOW_")},
+                    "PATH": f"{self.at('bin')}:{os.environ['PATH']}", "FAKE_SLURM": self.at("slurm"),
+                    "MINIFLOW_SLURM_POLL_S": "0.2", "MINIFLOW_SLURM_CALL_S": "10"}
+        return self
+
+    def __exit__(self, *exc_info):
+        self.mode(sbatch="", squeue="", scancel="")
+        self.write("slurm/hold", "")
+        for job in self.jobs():
+            subprocess.run([self.at("bin", "scancel"), "--signal=INT", "--batch", job], env=self.env)
+            subprocess.run([self.at("bin", "scancel"), job], env=self.env)
+        wait_for(lambda: not {"RUNNING", "COMPLETING"} & set(self.jobs().values()), "the end of all jobs")
+        super().__exit__(*exc_info)
+
+    def mode(self, **modes):
+        for name, mode in modes.items():
+            self.write(f"slurm/mode-{name}", mode)
+
+    def jobs(self):
+        """Return the jobs and their states."""
+        found = {}
+        for name in sorted(filter(str.isdigit, os.listdir(self.at("slurm"))), key=int):
+            with contextlib.suppress(FileNotFoundError):       # it is being made
+                found[name] = self.read(f"slurm/{name}/state")
+        return found
+
+    def calls(self, name):
+        """Return the arguments of each call of a program."""
+        lines = self.lines("slurm/calls") if os.path.exists(self.at("slurm/calls")) else []
+        return [call[1:] for call in map(json.loads, lines) if call[0] == name]
+
+    def begin(self, *args):
+        """Start a command, which can be waited for by finish()."""
+        return self.start(*args, env=self.env)
+
+    def finish(self, process, code=0):
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == code, (process.returncode, error.decode())
+        return error.decode()
+
+    def run(self, *args, code=0):
+        """Run flow f as run r; return what was said."""
+        return self.finish(self.begin("run", "f", "--run-id", "r", *args), code)
+
+    def kill(self, process):
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+    def reasons(self, run_id="r"):
+        return {name: (t["status"], t["reason"]) for name, t in self.state(run_id)["tasks"].items()}
+
+    def side(self):
+        """Return what tasks have written to the file named side."""
+        return self.lines("side") if os.path.exists(self.at("side")) else []
+
+    def wait_side(self, *lines):
+        wait_for(lambda: self.side() == list(lines), f"{lines} in side")
+
+
+@unittest.skipUnless(LINUX, "Slurm runs on Linux")
+class T22bSlurm(unittest.TestCase):
+
+    def setUp(self):
+        """So long tasks sleep that are to be ended, and nobody else on the machine."""
+        self.nap = f"60.{int.from_bytes(os.urandom(6), 'big')}"
+
+    def test_jobs_and_processes_of_one_flow_hand_on_outputs_logs_and_params(self):
+        with FakeCluster(
+                task("a", command='echo "$MINIFLOW_PARAM_P" $SLURM_JOB_ID; echo n=4 > $MINIFLOW_OUTPUT'),
+                task("b", "a", executor="local", command=["echo", "${{ tasks.a.outputs.n }}"]),
+                task("c", "b", script="c.py", args=["${{ item }}"], foreach=[1, 2], resources={"cpus": 3}),
+                params={"p": "x"}, scripts={"c.py": """
+                    import json, os, sys
+                    ctx = json.load(open(os.environ["MINIFLOW_CONTEXT"]))["ctx"]
+                    print(sys.argv[1], ctx, os.path.isdir(os.environ["TMP_DIR"]))
+                    """}) as project:
+            self.assertIn("2 at once, 2 jobs at once", project.run("-j2", "--param", "p=y"))
+            self.assertEqual([project.log("r", name).decode() for name in ("a", "b", "c[1]")],
+                             ["y 1\n", "4\n", "2 {'p': 'y', 'n': '4'} True\n"])
+            self.assertEqual(project.jobs(), dict.fromkeys("123", "COMPLETED"))
+            self.assertIn("--cpus-per-task=3", project.calls("sbatch")[-1])
+            told = project.cli("show", "r").stdout
+            self.assertRegex(told, r"(?m)^a +success +1 +\S+ s +job 1$")
+            self.assertRegex(told, r"(?m)^b +success +1 +\S+ s +started$")
+
+    def test_failures_are_retried_and_timeouts_reach_grandchildren(self):
+        with FakeCluster(
+                task("bad", command="exit 3", max_retries=1),
+                task("slow", command=f"sleep {self.nap} & wait", timeout_s=0.3),
+                task("gone", command=["no-such-program"], max_retries=1),
+                task("dir", cwd="no-such-dir"),
+                task("left", command=f"sleep {self.nap} & exit 0", grace_s=0.2),
+                task("deaf", command=f"trap '' TERM; sleep {self.nap} & wait; wait", timeout_s=0.3, grace_s=0.2),
+                task("odd", command="echo x > $MINIFLOW_OUTPUT")) as project:
+            project.run(code=1)
+            found = project.reasons()
+            self.assertRegex(found.pop("gone")[1], "^cannot start: .*no-such-program")
+            self.assertRegex(found.pop("dir")[1], "^cannot start: .*no-such-dir")
+            self.assertRegex(found.pop("odd")[1], "^bad output: ")
+            self.assertEqual(found, {
+                "bad": ("failed", "exit 3"), "slow": ("failed", "timeout after 0.3 s"), "left": ("success", None),
+                "deaf": ("failed", "timeout after 0.3 s")})
+            attempts = {name: len(t["attempts"]) for name, t in project.state("r")["tasks"].items()}
+            self.assertEqual((attempts["bad"], attempts["gone"]), (2, 1))
+            self.assertEqual(running(self.nap.encode()), [])
+
+    def test_arguments_environment_and_input_arrive_byte_for_byte(self):
+        show = "import json, os, sys; json.dump([sys.argv[1:], os.environ['V'], sys.stdin.read()], open('seen', 'w'))"
+        values = [value.replace("${{", "$${{") for value in HOSTILE]
+        with FakeCluster(task("a", script="show.py", args=values, env={"V": "".join(values)}, stdin="".join(values)),
+                         task("b", command='printf %s "$MINIFLOW_PARAM_P" "$1" > b', args=["${{ params.p }}"]),
+                         params={"p": ""}, scripts={"show.py": show}) as project:
+            project.run("--params", json.dumps({"p": "".join(HOSTILE)}))
+            self.assertEqual(json.loads(project.read("seen")), [HOSTILE, "".join(HOSTILE), "".join(HOSTILE)])
+            with open(project.at("b"), "rb") as file:
+                self.assertEqual(file.read().decode(), "".join(HOSTILE) * 2)
+            self.assertFalse(os.path.exists(project.at("PWN")))
+
+    def test_cancelling_ends_running_jobs_with_grace_and_queued_ones_at_once(self):
+        with FakeCluster(
+                task("a", command="trap 'echo TERM >> side; exit 0' TERM; echo a > side; sleep 60 & wait"),
+                task("b", wait_for={"command": ["test", "-e", "side"], "poll_s": 0.05}), task("c", "b")) as project:
+            process = project.begin("run", "f", "--run-id", "r")
+            project.wait_side("a")
+            project.write("slurm/hold", "yes")
+            wait_for(lambda: project.jobs().get("2") == "PENDING", "the second job")
+            self.assertEqual(project.cli("cancel", "r", env=project.env).stdout, "r cancelled\n")
+            project.finish(process, 143)
+            self.assertEqual(project.side(), ["a", "TERM"])
+            self.assertEqual({name: status for name, (status, _) in project.reasons().items()},
+                             {"a": "cancelled", "b": "success", "c": "cancelled"})
+            self.assertEqual(project.jobs()["2"], "CANCELLED")
+
+    def test_a_second_signal_kills_what_does_not_heed_the_first(self):
+        with FakeCluster(task("a", command="trap '' TERM; echo $$ > side; while :; do sleep 0.1; done",
+                              grace_s=60)) as project:
+            process = project.begin("run", "f", "--run-id", "r")
+            pid = int(wait_for(project.side, "the job")[0])
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                wait_for(lambda: len(project.calls("scancel")) or process.poll(), "scancel")
+            project.finish(process, 130)
+            self.assertFalse(alive(pid))
+
+    def test_jobs_outlive_their_engine_and_are_taken_up_as_they_are(self):
+        command = "echo {0} >> side; while ! test -e go; do sleep 0.05; done; echo {0}=1 > $MINIFLOW_OUTPUT"
+        with FakeCluster(task("a", command=command.format("a")), task("b", command="echo b >> side", pool="p"),
+                         task("c", "a", "b", command=["echo", "${{ tasks.a.outputs.a }}"]), pools={"p": 1}) as project:
+            process = project.begin("run", "f", "--run-id", "r")
+            wait_for(lambda: sorted(project.side()) == ["a", "b"], "both jobs")
+            self.kill_unseen(project, process)
+            project.write("go", "")
+            wait_for(lambda: set(project.jobs().values()) == {"COMPLETED"}, "the end of all jobs")
+            self.assertRegex(project.cli("show", "r").stdout, "(?m)^a +running +1 +- +job [12]$")
+            project.finish(project.begin("resume", "r"))
+            self.assertEqual(sorted(project.side()), ["a", "b"])
+            self.assertEqual([len(t["attempts"]) for t in project.state("r")["tasks"].values()], [1, 1, 1])
+            self.assertEqual(project.log("r", "c"), b"1\n")
+
+    def kill_unseen(self, project, process):
+        """Kill an engine and its watchdog does what it does; the jobs are not its business."""
+        project.kill(process)
+        wait_for(lambda: not running(project.path.encode() + b"/miniflow_output/tmp/r/work"), "the watchdog's end")
+
+    def test_a_job_whose_number_was_never_recorded_is_found_by_name(self):
+        with FakeCluster(task("a", command="echo a >> side; while ! test -e go; do sleep 0.05; done")) as project:
+            project.mode(sbatch="made, no answer")
+            process = project.begin("run", "f", "--run-id", "r")
+            project.wait_side("a")
+            project.kill(process)
+            project.mode(sbatch="")
+            process = project.begin("resume", "r", "--output", "json")
+            wait_for(lambda: b'"attempt_submitted"' in process.stdout.readline(), "the job's number")
+            project.write("go", "")
+            project.finish(process)
+            self.assertEqual((project.side(), list(project.jobs())), (["a"], ["1"]))
+            self.assertEqual(project.state("r")["tasks"]["a"]["attempts"][0]["job"], "1")
+
+    def test_an_engine_that_dies_before_it_records_what_it_knows_loses_nothing(self):
+        """At its number, at its end, and at the end of its task's downstream."""
+        code = f"""
+            import os, sys
+            sys.path.insert(0, {HERE!r})
+            import miniflow
+
+            class Deadly(miniflow.Disk):
+                def write(self, fd, content):
+                    if sys.argv[1].encode() in bytes(content) and b'"event":"opened"' not in bytes(content):
+                        os._exit(9)
+                    super().write(fd, content)
+
+            mini = miniflow.MiniFlow()
+            mini.store.disk = Deadly()
+            mini.run("f", run_id="r")
+            """
+        for part in ('"attempt_submitted"', '"attempt_ended"', '"task":"b"'):
+            with self.subTest(part), FakeCluster(
+                    task("a", command="echo a >> side; echo n=4 > $MINIFLOW_OUTPUT"),
+                    task("b", "a", command=["echo", "${{ tasks.a.outputs.n }}"])) as project:
+                done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), part], cwd=project.path,
+                                      env=project.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+                self.assertEqual(done.returncode, 9)
+                wait_for(project.side, "the job")
+                project.finish(project.begin("resume", "r"))
+                self.assertEqual((project.side(), project.log("r", "b")), (["a"], b"4\n"))
+                self.assertEqual(ends_of(project.state("r")), dict.fromkeys("ab", ("success", 1)))
+
+    def test_a_job_whose_record_a_power_cut_took_runs_once(self):
+        for held in ("yes", ""):               # it waits; it has begun
+            with self.subTest(held), FakeCluster(
+                    task("a", command="echo a >> side; while ! test -e go; do sleep 0.05; done")) as project:
+                project.write("slurm/hold", held)
+                process = project.begin("run", "f", "--run-id", "r")
+                wait_for(project.jobs if held else project.side, "the job")
+                project.kill(process)
+                journal = project.read("miniflow_output/runs/r.jsonl").partition('{"event":"attempt_started"')[0]
+                project.write("miniflow_output/runs/r.jsonl", journal)
+                os.unlink(project.at("miniflow_output/runs/r.json"))
+                process = project.begin("resume", "r")
+                if held:
+                    wait_for(lambda: len(project.jobs()) > 1, "another job")
+                project.write("slurm/hold", "")
+                project.write("go", "")
+                project.finish(process)
+                self.assertEqual((project.side(), len(project.jobs())), (["a"], 2 if held else 1))
+                self.assertEqual(ends_of(project.state("r")), {"a": ("success", 1)})
+
+    def test_an_attempt_runs_once_however_many_jobs_were_made_of_it(self):
+        for mode in ("made, timed out", "made, no answer"):
+            with self.subTest(mode), FakeCluster(task("a", command="echo a >> side")) as project:
+                project.env["MINIFLOW_SLURM_CALL_S"] = "1"
+                project.write("slurm/hold", "yes")
+                project.mode(sbatch=mode, squeue="odd")        # so that nobody knows of the job
+                process = project.begin("run", "f", "--run-id", "r")
+                wait_for(project.jobs, "a job")
+                subprocess.run([project.at("bin", "sbatch"), *project.calls("sbatch")[0]], env=project.env,
+                               input=project.read("slurm/1/script").encode(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, timeout=60) if mode == "made, timed out" else None
+                project.mode(sbatch="", squeue="")
+                project.write("slurm/hold", "")
+                project.finish(process)
+                wait_for(lambda: "RUNNING" not in project.jobs().values(), "the end of all jobs")
+                self.assertEqual(project.side(), ["a"])
+
+    def test_a_controller_that_does_not_answer_neither_ends_a_job_nor_holds_up_the_rest(self):
+        with FakeCluster(
+                task("a", command="echo a >> side; while ! test -e go; do sleep 0.05; done"),
+                task("l", executor="local", command="while ! test -e go; do sleep 0.05; done"),
+                task("m", "l", executor="local")) as project:
+            project.env.update(MINIFLOW_SLURM_POLL_S="0.04", MINIFLOW_SLURM_CALL_S="1")
+            process = project.begin("run", "f", "--run-id", "r")
+            project.wait_side("a")
+            for mode in ("hang", "down", "odd"):
+                project.mode(sbatch=mode, squeue=mode, scancel=mode)
+                before = len(project.calls("squeue"))
+                wait_for(lambda before=before: len(project.calls("squeue")) > before + 1, "calls")
+            project.write("go", "")
+            told = project.finish(process)
+            self.assertEqual(told.count("Slurm gives no answer"), 1)
+            self.assertEqual(set(project.reasons().values()), {("success", None)})
+            self.assertEqual((project.side(), list(project.jobs())), (["a"], ["1"]))
+
+    def test_what_could_not_be_submitted_is_when_the_controller_answers_again(self):
+        with FakeCluster(task("a", command="echo a >> side")) as project:
+            project.mode(sbatch="down", squeue="down")
+            process = project.begin("run", "f", "--run-id", "r")
+            wait_for(lambda: len(project.calls("squeue")) > 2, "squeue to be asked again")
+            project.mode(sbatch="", squeue="")
+            told = project.finish(process)
+            self.assertEqual(project.side(), ["a"])
+            for part in ("Slurm takes no job now", "Slurm gives no answer", "Slurm answers again"):
+                self.assertEqual(told.count(part), 1, told)
+
+    def test_a_refused_submission_fails_and_a_limit_is_waited_for(self):
+        with FakeCluster(task("a", max_retries=3, resources={"partition": "none"})) as project:
+            project.mode(sbatch="refuse")
+            self.assertIn("cannot start: sbatch: sbatch: error: Batch job submission failed: Invalid partition",
+                          project.run(code=1))
+            self.assertEqual(len(project.calls("sbatch")), 1)
+        with FakeCluster(*[task(f"t{n}", command="sleep 0.3") for n in range(3)]) as project:
+            project.mode(sbatch="limit")
+            self.assertIn("Slurm takes no job now", project.run())
+            self.assertEqual([len(t["attempts"]) for t in project.state("r")["tasks"].values()], [1, 1, 1])
+
+    def test_a_job_that_is_lost_is_tried_again_and_does_not_run_when_it_turns_up(self):
+        with FakeCluster(task("a", command="echo $MINIFLOW_ATTEMPT >> side", max_retries=1)) as project:
+            project.mode(sbatch="lose")
+            process = project.begin("run", "f", "--run-id", "r")
+            wait_for(project.jobs, "a job")
+            project.mode(sbatch="")
+            told = project.finish(process)
+            self.assertIn("lost by Slurm: job 1 is not there any more, and has left no end", told)
+            self.assertEqual(project.side(), ["2"])
+            late = subprocess.run([project.at("slurm/1/script")], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.assertEqual((late.returncode != 0, project.side()), (True, ["2"]))
+
+    def test_a_job_that_slurm_ended_says_so(self):
+        with FakeCluster(task("a", command=f"echo a > side; exec sleep {self.nap}")) as project:
+            process = project.begin("run", "f", "--run-id", "r")
+            project.wait_side("a")
+            os.kill(int(project.read("slurm/1/pid")), signal.SIGKILL)          # as for want of memory
+            wait_for(lambda: project.jobs()["1"] == "FAILED", "the job's end")
+            project.write("slurm/1/state", "OUT_OF_MEMORY")
+            self.assertIn("lost by Slurm: job 1 is OUT_OF_MEMORY, and has left no end", project.finish(process, 1))
+            for pid in running(self.nap.encode()):
+                os.kill(pid, signal.SIGKILL)
+
+    def test_a_cluster_that_sbatch_names_is_the_one_that_is_asked(self):
+        with FakeCluster(task("a", command=f"echo a > side; exec sleep {self.nap}")) as project:
+            project.mode(sbatch="cluster")
+            process = project.begin("run", "f", "--run-id", "r")
+            wait_for(lambda: ["-M", "east"] in [call[:2] for call in project.calls("squeue")], "squeue -M east")
+            project.wait_side("a")
+            process.send_signal(signal.SIGTERM)
+            project.finish(process, 143)
+            self.assertEqual(project.calls("scancel")[0][1:3], ["-M", "east"])
+
+    def test_the_jobs_of_a_run_without_an_engine_can_be_cancelled(self):
+        with FakeCluster(task("a", command=f"echo a >> side; exec sleep {self.nap}"), task("b", "a")) as project:
+            process = project.begin("run", "f", "--run-id", "r")
+            project.wait_side("a")
+            project.kill(process)
+            done = project.cli("cancel", "r", env=project.env)
+            self.assertEqual((done.returncode, done.stdout), (0, "r cancelled\n"), done.stderr)
+            self.assertEqual(project.reasons(), dict.fromkeys("ab", ("cancelled", "cancelled by miniflow cancel")))
+            self.assertEqual(running(self.nap.encode()), [])
+
+    def test_a_job_of_a_task_that_has_changed_ends_before_it_runs_again(self):
+        with FakeCluster(task("a", command="echo begin >> side; trap 'sleep 0.5; echo end >> side; exit' TERM; "
+                                           "sleep 60 & wait")) as project:
+            process = project.begin("run", "f", "--run-id", "r")
+            project.wait_side("begin")
+            project.kill(process)
+            project.write("flows/f.json", json.dumps(flow_json(task("a", executor="local"))))
+            self.assertIn("a may still be job 1 of slurm", project.finish(project.begin("resume", "r"), 4))
+            project.write("flows/f.json", json.dumps(flow_json(
+                task("a", executor="slurm", command="echo again >> side"))))
+            self.assertIn("task a was changed", project.finish(project.begin("resume", "r")))
+            self.assertEqual(project.side(), ["begin", "end", "again"])
+
+    def test_the_executor_of_a_run_is_kept_and_its_jobs_are_bounded(self):
+        with FakeCluster(*[task(f"t{n}", command="sleep 0.1; test -e go") for n in range(3)], defaults={}) as project:
+            self.assertEqual(project.finish(project.begin("run", "f", "--run-id", "l"), 1).count("submitted"), 0)
+            project.env["MINIFLOW_SLURM_JOBS"] = "2"
+            events = [json.loads(line) for line in project.cli(
+                "run", "f", "--run-id", "r", "--executor", "slurm", "--output", "json", env=project.env
+                ).stdout.splitlines()]
+            steps = [{"attempt_started": 1, "attempt_ended": -1}.get(event["event"], 0) for event in events]
+            self.assertEqual(max(itertools.accumulate(steps)), 2)
+            project.write("go", "")
+            self.assertEqual(project.finish(project.begin("resume", "r")).count("submitted"), 3)
+
+    def test_what_is_needed_is_asked_for_before_anything_runs(self):
+        with FakeCluster(task("a")) as project:
+            bare = {**project.env, "PATH": "/usr/bin:/bin"}
+            if not shutil.which("sbatch", path=bare["PATH"]):
+                done = project.cli("run", "f", "--run-id", "r", env=bare)
+                self.assertEqual(done.returncode, 2)
+                self.assertIn("task a is to run on Slurm, and there is no sbatch in PATH", done.stderr)
+            done = project.cli("run", "f", env={**project.env, "MINIFLOW_SLURM_POLL_S": "soon"})
+            self.assertEqual(done.returncode, 2)
+            self.assertIn('MINIFLOW_SLURM_POLL_S="soon": expected a number from 0.01', done.stderr)
+            project.write("flows/py.py", textwrap.dedent("""
+                from miniflow import Workflow, task
+                @task
+                def a(ctx): pass
+                workflow = Workflow([a])
+                """))
+            done = project.cli("run", "py", "--executor", "slurm", env=project.env)
+            self.assertEqual(done.returncode, 2)
+            self.assertIn("task a is a Python function, which can't run on Slurm", done.stderr)
+            self.assertEqual(project.cli("runs").stdout, "")
+
+    def test_neither_a_job_nor_its_files_hold_what_they_should_not(self):
+        with FakeCluster(task("a", command="env > side; exit 1", env={"E": "flow"})) as project:
+            project.env.update(SBATCH_WAIT="1", SLURM_JOB_ID="77", SQUEUE_STATES="CD", E="engine", KEPT="yes")
+            project.run(code=1)
+            found = dict(line.split("=", 1) for line in project.side() if "=" in line)
+            self.assertEqual((found["E"], found["KEPT"], found["SLURM_JOB_ID"]), ("flow", "yes", "1"))
+            self.assertFalse({"SBATCH_WAIT", "SQUEUE_STATES", "MINIFLOW_COOKIE"} & found.keys())
+            self.assertEqual(os.listdir(project.at("miniflow_output/tmp/r/io")), [])
+
+    def test_the_flow_of_the_readme_runs(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            text = re.search(r'(?s)```json\n(\{\n  "name": "sweep".*?)```', file.read())[1]
+        flow = json.loads(text.replace("sleep $1; ", ""))
+        with FakeCluster(*flow["tasks"], defaults=flow["defaults"]) as project:
+            project.run()
+            self.assertEqual(project.log("r", "report"), b'[{"mean": "7"}, {"mean": "14"}]\n')
+            self.assertEqual(len(project.jobs()), 3)
+
+    def test_scripts_and_makefiles_say_that_they_leave_the_executor_out(self):
+        with FakeCluster(task("a")) as project:
+            for language in ("bash", "make"):
+                code, _, error = project.main("export", "f", "--to", language)
+                self.assertEqual((code, error.count("note: task a: executor slurm is left out")), (0, 1))
+
+
+def ends_of(state):
+    """Return how the tasks of a recorded run have ended, and after how many attempts."""
+    return {name: (t["status"], len(t["attempts"])) for name, t in state["tasks"].items()}
+
+
+def running(part):
+    """Return the processes whose command line has `part` in it."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+            if part in file.read():
+                found.append(int(name))
+    return found
 
 
 class T23Functions(unittest.TestCase):
@@ -7902,6 +8557,7 @@ class T27CommandLine(unittest.TestCase):
         flows = {flow["name"]: flow for text in re.findall(r"(?s)```json\n(.*?)```", readme)
                  if '"tasks": [' in text for flow in [json.loads(text)]}
         del flows["etl"]                        # it shows what a flow with errors looks like
+        del flows["sweep"]                      # it is for Slurm, and run with the tests of that
         script = re.search(r"(?ms)^And its script, `tasks/greet.py`:\n\n```python\n(.*?)```", readme)[1]
         with Project(flows, {"greet.py": script}) as project:
             for name in flows:
@@ -8096,7 +8752,8 @@ class T27CommandLine(unittest.TestCase):
         tour = mf._TOUR_FLOW
         used = {name for found in (*tour["tasks"], *(tour.get(name, {}) for name in mf.HANDLERS)) for name in found}
         self.assertEqual({field.name for field in mf.TASK_FIELDS} - used, {
-            "script", "tags", "env", "cwd", "python", "stdin", "max_backoff_s", "jitter", "timeout_s", "grace_s"})
+            "script", "tags", "env", "cwd", "python", "stdin", "max_backoff_s", "jitter", "timeout_s", "grace_s",
+            "executor", "resources"})
         self.assertEqual({field.name for field in mf.FLOW_FIELDS} - tour.keys(), {
             "$schema", "version", "tags", "max_parallel", "fail_fast", "preload", "secrets", "on_success"})
 
