@@ -1,0 +1,277 @@
+"""Holds MiniFlow's trigger rules against those of a real Airflow: python3 .ci/airflow.py PYTHON [DIRECTORY].
+
+PYTHON is one in whose venv Airflow 2.10 or 3 is installed.  Graphs in which tasks succeed, fail, are skipped,
+fail and are tolerated, and fan out run with both engines, and the end of every task is compared.  Three things
+may differ, and do; anything else fails:
+
+- early: Airflow settles an all_success task at the first upstream that did not succeed, so that a skip which
+  comes before a failure decides; MiniFlow waits for all upstream tasks.
+- instances: Airflow's rules count the instances of a fan-out, MiniFlow's the fan-out as one task, which has
+  failed if one of its instances has and else succeeded.
+- follows: what is downstream of such a task.
+
+What Airflow keeps goes below DIRECTORY, by default a temporary one.  Exit status 1 if anything failed.
+"""
+import contextlib
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+REPO = os.path.dirname(HERE)
+# Airflow's own Python would take this file for Airflow itself.
+sys.path[:] = [place for place in sys.path if os.path.abspath(place) != HERE]
+
+RULES = ("all_success", "all_done", "all_failed", "one_success", "one_failed", "none_failed",
+         "none_failed_min_one_success", "none_skipped", "always")
+ENDS = {"success": "true", "failed": "false", "tolerated": "false", "skipped": "true"}
+
+
+# ---- the graphs: {id: (upstream, rule, what becomes of it if it runs)}; a list makes a fan-out
+
+def table():
+    """Every rule on every pair of ends, and on one of each.
+
+    Of two upstream tasks the one that can make Airflow decide early ends last.
+    """
+    graph = {"f0": ((), "all_success", "failed"), "r": ((), "all_success", "success"),
+             "s0": (("r",), "all_success", "success"), "u": (("f0",), "all_success", "success")}
+    for letter, end in zip("sfkt", ("success", "failed", "skipped", "tolerated")):
+        graph[letter] = (("s0",), "all_success", end)
+    for rule in RULES:
+        graph[f"{rule}-"] = ((), rule, "success")
+        for size in (1, 2):
+            for up in itertools.combinations("sfkut", size):
+                graph[f"{rule}-{''.join(up)}"] = (up, rule, "success")
+        graph[f"{rule}-sfkut"] = (tuple("sfkut"), rule, "success")
+    return graph
+
+
+def early():
+    """A skip that comes long before a failure, and what follows."""
+    return {"k": ((), "all_success", "skipped"), "a": ((), "all_success", "success"),
+            "b": (("a",), "all_success", "success"), "f": (("b",), "all_success", "failed"),
+            "x": (("k", "f"), "all_success", "success"), "y": (("x",), "none_failed", "success")}
+
+
+def fan_outs():
+    """Every rule below a fan-out of which all instances succeed, or some, or none."""
+    graph = {}
+    for name, ends in (("s", "ss"), ("m", "sf"), ("f", "ff")):
+        graph[name] = ((), "all_success", [{"s": "success", "f": "failed"}[end] for end in ends])
+        graph.update({f"{rule}-{name}": ((name,), rule, "success") for rule in RULES})
+    return graph
+
+
+def made(seed):
+    """A random graph."""
+    chance, graph = random.Random(seed), {}
+    for n in range(chance.randint(5, 11)):
+        upstream = tuple(name for name in graph if chance.random() < 0.35)
+        end = chance.choice(["success"] * 4 + ["failed", "failed", "tolerated", "skipped"])
+        if chance.random() < 0.15:
+            end = [chance.choice(["success", "failed"]) for _ in range(2)]
+        graph[f"t{n}"] = (upstream, chance.choice(RULES), end)
+    return graph
+
+
+def all_graphs():
+    """All graphs as one."""
+    parts = {"table": table(), "early": early(), "fan": fan_outs(), **{f"made{n}": made(n) for n in range(12)}}
+    return {f"{part}.{name}": ([f"{part}.{up}" for up in upstream], rule, end)
+            for part, graph in parts.items() for name, (upstream, rule, end) in graph.items()}
+
+
+# ---- MiniFlow
+
+def miniflow(place, *words):
+    """Run MiniFlow's command line in a directory; return its CompletedProcess."""
+    return subprocess.run([sys.executable, os.path.join(REPO, "miniflow.py"), *words], cwd=place,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600)
+
+
+def miniflow_ends(graph):
+    """Return the end of every task as MiniFlow has it; instances are id[0], id[1]."""
+    tasks = []
+    for name, (upstream, rule, end) in graph.items():
+        task = {"id": name, "depends_on": upstream, "trigger_rule": rule}
+        if isinstance(end, list):
+            task.update(foreach=end, command=["test", "${{ item }}", "=", "success"])
+        else:
+            task.update(command=ENDS[end], allow_failure=end == "tolerated")
+            task.update({"if": "false"} if end == "skipped" else {})
+        tasks.append(task)
+    with tempfile.TemporaryDirectory() as place:
+        os.mkdir(os.path.join(place, "flows"))
+        with open(os.path.join(place, "flows", "rules.json"), "w") as file:
+            json.dump({"name": "rules", "tasks": tasks}, file)
+        done = miniflow(place, "run", "rules", "--run-id", "r", "--output", "quiet")
+        assert done.returncode == 1, done.stderr.decode()
+        with open(os.path.join(place, "miniflow_output", "runs", "r.json")) as file:
+            return {name: task["status"] for name, task in json.load(file)["tasks"].items()}
+
+
+# ---- Airflow
+
+RULES_DAG = '''
+import datetime, json
+try:
+    from airflow.sdk import DAG
+    from airflow.providers.standard.operators.empty import EmptyOperator
+    from airflow.providers.standard.operators.python import PythonOperator
+except ImportError:
+    from airflow import DAG
+    from airflow.operators.empty import EmptyOperator
+    from airflow.operators.python import PythonOperator
+from airflow.exceptions import AirflowSkipException
+
+
+def act(end):
+    if end == "skipped":
+        raise AirflowSkipException
+    if end != "success":
+        raise RuntimeError(end)
+
+
+with DAG("rules", schedule=None, start_date=datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)):
+    seen_as = {}
+    for name, (upstream, rule, end) in json.loads(GRAPH).items():
+        if isinstance(end, list):
+            task = PythonOperator.partial(task_id=name, python_callable=act, trigger_rule=rule).expand(
+                op_args=[[each] for each in end])
+        else:
+            task = PythonOperator(task_id=name, python_callable=act, op_args=[end], trigger_rule=rule)
+        task.set_upstream([seen_as[up] for up in upstream])
+        seen_as[name] = task
+        if end == "tolerated":     # counts as a success, but where it is skipped
+            seen_as[name] = EmptyOperator(task_id=name + ".tolerated", trigger_rule="none_skipped")
+            seen_as[name].set_upstream(task)
+'''
+
+
+def within_airflow(folder, names):
+    """Print what Airflow says of the DAGs of a directory, as a line of JSON; executed by its Python."""
+    import inspect
+    try:
+        from airflow.dag_processing.dagbag import DagBag
+    except ImportError:
+        from airflow.models.dagbag import DagBag
+    more = {"include_examples": False} if "include_examples" in inspect.signature(DagBag.__init__).parameters else {}
+    bag, found = DagBag(folder, **more), {}
+    for name in names:
+        run = bag.dags[name].test(run_conf={})
+        found[name] = {"state": str(run.state), "ends": {
+            task.task_id + (f"[{task.map_index}]" if task.map_index >= 0 else ""): str(task.state)
+            for task in run.get_task_instances()}}
+    print("\n" + json.dumps({"errors": bag.import_errors, "dags": sorted(bag.dags), "runs": found}))
+
+
+class Airflow:
+    """An installed Airflow, with a directory for what it keeps and another for DAG files."""
+
+    def __init__(self, python, home):
+        self.python, self.home, self.dags = python, home, os.path.join(home, "dags")
+        os.makedirs(self.dags, exist_ok=True)
+        self.env = {**os.environ, "AIRFLOW_HOME": home, "AIRFLOW__CORE__DAGS_FOLDER": self.dags,
+                    "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
+                    "PATH": os.path.dirname(python) + os.pathsep + os.environ["PATH"]}
+        self.execute("-m", "airflow", "db", "migrate")
+
+    def execute(self, *words):
+        """Execute Airflow's Python with these words; return what it printed."""
+        done = subprocess.run([self.python, *words], env=self.env, cwd=self.home, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+        output = done.stdout.decode("utf-8", "replace")
+        assert done.returncode == 0, output[-10000:]
+        return output
+
+    def version(self):
+        """Return Airflow's version."""
+        return self.execute("-c", "import airflow; print(airflow.__version__)").split()[-1]
+
+    def run(self, names):
+        """Load the DAG files and run some of the DAGs; return what within_airflow() says."""
+        output = self.execute(os.path.abspath(__file__), "within", self.dags, *names)
+        return json.loads(output.strip().splitlines()[-1])
+
+
+# ---- what differs
+
+def kinds(graph, name, ends):
+    """Return the ends that the rule of a task looks at, as Airflow counts them."""
+    found = []
+    for up in graph[name][0]:
+        instances = [ends[key] for key in (f"{up}[0]", f"{up}[1]") if key in ends]
+        found += instances or [ends.get(up + ".tolerated", ends.get(up))]
+    return found
+
+
+def judged(rule, ends, runs_to):
+    """Return the end that MiniFlow's rule gives a task whose upstream ended so."""
+    sys.path.insert(0, REPO)
+    import miniflow
+    if not ends:
+        return runs_to
+    counts = miniflow.Counts(ends.count("success"), ends.count("skipped"), sum(end.endswith("failed") for end in ends))
+    verdict = miniflow.TRIGGER_RULES[rule](counts)
+    return runs_to if verdict == "running" else verdict
+
+
+def difference(graph, name, ours, theirs):
+    """Return which of the differences that there may be is why a task ended otherwise; None: none of them."""
+    upstream, rule, end = graph[name]
+    seen = kinds(graph, name, theirs)
+    found = theirs.get(name, theirs.get(f"{name}[0]"))
+    if rule == "all_success" and found == "skipped" and any(state.endswith("failed") for state in seen):
+        return "early"
+    runs_to = found if isinstance(end, list) else "failed" if end == "tolerated" else end
+    if judged(rule, seen, runs_to) != found:
+        return None
+    return "instances" if any(isinstance(graph[up][2], list) for up in upstream) else "follows"
+
+
+def compare_rules(graph, theirs):
+    """Print how many tasks end alike, and what differs; return whether nothing does that should not."""
+    ours, counts, bad = miniflow_ends(graph), dict.fromkeys(("alike", "early", "instances", "follows"), 0), []
+    for name, (_, _, end) in graph.items():
+        instances = [key for key in theirs if isinstance(end, list) and key.startswith(f"{name}[")]
+        # Where a fan-out does not run, MiniFlow makes no instances of it.
+        why = "alike" if all(ours.get(key, ours[name]) == theirs[key] for key in instances or [name]) else \
+            difference(graph, name, ours, theirs)
+        if why:
+            counts[why] += 1
+        else:
+            bad.append(name)
+    for name in bad:
+        print(f"{name}: {ours[name]} with MiniFlow, {theirs.get(name)} with Airflow: {graph[name]}, "
+              f"upstream {kinds(graph, name, theirs)}")
+    print("rules: " + ", ".join(f"{count} {word}" for word, count in counts.items()) + f", {len(bad)} wrong")
+    # Were it not so, what the header says of the differences would not be true.
+    known = ours["early.x"], theirs["early.x"], ours["fan.all_failed-m"], theirs["fan.all_failed-m"]
+    return not bad and known == ("upstream_failed", "skipped", "success", "skipped")
+
+
+def main(python, home=None):
+    """Compare; return the exit status."""
+    with contextlib.ExitStack() as stack:
+        airflow = Airflow(python, os.path.abspath(home or stack.enter_context(tempfile.TemporaryDirectory())))
+        print(f"Airflow {airflow.version()}", flush=True)
+        graph = all_graphs()
+        with open(os.path.join(airflow.dags, "rules.py"), "w") as file:
+            file.write(f"GRAPH = {json.dumps(graph)!r}\n{RULES_DAG}")
+        found = airflow.run(["rules"])
+        assert not found["errors"], found["errors"]
+        return 0 if compare_rules(graph, found["runs"]["rules"]["ends"]) else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["within"]:
+        within_airflow(sys.argv[2], sys.argv[3:])
+    elif 2 <= len(sys.argv) <= 3:
+        sys.exit(main(*sys.argv[1:]))
+    else:
+        sys.exit(__doc__)
