@@ -48,6 +48,7 @@ Contents
     12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
     13. EXPORTERS: how does a plan look in other languages?
     14. BASH: how does a flow run where there is no MiniFlow?
+    14.5. AIRFLOW: how does a flow run where there is Airflow?
     --- the line: all above is pure ---
     15. DISK: how does a byte get onto the disk, and stay there?
     16. LOCKS: which one engine may work on a run?
@@ -5273,6 +5274,511 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
     return Exported("".join([
         _BASH_HEAD, "\n# ---- the flow\n", settings, f"mf_context={bash_quote(context)}\n", exports,
         *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nmf_red=0\n", loop]), is_program=True)
+
+
+# ============================================================================
+# == 14.5. AIRFLOW: how does a flow run where there is Airflow?
+# ============================================================================
+# A DAG file is a head that is the same for all flows and a call for each task, in which all that comes from
+# the flow is a Python literal.  The head holds an operator that starts what the task executes as MiniFlow
+# would.  Airflow's own BashOperator would not do: it renders commands as Jinja templates, knows no arguments,
+# no standard input and no grace, and takes the last line that was printed for the output.  Our operator has
+# no template fields, so that braces mean nothing in it.
+#
+# Trigger rules are Airflow's own.  What Airflow has no word for is said by empty tasks: one that counts as a
+# success behind a task whose failure is tolerated (none_skipped: it is skipped only where that is), one that
+# stands for all instances of a fan-out, and two for the handlers, of which Airflow would start on_failure at
+# the first failure.  Airflow judges a run by its leaves, so one more waits for any failure, and fails.
+
+_AIRFLOW_HEAD = r'''from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from datetime import datetime, timedelta, timezone
+
+try:                                            # Airflow 3
+    from airflow.sdk import DAG, BaseOperator, Param
+    from airflow.sdk.exceptions import AirflowException, AirflowFailException
+    from airflow.providers.standard.operators.empty import EmptyOperator
+except ImportError:                             # Airflow 2
+    from airflow import DAG
+    from airflow.exceptions import AirflowException, AirflowFailException
+    from airflow.models.baseoperator import BaseOperator
+    from airflow.models.param import Param
+    from airflow.operators.empty import EmptyOperator
+
+
+class Value(list):
+    """A text in pieces: text as it is, and paths (tuples) of what is looked up when the task starts."""
+
+
+def to_text(value):
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def look_up(path, known):
+    value = known
+    for step in path:
+        try:
+            if not isinstance(value, dict if isinstance(step, str) else list):
+                raise KeyError(step)
+            value = value[step]
+        except LookupError:
+            raise AirflowFailException("%s: there is no such value" % (path,)) from None
+    return value
+
+
+def render(value, known):
+    if isinstance(value, Value):
+        pieces = [piece if isinstance(piece, str) else look_up(piece, known) for piece in value]
+        return pieces[0] if len(pieces) == 1 else "".join(map(to_text, pieces))
+    return value
+
+
+def option(name, value):
+    if value is None or value is False:
+        return []
+    if isinstance(value, list):
+        return [word for item in value for word in option(name, item)]
+    if value is True:
+        return ["-" + name if len(name) == 1 else "--" + name]
+    return ["-" + name, to_text(value)] if len(name) == 1 else ["--%s=%s" % (name, to_text(value))]
+
+
+def no_twice(pairs):
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("duplicate keys")
+    return dict(pairs)
+
+
+def no_constant(name):
+    raise ValueError(name + " is not JSON")
+
+
+def read_output(path):
+    """Return what a task has written to $MINIFLOW_OUTPUT: a JSON object, or name=value lines."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        text = file.read()
+    if text.lstrip().startswith("{"):
+        return json.loads(text, object_pairs_hook=no_twice, parse_constant=no_constant)
+    lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
+    while at < len(lines):
+        line, at = lines[at], at + 1
+        name, equals, value = line.partition("=")
+        head, heredoc, mark = line.partition("<<")
+        if heredoc and len(head) < len(name):
+            end = lines.index(mark, at)
+            name, value, at = head, "\n".join(lines[at:end]), end + 1
+        elif not line:
+            continue
+        if not name or not (equals or heredoc):
+            raise ValueError("neither a JSON object nor name=value: " + line)
+        found[name] = value
+    return found
+
+
+class MiniFlowTask(BaseOperator):
+    """Runs one task; its output is its XCom."""
+
+    def __init__(self, *, does, **options):
+        super().__init__(**options)
+        self.does, self.process, self.timed_out = does, None, False
+
+    def known(self, context):
+        """Return what values are looked up in: params, and the outputs of all that is upstream."""
+        own = self.does.get("of", self.does["id"])
+        upstream, todo = set(), list(UPSTREAM[own])
+        while todo:
+            name = todo.pop()
+            if name not in upstream:
+                upstream.add(name)
+                todo += UPSTREAM[name]
+        params = dict(context["params"])
+        outputs = {name: context["ti"].xcom_pull(task_ids=name) or {}
+                   for name in UPSTREAM if name in upstream}
+        merged = dict(params)
+        for output in outputs.values():
+            merged.update(output)
+        run = context["dag_run"]
+        at = getattr(run, "logical_date", None) or getattr(run, "run_after", None) or run.start_date
+        text = at.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return {"params": params, "outputs": outputs, "ctx": merged, "env": dict(os.environ),
+                "run": {"id": run.run_id, "scheduled_time": text},
+                "tasks": {name: {"outputs": output} for name, output in outputs.items()},
+                **self.does.get("each", {})}
+
+    def arguments(self, known):
+        """Return the program and its arguments."""
+        does, args = self.does, self.does.get("args", [])
+        if "shell" in does:
+            words = ["/bin/sh", "-c", does["shell"], "sh"]
+        elif "script" in does:
+            python = does.get("python") or os.environ.get("PYTHON") or "python3"
+            words = [os.path.join(START_DIR, python) if "/" in python else python,
+                     os.path.join(TASKS_DIR, does["script"])]
+        else:
+            words = [to_text(render(word, known)) for word in does["command"]]
+        if isinstance(args, dict):
+            for name, value in args.items():
+                words += option(name, [render(item, known) for item in value] if type(value) is list
+                                else render(value, known))
+            return words
+        return words + [to_text(render(word, known)) for word in args]
+
+    def environment(self, known, place, attempt):
+        """Return the environment: the worker's, the flow's, the task's, MiniFlow's."""
+        for layer in (FLOW_ENV, self.does.get("env", {})):
+            added = {name: to_text(render(text, known)) for name, text in layer.items()}
+            known["env"] = {**known["env"], **added}
+        env = dict(known["env"])
+        for name, value in known["params"].items():
+            env["MINIFLOW_PARAM_" + re.sub("[^A-Z0-9_]", "_", name.upper())] = to_text(value)
+        output = os.path.join(place, "output")
+        env.update(MINIFLOW_RUN_ID=known["run"]["id"], MINIFLOW_FLOW=self.dag_id,
+                   MINIFLOW_TASK=self.does["id"], MINIFLOW_ATTEMPT=str(attempt),
+                   MINIFLOW_CONTEXT=os.path.join(place, "context.json"),
+                   MINIFLOW_OUTPUT=output, GITHUB_OUTPUT=output, TMP_DIR=os.path.join(place, "tmp"))
+        os.mkdir(env["TMP_DIR"])
+        with open(env["MINIFLOW_CONTEXT"], "w") as file:
+            outputs = {name: output for name, output in known["outputs"].items() if output}
+            json.dump({"params": known["params"], "tasks": outputs, "ctx": known["ctx"]}, file)
+        return env
+
+    def execute(self, context):
+        with tempfile.TemporaryDirectory() as place:
+            known = self.known(context)
+            env = self.environment(known, place, context["ti"].try_number)
+            words = self.arguments(known)
+            cwd = os.path.join(START_DIR, to_text(render(self.does.get("cwd", ""), known)))
+            text = to_text(render(self.does.get("stdin", ""), known))
+            with open(os.path.join(place, "stdin"), "w+b") as stdin:
+                stdin.write(text.encode("utf-8", "surrogateescape"))
+                stdin.seek(0)
+                try:
+                    self.process = subprocess.Popen(
+                        words, env=env, cwd=cwd, stdin=stdin, stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT, start_new_session=True)
+                except (OSError, ValueError) as exc:
+                    self.fail("cannot start: %s" % exc, None, True)
+            self.watch()
+            code = self.process.returncode
+            if self.timed_out:
+                self.fail("timeout after %g s" % self.does["timeout_s"], "timeout")
+            if code < 0:
+                self.fail("killed by signal %d" % -code, 128 - code)
+            if code:
+                self.fail("exit %d" % code, code)
+            try:
+                return read_output(env["MINIFLOW_OUTPUT"]) or None
+            except (ValueError, OSError) as exc:
+                self.fail("bad output: %s" % exc, None)
+
+    def watch(self):
+        """Wait for the process with its output in our log, and end what is left of its group."""
+        reader = threading.Thread(target=self.read_log, args=(self.process.stdout,), daemon=True)
+        reader.start()
+        try:
+            self.process.wait(self.does.get("timeout_s"))
+        except subprocess.TimeoutExpired:
+            self.timed_out = True
+        finally:
+            self.on_kill()
+            reader.join(5)
+
+    def read_log(self, pipe):
+        for line in pipe:
+            self.log.info("%s", line.decode("utf-8", "replace").rstrip("\n"))
+
+    def on_kill(self):
+        """End the process group: SIGTERM, a time of grace, SIGKILL."""
+        for word, seconds in ((signal.SIGTERM, self.does.get("grace_s", 5)), (signal.SIGKILL, 2)):
+            end = time.monotonic() + seconds
+            while self.process is not None and self.left(word):
+                if time.monotonic() > end:
+                    break
+                word = 0
+                time.sleep(0.02)
+
+    def left(self, word):
+        """Send a signal to the process group; tell whether there is one."""
+        self.process.poll()
+        try:
+            os.killpg(self.process.pid, word)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+
+    def fail(self, reason, code, final=False):
+        """Raise what has the task fail, and tried again only where it is to be."""
+        retry_on = self.does.get("retry_on")
+        final = final if retry_on is None else code not in retry_on
+        raise (AirflowFailException if final else AirflowException)(reason)
+
+
+class Gather(BaseOperator):
+    """Stands for all instances of a task."""
+
+    def __init__(self, *, instances, **options):
+        super().__init__(**options)
+        self.instances = instances
+
+    def execute(self, context):
+        return {"items": [context["ti"].xcom_pull(task_ids=name) for name in self.instances]}
+
+
+class Watcher(BaseOperator):
+    """Fails, so that the run is red although its last tasks may have succeeded."""
+
+    def execute(self, context):
+        raise AirflowFailException("a task has failed")
+'''
+
+
+class _Look(NamedTuple):
+    """A value that the DAG file looks up when the task starts; its repr is what stands in the file."""
+
+    pieces: Tuple[Any, ...]
+
+    def __repr__(self) -> str:
+        return f"Value({list(self.pieces)!r})"
+
+
+def _airflow_value(value: Any) -> Any:
+    """Return a JSON value with a _Look for each string that holds templates."""
+    if isinstance(value, (list, tuple)):
+        return [_airflow_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _airflow_value(item) for name, item in value.items()}
+    if not isinstance(value, str) or "${{" not in value:
+        return value
+    parts = parse_template(value)
+    for part in parts:
+        if isinstance(part, Ref) and part.path[0] == "tasks" and part.path[2] == "status":
+            raise ValueError(f"{part.text}: how a task ended is not handed on by Airflow; hand on an output")
+    if any(isinstance(part, Ref) for part in parts):
+        return _Look(tuple(part.path if isinstance(part, Ref) else part for part in parts))
+    return "".join(map(str, parts))
+
+
+#: What the values of instances are looked up in that are written out in the flow.
+_NO_VALUES = Values({}, {}, {}, {}, lambda name: {})
+
+
+def _refuse_for(engine: str, task: Task) -> None:
+    """Raise ValueError for what MiniFlow alone does and no other engine."""
+    action = task.action
+    if task.condition is not None:
+        raise ValueError(f"if: {task.condition} is for MiniFlow to decide, which {engine} can't; let the "
+                         "task itself decide")
+    if isinstance(action, Function):
+        raise ValueError(f"{action.name} is a Python function; {engine} runs scripts and commands")
+    if not isinstance(action, (Script, Command)):
+        raise ValueError(f"{ACTION_WORDS[type(action)]} is for MiniFlow to do; use a command")
+    for name in (task.many,) if task.many else ():
+        if any(refs(text) for _, text in _strings(getattr(task, name), ())):
+            raise ValueError(f"{name}: its values show at run time only, which {engine} can't express; "
+                             "write them out")
+        instances(task, _NO_VALUES)
+
+
+def _airflow_does(task: Task) -> Dict[str, Any]:
+    """Return what the operator of a task is told."""
+    action, does = task.action, {"id": task.id}  # type: Any, Dict[str, Any]
+    if isinstance(action, Script):
+        does.update(script=action.path)
+        does.update({"python": action.python} if action.python else {})
+    elif isinstance(action.command, str):
+        does["shell"] = action.command.replace("$${{", "${{")
+    else:
+        does["command"] = _airflow_value(action.command)
+    for name, value in (("args", action.args), ("env", task.env), ("cwd", task.cwd), ("stdin", action.stdin)):
+        if value:
+            does[name] = _airflow_value(value)
+    for name, value, usual in (("timeout_s", task.timeout_s, None), ("grace_s", task.grace_s, 5)):
+        if value != usual:
+            does[name] = value
+    if task.retry.retry_on is not None:
+        does["retry_on"] = list(task.retry.retry_on)
+    return does
+
+
+def _waits(retry: Retry) -> List[float]:
+    """Return the first waits between attempts; there are at most three different ones to tell apart."""
+    plain = retry._replace(jitter=0)
+    return [plain.wait_s(attempt, 0) for attempt in range(1, min(retry.max_retries, 3) + 1)]
+
+
+def _airflow_retry(retry: Retry) -> Iterator[str]:
+    """Yield the arguments that say how often and when Airflow tries again."""
+    yield f"retries={retry.max_retries}"
+    waits = _waits(retry)
+    if waits:
+        yield f"retry_delay=timedelta(seconds={waits[0]!r})"
+    if len(set(waits)) > 1:
+        longest = f"{min(float(retry.max_backoff_s), 86400.0)!r}"
+        yield f"retry_exponential_backoff=True, max_retry_delay=timedelta(seconds={longest})"
+
+
+_AIRFLOW_NOTES = (
+    "Tasks start in START_DIR, below, on whichever worker has them; scripts are read from TASKS_DIR.",
+    "Outputs are XComs, which are for small values; TMP_DIR is of an attempt, not of the run.",
+    "A task is judged as soon as its rule allows it, so that of a skip and a failure the first decides.")
+
+
+def _airflow_dict(name: str, value: Mapping[str, Any]) -> str:
+    """Return the argument of a call that is a dict, with a line for each of its members."""
+    lines = "".join(f"            {key!r}: {item!r},\n" for key, item in value.items())
+    return f"{name}={{\n{lines}        }}"
+
+
+def _airflow_schema(flow: Flow, name: str) -> Schema:
+    """Return what Airflow is told of a param: the words of JSON Schema."""
+    param = (flow.params or {}).get(name, Param())
+    schema = param_schema(param)
+    return {**schema, "description": param.description} if param.description else schema
+
+
+class _AirflowFile:
+    """Writes the DAG file of a plan: the calls that make tasks, and who waits for whom."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.names = plan, set(plan.tasks)
+        self.calls: List[str] = []
+        self.edges: List[str] = []
+        self.seen_as: Dict[str, str] = {}      # a task of the flow to what its downstream waits for
+
+    def fresh(self, name: str) -> str:
+        """Return `name`, or one like it that no task has."""
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        return name
+
+    def call(self, name: str, operator: str, rule: str, upstream: Iterable[str], *options: str) -> str:
+        """Add a task; return its name."""
+        lines = [f"task_id={name!r}", f"trigger_rule={rule!r}", *options]
+        told = "".join(f"        {line},\n" for line in lines)
+        self.calls.append(f"    tasks[{name!r}] = {operator}(\n{told}    )\n")
+        names = ", ".join(f"tasks[{up!r}]" for up in upstream)
+        if names:
+            self.edges.append(f"    tasks[{name!r}].set_upstream([{names}])\n")
+        return name
+
+    def add(self, task: Task, rule: str, upstream: Sequence[str]) -> None:
+        """Add a task of the flow, its instances and what stands for it downstream."""
+        options = list(_airflow_retry(task.retry))
+        if task.priority:
+            options.append(f"priority_weight={task.priority}, weight_rule='absolute'")
+        if task.description:
+            options.append(f"doc={task.description!r}")
+        does = _airflow_does(task)
+        if not task.many:
+            self.call(task.id, "MiniFlowTask", rule, upstream, *options, _airflow_dict("does", does))
+        else:
+            made = []
+            for n, each in enumerate(instances(task, _NO_VALUES)):
+                told = {**does, "id": instance_id(task.id, n), "of": task.id, "each": each}
+                made.append(self.call(self.fresh(f"{task.id}.{n}"), "MiniFlowTask", rule, upstream, *options,
+                                      _airflow_dict("does", told)))
+            rules = ("all_success", made) if made else (rule, upstream)
+            self.call(task.id, "Gather", *rules, "retries=0", f"instances={made!r}")
+        self.seen_as[task.id] = task.id
+        if task.allow_failure:
+            self.seen_as[task.id] = self.call(self.fresh(f"{task.id}.tolerated"), "EmptyOperator",
+                                              "none_skipped", [task.id], "retries=0")
+
+    def add_handlers(self, handlers: Sequence[Task]) -> None:
+        """Add on_success, on_failure and finally behind all that comes before."""
+        if not handlers:
+            return
+        ends = list(self.seen_as.values())
+        done = self.call(self.fresh("all_done"), "EmptyOperator", "all_done", ends, "retries=0")
+        failed = self.call(self.fresh("any_failed"), "EmptyOperator", "one_failed", ends, "retries=0")
+        ways = {"on_success": ("all_skipped", [failed]), "on_failure": ("all_success", [done, failed])}
+        for task in handlers:
+            last = [done, *(self.seen_as[name] for name in task.depends_on if self.plan.tasks[name].handler)]
+            self.add(task, *ways.get(str(task.handler), ("all_done", last)))
+
+    def dag(self, params: Mapping[str, Any]) -> Iterator[str]:
+        """Yield the arguments of the DAG itself."""
+        flow = self.plan.flow
+        yield f"dag_id={flow.name!r}"
+        yield "schedule=None"
+        yield "start_date=datetime(2024, 1, 1, tzinfo=timezone.utc)"
+        yield "catchup=False"
+        if flow.description:
+            yield f"description={flow.description!r}"
+        if flow.tags:
+            yield f"tags={list(flow.tags)!r}"
+        if flow.max_parallel:
+            yield f"max_active_tasks={flow.max_parallel}"
+        if flow.timeout_s:
+            yield f"dagrun_timeout=timedelta(seconds={float(flow.timeout_s)!r})"
+        told = "".join(f"        {name!r}: Param({value!r}, **{_airflow_schema(flow, name)!r}),\n"
+                       for name, value in params.items())
+        yield f"params={{\n{told}    }}" if told else "params={}"
+
+    def text(self, params: Mapping[str, Any], tasks_dir: str, losses: Sequence[str]) -> str:
+        """Return the whole file."""
+        flow, plan = self.plan.flow, self.plan
+        upstream = "".join(f"    {name!r}: {list(plan.tasks[name].depends_on)!r},\n" for name in plan.order)
+        head = "# Made by MiniFlow: runs on Airflow 2.10 and newer, and on Airflow 3.\n" + "".join(
+            f"# {line}\n" for line in (*_AIRFLOW_NOTES, *losses))
+        return "".join([
+            head, _AIRFLOW_HEAD, f"\n\nTASKS_DIR = {tasks_dir!r}\n",
+            "START_DIR = os.environ.get('MINIFLOW_START_DIR') or os.path.dirname(TASKS_DIR)\n",
+            f"FLOW_ENV = {_airflow_value(flow.env)!r}\n", f"UPSTREAM = {{\n{upstream}}}\n\nwith DAG(\n",
+            *(f"    {option},\n" for option in self.dag(params)), "):\n    tasks = {}\n",
+            *self.calls, *self.edges])
+
+
+def _airflow_losses(flow: Flow) -> Iterator[str]:
+    """Yield what Airflow does otherwise."""
+    for task in flow.tasks:
+        if len(set(_waits(task.retry))) > 1 or task.retry.jitter and task.retry.backoff_s:
+            yield f"task {task.id}: Airflow draws the waits between attempts, from backoff_s to twice as long"
+        if task.may_be_cached:
+            yield f"task {task.id}: inputs and outputs are not looked at; it runs each time"
+        if task.max_parallel:
+            yield f"task {task.id}: max_parallel of its instances does not hold"
+        if task.pool:
+            yield f"task {task.id}: pool {task.pool} does not hold; make one in Airflow and name it here"
+    if flow.fail_fast:
+        yield "fail_fast: after a failure Airflow goes on with what does not depend on it"
+    if flow.timeout_s:
+        yield "timeout_s of the flow: after it Airflow runs no handler"
+    if flow.secrets:
+        yield "secrets: Airflow masks only what it holds itself, as the values of its connections"
+
+
+@exporter("airflow")
+def to_airflow(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
+    """Return a DAG file for Airflow 2.10 and 3; raise UsageError for what Airflow can't do."""
+    problems = []
+    for task in plan.flow.tasks:
+        try:
+            _refuse_for("Airflow", task)
+            _airflow_does(task)
+        except ValueError as exc:
+            problems.append(f"task {task.id}: {exc}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    file = _AirflowFile(plan)
+    for task in (plan.tasks[name] for name in plan.order):
+        if not task.handler:
+            file.add(task, task.trigger_rule, [file.seen_as[name] for name in task.depends_on])
+    file.add_handlers([task for task in plan.flow.tasks if task.handler])
+    file.call(file.fresh("watcher"), "Watcher", "one_failed", list(file.seen_as.values()), "retries=0")
+    losses = tuple(_airflow_losses(plan.flow))
+    return Exported(file.text(params, tasks_dir, losses), losses)
 
 
 # ############################################################################
