@@ -49,6 +49,7 @@ Contents
     13. EXPORTERS: how does a plan look in other languages?
     14. BASH: how does a flow run where there is no MiniFlow?
     14.5. AIRFLOW: how does a flow run where there is Airflow?
+    14.6. ARGO: how does a flow run on Kubernetes?
     --- the line: all above is pure ---
     15. DISK: how does a byte get onto the disk, and stay there?
     16. LOCKS: which one engine may work on a run?
@@ -5779,6 +5780,408 @@ def to_airflow(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exporte
     file.call(file.fresh("watcher"), "Watcher", "one_failed", list(file.seen_as.values()), "retries=0")
     losses = tuple(_airflow_losses(plan.flow))
     return Exported(file.text(params, tasks_dir, losses), losses)
+
+
+# ============================================================================
+# == 14.6. ARGO: how does a flow run on Kubernetes?
+# ============================================================================
+# A manifest is a Workflow of Argo's in JSON: a DAG, and a template for each task, whose container executes a
+# script of sh.  Two substitutions go over its text, Argo's of {{ }} and that of Kubernetes, of $(NAME) and
+# $$.  So all that comes from the flow is quoted for sh, two braces are never left side by side in it, and
+# each $ is doubled, which Kubernetes undoes.  Params come as variables of the environment, which sh does not
+# read again.
+#
+# Argo has no trigger rules but expressions over what tasks became (Succeeded, Failed, Errored, Omitted),
+# which it evaluates when all tasks named in one have ended, as MiniFlow does.  Omitted is what did not run,
+# whether a failure was why (upstream_failed) or not (skipped); where it can be either, why a task was omitted
+# becomes part of the expressions of its downstream.  Failures that are tolerated end with 0, as Argo lets no
+# DAG with expressions tolerate them; and as it judges a DAG by its leaves, a last task fails if any has.
+
+_MAX_DEPENDS = 100_000                         # characters of one expression
+#: Words of the language of expressions, which no task can be called there.
+_ARGO_WORDS = frozenset("and or not in let if else true false nil matches contains all any one none".split())
+
+
+class _ArgoEnds(NamedTuple):
+    """Expressions that tell what became of a task; None: it never becomes that."""
+
+    success: Optional[str]
+    failed: Optional[str]
+    skipped: Optional[str]
+    done: Optional[str]
+
+
+def _any_of(parts: Iterable[Optional[str]]) -> Optional[str]:
+    """Join expressions of which one has to hold; None: none can."""
+    found = list(dict.fromkeys(part for part in parts if part))
+    return found[0] if len(found) == 1 else f"({' || '.join(found)})" if found else None
+
+
+def _all_of(parts: Iterable[Optional[str]]) -> Optional[str]:
+    """Join expressions that all have to hold; None: they can't."""
+    found = list(dict.fromkeys(parts))
+    if None in found:
+        return None
+    return found[0] if len(found) == 1 else f"({' && '.join(map(str, found))})" if found else None
+
+
+def _argo_depends(rule: str, upstream: Sequence[_ArgoEnds]) -> str:
+    """Return the expression that a trigger rule is, over the ends of a task's upstream."""
+    success, failed, skipped, done = zip(*upstream)
+    settled, some_success = _all_of(done), _any_of(success)
+    no_failure = _all_of(_any_of(pair) for pair in zip(success, skipped))
+    found = {
+        "all_success": _all_of(success),
+        "all_failed": _all_of(failed),
+        "one_success": _all_of([some_success, settled]),
+        "one_failed": _all_of([_any_of(failed), settled]),
+        "none_failed": no_failure,
+        "none_failed_min_one_success": _all_of([no_failure, some_success]),
+        "none_skipped": _all_of(_any_of(pair) for pair in zip(success, failed)),
+    }
+    return found.get(rule, settled) or f"{settled} && !{settled}"
+
+
+#: Where a task may end skipped under a rule: where any, or all, of its upstream may, or always.
+_ARGO_SKIPS: Dict[str, Callable[[Iterable[Any]], bool]] = {
+    "all_success": any, "none_skipped": any, "one_success": all, "none_failed_min_one_success": all,
+    "all_failed": lambda skipped: True, "one_failed": lambda skipped: True}
+#: The rules under which a failure upstream makes a task upstream_failed.
+_ARGO_BARS = ("all_success", "one_success", "none_failed", "none_failed_min_one_success")
+
+
+def _argo_ends(name: str, task: Task, upstream: Sequence[_ArgoEnds]) -> _ArgoEnds:
+    """Return how to tell what became of a task that is called `name` in the DAG."""
+    omitted, bad = f"{name}.Omitted", f"({name}.Failed || {name}.Errored)"
+    why = _any_of(ends.failed for ends in upstream) if task.trigger_rule in _ARGO_BARS else None
+    may_skip = upstream and task.trigger_rule in _ARGO_SKIPS and _ARGO_SKIPS[task.trigger_rule](
+        ends.skipped for ends in upstream)
+    skipped = (f"({omitted} && !{why})" if why else omitted) if may_skip else None
+    barred = (f"({omitted} && {why})" if may_skip else omitted) if why else None
+    success, done = f"{name}.Succeeded", f"({name}.Succeeded || {bad} || {omitted})"
+    if task.allow_failure:
+        return _ArgoEnds(_any_of([success, bad, barred]), None, skipped, done)
+    return _ArgoEnds(success, _any_of([bad, barred]), skipped, done)
+
+
+def _argo_group_ends(ends: Sequence[_ArgoEnds]) -> _ArgoEnds:
+    """Return how to tell what became of a task of instances; either all of them are skipped, or none is."""
+    success, failed, skipped, done = zip(*ends)
+    return _ArgoEnds(_all_of(success), _any_of(failed), skipped[0], _all_of(done))
+
+
+def _sh_quote(text: str) -> str:
+    """Return `text` as one word of sh in which no two braces stand side by side."""
+    return re.sub(r"\{(?=\{)", "{''", bash_quote(text))
+
+
+def _sh_seconds(seconds: float) -> str:
+    """Return a number of seconds in digits, as timeout(1) and Argo read it."""
+    return f"{seconds:.3f}".rstrip("0").rstrip(".")
+
+
+def _exit_codes(retry_on: Iterable[Union[int, str]]) -> List[int]:
+    """Return the exit codes of what is retried; those of timeout(1) stand for a timeout."""
+    return [code for item in retry_on for code in ([item] if isinstance(item, int) else
+                                                   [124, 137] if item == "timeout" else [])]
+
+
+class _ArgoScript:
+    """Writes the script that the container of one task executes."""
+
+    def __init__(self, flow: Flow, task: Task, values: Values, tasks_dir: str) -> None:
+        self.flow, self.task, self.values, self.tasks_dir = flow, task, values, tasks_dir
+        self.lookups: List[str] = []
+        self.env: Dict[str, str] = {}          # what the flow and the task set: name to word
+
+    def word(self, text: Any) -> str:
+        """Return a word of sh for `text`, templates and all."""
+        parts = parse_template(text) if isinstance(text, str) else (to_text(text),)
+        words = [_sh_quote(part) if isinstance(part, str) else self.reference(part) for part in parts]
+        return "".join(words) or "''"
+
+    def reference(self, ref: Ref) -> str:
+        """Return a word for what a template refers to."""
+        root, path = str(ref.path[0]), ref.path[1:]
+        if root in EACH_ROOTS:
+            return _sh_quote(to_text(lookup(ref, self.values)))
+        if root == "params" and len(path) == 1:
+            return f'"$MINIFLOW_PARAM_{param_variable(str(path[0]))}"'
+        if ref.text == "run.id":
+            return '"$MINIFLOW_RUN_ID"'
+        if root == "env":
+            name = str(path[0])
+            return self.env.get(name) or self.variable(name)
+        what = {"params": "a part of a param, and Argo hands on whole ones; make it a param of its own",
+                "run": "not known to a task in Argo; use a param"}
+        raise ValueError(f"{ref.text} is " + what.get(root, "not handed on by Argo; use a file that both "
+                                                            "tasks see"))
+
+    def variable(self, name: str) -> str:
+        """Look a variable up before anything is exported; return a word for it."""
+        mine = f"mf_v{len(self.lookups) + 1}"
+        self.lookups.append(f"{mine}=${{{name}?env.{name} is not set}}")
+        return f'"${mine}"'
+
+    def set_env(self, env: Mapping[str, Any]) -> None:
+        """Add a layer of environment; its values see the layers below it."""
+        self.env = {**self.env, **{name: self.word(value) for name, value in env.items()}}
+
+    def option_words(self, name: str, item: Any) -> List[str]:
+        """Return the words of one member of an `args` object."""
+        alone = refs(item)[0] if refs(item) and _is_template(item) else None
+        if alone and alone.path[0] in EACH_ROOTS:
+            item, alone = lookup(alone, self.values), None
+            return list(map(_sh_quote, option_argv(name, item)))
+        if alone and alone.path[0] == "params" and self.reference(alone) and type(
+                lookup(alone, self.values)) not in (str, int, float):
+            raise ValueError(f"args.{name}: whether {alone.text} is a flag shows at run time only, which "
+                             "Argo can't express; give args as an array")
+        if not isinstance(item, str):
+            return list(map(_sh_quote, option_argv(name, item)))
+        if len(name) == 1:
+            return [_sh_quote(f"-{name}"), self.word(item)]
+        return [_sh_quote(f"--{name}=") + self.word(item)]
+
+    def words(self) -> List[str]:
+        """Return the words of what is executed, with its arguments."""
+        action: Any = self.task.action
+        if isinstance(action, Script):
+            python = _sh_quote(action.python or "python3")
+            if "/" in python and not python.startswith("'/"):
+                python = f'"$mf_start"/{python}'
+            found = [python, _sh_quote(f"{self.tasks_dir}/{action.path}")]
+        elif isinstance(action.command, str):
+            found = ["/bin/sh", "-c", _sh_quote(action.command.replace("$${{", "${{")), "sh"]
+        else:
+            found = [self.word(text) for text in action.command]
+        if not isinstance(action.args, dict):
+            return found + [self.word(item) for item in action.args]
+        return found + [word for name, value in action.args.items()
+                        for item in (value if isinstance(value, list) else [value])
+                        for word in self.option_words(name, item)]
+
+    def ending(self, words: str) -> List[str]:
+        """Return the lines that execute the task, and tolerate a failure of its last attempt."""
+        task = self.task
+        if not task.allow_failure:
+            return [f"exec {words}"]
+        lines = [f"(exec {words})", "code=$?", f'[ "$MINIFLOW_ATTEMPT" -le {task.retry.max_retries} ] || code=0']
+        if task.retry.retry_on is not None:
+            again = "|".join(map(str, _exit_codes(task.retry.retry_on))) or "none"
+            lines.append(f"case $code in {again}) ;; *) code=0 ;; esac")
+        return [*lines, "exit $code"]
+
+    def text(self) -> str:
+        """Return the script."""
+        task = self.task
+        self.set_env(self.flow.env)
+        self.set_env(task.env)
+        own = {"MINIFLOW_FLOW": _sh_quote(self.flow.name), "MINIFLOW_TASK": _sh_quote(task.id),
+               "MINIFLOW_ATTEMPT": "$((${mf_retries:-0} + 1))", "MINIFLOW_OUTPUT": '"$mf_dir/output"',
+               "GITHUB_OUTPUT": '"$mf_dir/output"', "TMP_DIR": '"$mf_dir/tmp"'}
+        words, before = " ".join(self.words()), ["mf_start=$PWD"]
+        if task.timeout_s is not None:
+            grace = _sh_seconds(max(task.grace_s, 0.001))
+            words = f"timeout -k {grace} {_sh_seconds(max(task.timeout_s, 0.001))} {words}"
+        if task.action.stdin is not None:
+            before.append(f'printf %s {self.word(task.action.stdin)} >"$mf_dir/stdin" || exit 125')
+        if task.cwd is not None:
+            before.append(f"cd -- {self.word(task.cwd)} || exit 127")
+        stdin = "/dev/null" if task.action.stdin is None else '"$mf_dir/stdin"'
+        exports = [f"export {name}={word}" for name, word in {**self.env, **own}.items()]
+        return "\n".join(['mf_dir=$(mktemp -d) && mkdir "$mf_dir/tmp" || exit 125', *self.lookups, *before,
+                          *exports, *self.ending(f"{words} <{stdin}"), ""])
+
+
+def _argo_retry(retry: Retry) -> Schema:
+    """Return how often and when Argo tries again."""
+    strategy: Schema = {"limit": str(retry.max_retries), "retryPolicy": "Always"}
+    if retry.backoff_s:
+        first = _sh_seconds(min(retry.backoff_s, retry.max_backoff_s))
+        strategy["backoff"] = {"duration": f"{first}s", "factor": "2",
+                               "cap": f"{_sh_seconds(retry.max_backoff_s)}s"}
+    if retry.retry_on is not None:
+        strategy["expression"] = f"asInt(lastRetry.exitCode) in {_exit_codes(retry.retry_on)}"
+    return strategy
+
+
+class _ArgoManifest:
+    """Writes the manifest of a plan."""
+
+    def __init__(self, plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> None:
+        self.plan, self.params, self.tasks_dir = plan, params, tasks_dir
+        self.templates: List[Schema] = []
+        self.nodes: List[Schema] = []
+        self.ends: Dict[str, _ArgoEnds] = {}
+        self.red: List[str] = []               # nodes whose failure is one of the run
+        self.handlers: Dict[str, str] = {}     # field to the name of its template
+        self.names = {"main", "exit"}
+        self.param_names: Dict[str, str] = {}
+        for name in params:
+            plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+            self.param_names[name] = self.fresh(plain, self.param_names.values())
+        self.image = self.fresh("image", self.param_names.values())
+
+    def fresh(self, name: str, taken: Collection[str]) -> str:
+        """Return `name`, or one like it that is not among those taken."""
+        return next(each for n in range(1, len(taken) + 2) for each in [f"{name}-{n}" if n > 1 else name]
+                    if each not in taken)
+
+    def name(self, task_id: str) -> str:
+        """Return the name of a task in the manifest: DNS-1123, and a name in an expression too."""
+        name = re.sub(r"[^a-z0-9]+", "-", task_id.lower()).strip("-")[:50].strip("-")
+        if not name or name[0].isdigit() or name in _ARGO_WORDS:
+            name = f"t-{name}".rstrip("-")
+        name = self.fresh(name, self.names)
+        self.names.add(name)
+        return name
+
+    def container(self, script: str, retried: bool = False) -> Schema:
+        """Return a container that executes a script."""
+        env = {f"MINIFLOW_PARAM_{param_variable(name)}": f"{{{{workflow.parameters.{as_argo}}}}}"
+               for name, as_argo in self.param_names.items()}
+        env["MINIFLOW_RUN_ID"] = "{{workflow.name}}"
+        if retried:
+            env["mf_retries"] = "{{retries}}"
+        return {"name": "main", "image": f"{{{{workflow.parameters.{self.image}}}}}",
+                "command": ["/bin/sh", "-c", script.replace("$", "$$")],
+                "env": [{"name": name, "value": value} for name, value in env.items()]}
+
+    def template(self, task: Task, each: Mapping[str, Any]) -> str:
+        """Add the template of a task or an instance; return its name."""
+        values = _NO_VALUES._replace(params=self.params, **each)
+        script = _ArgoScript(self.plan.flow, task, values, self.tasks_dir).text()
+        name, retried = self.name(task.id), bool(task.retry.max_retries)
+        template: Schema = {"name": name, "container": self.container(script, retried)}
+        if retried:
+            template["retryStrategy"] = _argo_retry(task.retry)
+        if task.timeout_s is not None:          # timeout(1) keeps it; this is for a pod that gets no image
+            template["activeDeadlineSeconds"] = int(task.timeout_s + task.grace_s) + 60
+        self.templates.append(template)
+        return name
+
+    def add(self, task: Task) -> None:
+        """Add a task of the flow to the DAG, and each of its instances."""
+        upstream = [self.ends[name] for name in task.depends_on]
+        depends = {"depends": _argo_depends(task.trigger_rule, upstream)} if upstream else {}
+        if len(depends.get("depends", "")) > _MAX_DEPENDS:
+            raise ValueError(f"trigger_rule: {task.trigger_rule} is too long an expression in Argo behind so "
+                             "many tasks that may be skipped; use all_done")
+        all_each = instances(task, _NO_VALUES) if task.many else [{}]
+        if not all_each:
+            raise ValueError(f"{task.many} is empty, which no DAG of Argo's can say; leave the task out")
+        made = []
+        for n, each in enumerate(all_each):
+            one = instance_of(task, instance_id(task.id, n), None) if task.many else task
+            name = self.template(one, each)
+            self.nodes.append({"name": name, "template": name, **depends})
+            made.append(_argo_ends(name, task, upstream))
+            self.red += [] if task.allow_failure else [name]
+        self.ends[task.id] = _argo_group_ends(made) if task.many else made[0]
+
+    def watch(self) -> None:
+        """Add the last task, which fails if any task has, as Argo judges a DAG by its leaves."""
+        failed = _any_of(f"{name}.{end}" for name in self.red for end in ("Failed", "Errored"))
+        if failed is None:
+            return
+        name = self.name("watcher")
+        self.templates.append({"name": name, "container": self.container("echo a task has failed; exit 1")})
+        self.nodes.append({"name": name, "template": name, "depends": failed})
+
+    def add_handler(self, task: Task) -> None:
+        """Add the template of on_success, on_failure or finally."""
+        if task.many:
+            raise ValueError(f"{task.many} of a handler is for MiniFlow to expand; write one task")
+        self.handlers[str(task.handler)] = self.template(task, {})
+
+    def exit(self) -> Schema:
+        """Return what has the handlers run when the workflow ends, if there are any."""
+        steps: List[List[Schema]] = [[], []]
+        for field, name in self.handlers.items():
+            step: Schema = {"name": name, "template": name}
+            if field != "finally":
+                step["when"] = f"{{{{workflow.status}}}} {'!=' if field == 'on_failure' else '=='} Succeeded"
+                step["continueOn"] = {"failed": True, "error": True}
+            steps[field == "finally"].append(step)
+        if self.handlers:
+            self.templates.append({"name": "exit", "steps": [some for some in steps if some]})
+        return {"onExit": "exit"} if self.handlers else {}
+
+    def parameters(self) -> Iterator[Schema]:
+        """Yield the parameters of the workflow."""
+        for name, value in self.params.items():
+            declared = (self.plan.flow.params or {}).get(name, Param())
+            parameter: Schema = {"name": self.param_names[name], "value": to_text(value)}
+            if declared.enum is not None:
+                parameter["enum"] = [to_text(item) for item in declared.enum]
+            yield parameter
+        yield {"name": self.image, "value": "python:3", "description": "has what the tasks need"}
+
+    def spec(self) -> Schema:
+        """Return the workflow's spec."""
+        flow = self.plan.flow
+        limits = {"parallelism": flow.max_parallel,
+                  "activeDeadlineSeconds": flow.timeout_s and max(1, round(flow.timeout_s))}
+        end = self.exit()
+        main: Schema = {"name": "main", "dag": {"failFast": flow.fail_fast, "tasks": self.nodes}}
+        return {"entrypoint": "main", **end, **{name: value for name, value in limits.items() if value},
+                "arguments": {"parameters": list(self.parameters())}, "templates": [main, *self.templates]}
+
+
+def _argo_losses(flow: Flow, tasks_dir: str) -> Iterator[str]:
+    """Yield what Argo does otherwise."""
+    yield "the parameter image names the image of all tasks, python:3 unless another one is given"
+    if any(isinstance(task.action, Script) for task in flow.tasks):
+        yield f"scripts are read from {shown(tasks_dir, 200)} in that image; have them there"
+    yield "outputs: what a task writes is not handed on, and there is no context file"
+    for task in flow.tasks:
+        for name in ("pool", "priority", "max_parallel"):
+            if getattr(task, name):
+                yield f"task {task.id}: {name} does not hold"
+        if task.retry.jitter and task.retry.backoff_s:
+            yield f"task {task.id}: jitter does not hold"
+        if task.may_be_cached:
+            yield f"task {task.id}: inputs and outputs are not looked at; it runs each time"
+    if flow.fail_fast:
+        yield "fail_fast: Argo stops when a last task of the DAG has failed, and not at the first failure"
+    if flow.secrets:
+        yield "secrets: Argo masks nothing, and pods do not have the variables of this machine"
+
+
+def _argo_unfit(params: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the params that would reach no task as they are."""
+    for name, value in params.items():
+        found = re.search(r"\$[$(]|\{\{", to_text(value))
+        if found:
+            yield (f"params.{name}: {found[0]} in {shown(value)} is replaced by Kubernetes or Argo; "
+                   "leave it out")
+
+
+@exporter("argo")
+def to_argo(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
+    """Return the manifest of a Workflow for Argo, in JSON; raise UsageError for what Argo can't do."""
+    manifest, problems = _ArgoManifest(plan, params, tasks_dir), list(_argo_unfit(params))
+    for task in (plan.tasks[name] for name in plan.order):
+        manifest.ends[task.id] = _argo_ends(task.id, task, [])             # for those downstream, if it fails
+        try:
+            _refuse_for("Argo", task)
+            if task.handler:
+                manifest.add_handler(task)
+            else:
+                manifest.add(task)
+        except (ValueError, LookupError) as exc:
+            problems.append(f"task {task.id}: {exc}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    manifest.watch()
+    losses = tuple(_argo_losses(plan.flow, tasks_dir))
+    notes = {"miniflow/flow": plan.flow.name, "miniflow/differs": "\n".join(losses)}
+    name = re.sub(r"[^a-z0-9]+", "-", plan.flow.name.lower()).strip("-")[:40].strip("-") or "flow"
+    return Exported(json.dumps({
+        "apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow",
+        "metadata": {"generateName": f"{name}-", "annotations": notes},
+        "spec": manifest.spec()}, indent=1) + "\n", losses)
 
 
 # ############################################################################
