@@ -5797,16 +5797,20 @@ def to_airflow(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exporte
 # becomes part of the expressions of its downstream.  Failures that are tolerated end with 0, as Argo lets no
 # DAG with expressions tolerate them; and as it judges a DAG by its leaves, a last task fails if any has.
 
-_MAX_DEPENDS = 100_000                         # characters of one expression
-#: Words of the language of expressions, which no task can be called there.
+_MAX_DEPENDS = 500_000                         # characters of one expression
+#: Words of the language of expressions, which no task can have for a name there.
 _ARGO_WORDS = frozenset("and or not in let if else true false nil matches contains all any one none".split())
 
 
 class _ArgoEnds(NamedTuple):
-    """Expressions that tell what became of a task; None: it never becomes that."""
+    """Expressions that tell what became of a task; None: it never becomes that.
+
+    `failed` are several, of which one has to hold: what is downstream shares them, where each of two tasks
+    with a copy of the whole would give the next one two copies, and so on.
+    """
 
     success: Optional[str]
-    failed: Optional[str]
+    failed: Tuple[str, ...]
     skipped: Optional[str]
     done: Optional[str]
 
@@ -5827,7 +5831,8 @@ def _all_of(parts: Iterable[Optional[str]]) -> Optional[str]:
 
 def _argo_depends(rule: str, upstream: Sequence[_ArgoEnds]) -> str:
     """Return the expression that a trigger rule is, over the ends of a task's upstream."""
-    success, failed, skipped, done = zip(*upstream)
+    success, skipped = [ends.success for ends in upstream], [ends.skipped for ends in upstream]
+    failed, done = [_any_of(ends.failed) for ends in upstream], [ends.done for ends in upstream]
     settled, some_success = _all_of(done), _any_of(success)
     no_failure = _all_of(_any_of(pair) for pair in zip(success, skipped))
     found = {
@@ -5847,27 +5852,40 @@ _ARGO_SKIPS: Dict[str, Callable[[Iterable[Any]], bool]] = {
     "all_success": any, "none_skipped": any, "one_success": all, "none_failed_min_one_success": all,
     "all_failed": lambda skipped: True, "one_failed": lambda skipped: True}
 #: The rules under which a failure upstream makes a task upstream_failed.
-_ARGO_BARS = ("all_success", "one_success", "none_failed", "none_failed_min_one_success")
+_ARGO_BARS = ("all_success", "none_failed", "none_failed_min_one_success", "one_success")
+
+
+def _check_depends(rule: str, length: int) -> None:
+    """Raise ValueError if what a trigger rule becomes is too long an expression."""
+    if length > _MAX_DEPENDS:
+        raise ValueError(f"trigger_rule: {rule} becomes an expression of {length:,} characters here, "
+                         f"and Argo takes at most {_MAX_DEPENDS:,}; use all_done")
 
 
 def _argo_ends(name: str, task: Task, upstream: Sequence[_ArgoEnds]) -> _ArgoEnds:
     """Return how to tell what became of a task that is called `name` in the DAG."""
-    omitted, bad = f"{name}.Omitted", f"({name}.Failed || {name}.Errored)"
-    why = _any_of(ends.failed for ends in upstream) if task.trigger_rule in _ARGO_BARS else None
-    may_skip = upstream and task.trigger_rule in _ARGO_SKIPS and _ARGO_SKIPS[task.trigger_rule](
-        ends.skipped for ends in upstream)
-    skipped = (f"({omitted} && !{why})" if why else omitted) if may_skip else None
-    barred = (f"({omitted} && {why})" if may_skip else omitted) if why else None
-    success, done = f"{name}.Succeeded", f"({name}.Succeeded || {bad} || {omitted})"
+    omitted, bad, rule = f"{name}.Omitted", (f"{name}.Failed", f"{name}.Errored"), task.trigger_rule
+    why = tuple(dict.fromkeys(chain.from_iterable(ends.failed for ends in upstream)))
+    bars = rule in _ARGO_BARS and bool(why)
+    barred: Tuple[str, ...] = (omitted,) if bars else ()
+    may_skip = upstream and rule in _ARGO_SKIPS and _ARGO_SKIPS[rule](ends.skipped for ends in upstream)
+    skipped = omitted if may_skip else None
+    if may_skip and bars:
+        _check_depends(rule, sum(map(len, why)))
+        skipped = f"({omitted} && !{_any_of(why)})"
+        # Under the other rules a failure upstream is enough, so that there it says the same.
+        barred = (f"({omitted} && {_any_of(why)})",) if rule == "one_success" else why
+    done = _any_of([f"{name}.Succeeded", *bad, omitted])
     if task.allow_failure:
-        return _ArgoEnds(_any_of([success, bad, barred]), None, skipped, done)
-    return _ArgoEnds(success, _any_of([bad, barred]), skipped, done)
+        return _ArgoEnds(_any_of([f"{name}.Succeeded", *bad, *barred]), (), skipped, done)
+    return _ArgoEnds(f"{name}.Succeeded", (*bad, *barred), skipped, done)
 
 
 def _argo_group_ends(ends: Sequence[_ArgoEnds]) -> _ArgoEnds:
     """Return how to tell what became of a task of instances; either all of them are skipped, or none is."""
-    success, failed, skipped, done = zip(*ends)
-    return _ArgoEnds(_all_of(success), _any_of(failed), skipped[0], _all_of(done))
+    failed = tuple(dict.fromkeys(chain.from_iterable(each.failed for each in ends)))
+    return _ArgoEnds(_all_of(each.success for each in ends), failed, ends[0].skipped,
+                     _all_of(each.done for each in ends))
 
 
 def _sh_quote(text: str) -> str:
@@ -5919,6 +5937,8 @@ class _ArgoScript:
 
     def variable(self, name: str) -> str:
         """Look a variable up before anything is exported; return a word for it."""
+        if not re.fullmatch(_VARIABLE, name):
+            raise ValueError(f"env.{name}: sh can't read a variable of that name; use letters, digits and _")
         mine = f"mf_v{len(self.lookups) + 1}"
         self.lookups.append(f"{mine}=${{{name}?env.{name} is not set}}")
         return f'"${mine}"'
@@ -5966,7 +5986,8 @@ class _ArgoScript:
         task = self.task
         if not task.allow_failure:
             return [f"exec {words}"]
-        lines = [f"(exec {words})", "code=$?", f'[ "$MINIFLOW_ATTEMPT" -le {task.retry.max_retries} ] || code=0']
+        lines = [f"(exec {words})", "code=$?",
+                 f'[ "$MINIFLOW_ATTEMPT" -le {task.retry.max_retries} ] || code=0']
         if task.retry.retry_on is not None:
             again = "|".join(map(str, _exit_codes(task.retry.retry_on))) or "none"
             lines.append(f"case $code in {again}) ;; *) code=0 ;; esac")
@@ -5978,7 +5999,7 @@ class _ArgoScript:
         self.set_env(self.flow.env)
         self.set_env(task.env)
         own = {"MINIFLOW_FLOW": _sh_quote(self.flow.name), "MINIFLOW_TASK": _sh_quote(task.id),
-               "MINIFLOW_ATTEMPT": "$((${mf_retries:-0} + 1))", "MINIFLOW_OUTPUT": '"$mf_dir/output"',
+               "MINIFLOW_ATTEMPT": "$((MINIFLOW_ATTEMPT + 1))", "MINIFLOW_OUTPUT": '"$mf_dir/output"',
                "GITHUB_OUTPUT": '"$mf_dir/output"', "TMP_DIR": '"$mf_dir/tmp"'}
         words, before = " ".join(self.words()), ["mf_start=$PWD"]
         if task.timeout_s is not None:
@@ -6019,7 +6040,7 @@ class _ArgoManifest:
         self.names = {"main", "exit"}
         self.param_names: Dict[str, str] = {}
         for name in params:
-            plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+            plain = re.sub(r"[^A-Za-z0-9_-]", "_", name) or "_"
             self.param_names[name] = self.fresh(plain, self.param_names.values())
         self.image = self.fresh("image", self.param_names.values())
 
@@ -6038,12 +6059,10 @@ class _ArgoManifest:
         return name
 
     def container(self, script: str, retried: bool = False) -> Schema:
-        """Return a container that executes a script."""
+        """Return a container that executes a script; in one that is retried Argo counts from 0."""
         env = {f"MINIFLOW_PARAM_{param_variable(name)}": f"{{{{workflow.parameters.{as_argo}}}}}"
                for name, as_argo in self.param_names.items()}
-        env["MINIFLOW_RUN_ID"] = "{{workflow.name}}"
-        if retried:
-            env["mf_retries"] = "{{retries}}"
+        env.update(MINIFLOW_RUN_ID="{{workflow.name}}", MINIFLOW_ATTEMPT="{{retries}}" if retried else "0")
         return {"name": "main", "image": f"{{{{workflow.parameters.{self.image}}}}}",
                 "command": ["/bin/sh", "-c", script.replace("$", "$$")],
                 "env": [{"name": name, "value": value} for name, value in env.items()]}
@@ -6065,9 +6084,7 @@ class _ArgoManifest:
         """Add a task of the flow to the DAG, and each of its instances."""
         upstream = [self.ends[name] for name in task.depends_on]
         depends = {"depends": _argo_depends(task.trigger_rule, upstream)} if upstream else {}
-        if len(depends.get("depends", "")) > _MAX_DEPENDS:
-            raise ValueError(f"trigger_rule: {task.trigger_rule} is too long an expression in Argo behind so "
-                             "many tasks that may be skipped; use all_done")
+        _check_depends(task.trigger_rule, len(depends.get("depends", "")))
         all_each = instances(task, _NO_VALUES) if task.many else [{}]
         if not all_each:
             raise ValueError(f"{task.many} is empty, which no DAG of Argo's can say; leave the task out")
@@ -6176,7 +6193,8 @@ def to_argo(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
         raise UsageError("\n".join(problems))
     manifest.watch()
     losses = tuple(_argo_losses(plan.flow, tasks_dir))
-    notes = {"miniflow/flow": plan.flow.name, "miniflow/differs": "\n".join(losses)}
+    notes = {"miniflow/flow": plan.flow.name, "miniflow/differs": "\n".join(losses),
+             **({"miniflow/description": plan.flow.description} if plan.flow.description else {})}
     name = re.sub(r"[^a-z0-9]+", "-", plan.flow.name.lower()).strip("-")[:40].strip("-") or "flow"
     return Exported(json.dumps({
         "apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow",
