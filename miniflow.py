@@ -5745,7 +5745,8 @@ def _airflow_losses(flow: Flow) -> Iterator[str]:
     """Yield what Airflow does otherwise."""
     for task in flow.tasks:
         if len(set(_waits(task.retry))) > 1 or task.retry.jitter and task.retry.backoff_s:
-            yield f"task {task.id}: Airflow draws the waits between attempts, from backoff_s to twice as long"
+            yield (f"task {task.id}: Airflow draws each wait between attempts, up to twice as long as it is "
+                   "here")
         if task.may_be_cached:
             yield f"task {task.id}: inputs and outputs are not looked at; it runs each time"
         if task.max_parallel:
