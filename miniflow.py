@@ -49,6 +49,8 @@ Contents
   12.5. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
     13. EXPORTERS: how does a plan look in other languages?
     14. BASH: how does a flow run where there is no MiniFlow?
+    14.5. AIRFLOW: how does a flow run where there is Airflow?
+    14.6. ARGO: how does a flow run on Kubernetes?
     14.7. MAKE: how does a flow run where there is make?
     --- the line: all above is pure ---
     15. DISK: how does a byte get onto the disk, and stay there?
@@ -6224,6 +6226,932 @@ def to_make(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
     keep_going = "" if plan.flow.fail_fast else "MAKEFLAGS += --keep-going\n"
     return Exported("".join([_MAKE_HEAD, keep_going, *common, *rules]),
                     tuple(_make_losses(plan, params, opened)))
+
+
+# ============================================================================
+# == 14.5. AIRFLOW: how does a flow run where there is Airflow?
+# ============================================================================
+# A DAG file is a head that is the same for all flows and a call for each task, in which all that comes from
+# the flow is a Python literal.  The head holds an operator that starts what the task executes as MiniFlow
+# would.  Airflow's own BashOperator would not do: it renders commands as Jinja templates, knows no arguments,
+# no standard input and no grace, and takes the last line that was printed for the output.  Our operator has
+# no template fields, so that braces mean nothing in it.
+#
+# Trigger rules are Airflow's own.  What Airflow has no word for is said by empty tasks: one that counts as a
+# success behind a task whose failure is tolerated (none_skipped: it is skipped only where that is), one that
+# stands for all instances of a fan-out, and two for the handlers, of which Airflow would start on_failure at
+# the first failure.  Airflow judges a run by its leaves, so one more waits for any failure, and fails.
+
+_AIRFLOW_HEAD = r'''from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from datetime import datetime, timedelta, timezone
+
+try:                                            # Airflow 3
+    from airflow.sdk import DAG, BaseOperator, Param
+    from airflow.sdk.exceptions import AirflowException, AirflowFailException
+    from airflow.providers.standard.operators.empty import EmptyOperator
+except ImportError:                             # Airflow 2
+    from airflow import DAG
+    from airflow.exceptions import AirflowException, AirflowFailException
+    from airflow.models.baseoperator import BaseOperator
+    from airflow.models.param import Param
+    from airflow.operators.empty import EmptyOperator
+
+
+class Value(list):
+    """A text in pieces: text as it is, and paths (tuples) of what is looked up when the task starts."""
+
+
+def to_text(value):
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def look_up(path, known):
+    value = known
+    for step in path:
+        try:
+            if not isinstance(value, dict if isinstance(step, str) else list):
+                raise KeyError(step)
+            value = value[step]
+        except LookupError:
+            raise AirflowFailException("%s: there is no such value" % (path,)) from None
+    return value
+
+
+def render(value, known):
+    if isinstance(value, Value):
+        pieces = [piece if isinstance(piece, str) else look_up(piece, known) for piece in value]
+        return pieces[0] if len(pieces) == 1 else "".join(map(to_text, pieces))
+    return value
+
+
+def option(name, value):
+    if value is None or value is False:
+        return []
+    if isinstance(value, list):
+        return [word for item in value for word in option(name, item)]
+    if value is True:
+        return ["-" + name if len(name) == 1 else "--" + name]
+    return ["-" + name, to_text(value)] if len(name) == 1 else ["--%s=%s" % (name, to_text(value))]
+
+
+def no_twice(pairs):
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("duplicate keys")
+    return dict(pairs)
+
+
+def no_constant(name):
+    raise ValueError(name + " is not JSON")
+
+
+def read_output(path):
+    """Return what a task has written to $MINIFLOW_OUTPUT: a JSON object, or name=value lines."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        text = file.read()
+    if text.lstrip().startswith("{"):
+        return json.loads(text, object_pairs_hook=no_twice, parse_constant=no_constant)
+    lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
+    while at < len(lines):
+        line, at = lines[at], at + 1
+        name, equals, value = line.partition("=")
+        head, heredoc, mark = line.partition("<<")
+        if heredoc and len(head) < len(name):
+            end = lines.index(mark, at)
+            name, value, at = head, "\n".join(lines[at:end]), end + 1
+        elif not line:
+            continue
+        if not name or not (equals or heredoc):
+            raise ValueError("neither a JSON object nor name=value: " + line)
+        found[name] = value
+    return found
+
+
+class MiniFlowTask(BaseOperator):
+    """Runs one task; its output is its XCom."""
+
+    def __init__(self, *, does, **options):
+        super().__init__(**options)
+        self.does, self.process, self.timed_out = does, None, False
+
+    def known(self, context):
+        """Return what values are looked up in: params, and the outputs of all that is upstream."""
+        own = self.does.get("of", self.does["id"])
+        upstream, todo = set(), list(UPSTREAM[own])
+        while todo:
+            name = todo.pop()
+            if name not in upstream:
+                upstream.add(name)
+                todo += UPSTREAM[name]
+        params = dict(context["params"])
+        outputs = {name: context["ti"].xcom_pull(task_ids=name) or {}
+                   for name in UPSTREAM if name in upstream}
+        merged = dict(params)
+        for output in outputs.values():
+            merged.update(output)
+        run = context["dag_run"]
+        at = getattr(run, "logical_date", None) or getattr(run, "run_after", None) or run.start_date
+        text = at.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return {"params": params, "outputs": outputs, "ctx": merged, "env": dict(os.environ),
+                "run": {"id": run.run_id, "scheduled_time": text},
+                "tasks": {name: {"outputs": output} for name, output in outputs.items()},
+                **self.does.get("each", {})}
+
+    def arguments(self, known):
+        """Return the program and its arguments."""
+        does, args = self.does, self.does.get("args", [])
+        if "shell" in does:
+            words = ["/bin/sh", "-c", does["shell"], "sh"]
+        elif "script" in does:
+            python = does.get("python") or os.environ.get("PYTHON") or "python3"
+            words = [os.path.join(START_DIR, python) if "/" in python else python,
+                     os.path.join(TASKS_DIR, does["script"])]
+        else:
+            words = [to_text(render(word, known)) for word in does["command"]]
+        if isinstance(args, dict):
+            for name, value in args.items():
+                words += option(name, [render(item, known) for item in value] if type(value) is list
+                                else render(value, known))
+            return words
+        return words + [to_text(render(word, known)) for word in args]
+
+    def environment(self, known, place, attempt):
+        """Return the environment: the worker's, the flow's, the task's, MiniFlow's."""
+        for layer in (FLOW_ENV, self.does.get("env", {})):
+            added = {name: to_text(render(text, known)) for name, text in layer.items()}
+            known["env"] = {**known["env"], **added}
+        env = dict(known["env"])
+        for name, value in known["params"].items():
+            env["MINIFLOW_PARAM_" + re.sub("[^A-Z0-9_]", "_", name.upper())] = to_text(value)
+        output = os.path.join(place, "output")
+        env.update(MINIFLOW_RUN_ID=known["run"]["id"], MINIFLOW_FLOW=self.dag_id,
+                   MINIFLOW_TASK=self.does["id"], MINIFLOW_ATTEMPT=str(attempt),
+                   MINIFLOW_CONTEXT=os.path.join(place, "context.json"),
+                   MINIFLOW_OUTPUT=output, GITHUB_OUTPUT=output, TMP_DIR=os.path.join(place, "tmp"))
+        os.mkdir(env["TMP_DIR"])
+        with open(env["MINIFLOW_CONTEXT"], "w") as file:
+            outputs = {name: output for name, output in known["outputs"].items() if output}
+            json.dump({"params": known["params"], "tasks": outputs, "ctx": known["ctx"]}, file)
+        return env
+
+    def execute(self, context):
+        with tempfile.TemporaryDirectory() as place:
+            known = self.known(context)
+            env = self.environment(known, place, context["ti"].try_number)
+            words = self.arguments(known)
+            cwd = os.path.join(START_DIR, to_text(render(self.does.get("cwd", ""), known)))
+            text = to_text(render(self.does.get("stdin", ""), known))
+            with open(os.path.join(place, "stdin"), "w+b") as stdin:
+                stdin.write(text.encode("utf-8", "surrogateescape"))
+                stdin.seek(0)
+                try:
+                    self.process = subprocess.Popen(
+                        words, env=env, cwd=cwd, stdin=stdin, stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT, start_new_session=True)
+                except (OSError, ValueError) as exc:
+                    self.fail("cannot start: %s" % exc, None, True)
+            self.watch()
+            code = self.process.returncode
+            if self.timed_out:
+                self.fail("timeout after %g s" % self.does["timeout_s"], "timeout")
+            if code < 0:
+                self.fail("killed by signal %d" % -code, 128 - code)
+            if code:
+                self.fail("exit %d" % code, code)
+            try:
+                return read_output(env["MINIFLOW_OUTPUT"]) or None
+            except (ValueError, OSError) as exc:
+                self.fail("bad output: %s" % exc, None)
+
+    def watch(self):
+        """Wait for the process with its output in our log, and end what is left of its group."""
+        reader = threading.Thread(target=self.read_log, args=(self.process.stdout,), daemon=True)
+        reader.start()
+        try:
+            self.process.wait(self.does.get("timeout_s"))
+        except subprocess.TimeoutExpired:
+            self.timed_out = True
+        finally:
+            self.on_kill()
+            reader.join(5)
+
+    def read_log(self, pipe):
+        for line in pipe:
+            self.log.info("%s", line.decode("utf-8", "replace").rstrip("\n"))
+
+    def on_kill(self):
+        """End the process group: SIGTERM, a time of grace, SIGKILL."""
+        for word, seconds in ((signal.SIGTERM, self.does.get("grace_s", 5)), (signal.SIGKILL, 2)):
+            end = time.monotonic() + seconds
+            while self.process is not None and self.left(word):
+                if time.monotonic() > end:
+                    break
+                word = 0
+                time.sleep(0.02)
+
+    def left(self, word):
+        """Send a signal to the process group; tell whether there is one."""
+        self.process.poll()
+        try:
+            os.killpg(self.process.pid, word)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+
+    def fail(self, reason, code, final=False):
+        """Raise what has the task fail, and tried again only where it is to be."""
+        retry_on = self.does.get("retry_on")
+        final = final if retry_on is None else code not in retry_on
+        raise (AirflowFailException if final else AirflowException)(reason)
+
+
+class Gather(BaseOperator):
+    """Stands for all instances of a task."""
+
+    def __init__(self, *, instances, **options):
+        super().__init__(**options)
+        self.instances = instances
+
+    def execute(self, context):
+        return {"items": [context["ti"].xcom_pull(task_ids=name) for name in self.instances]}
+
+
+class Watcher(BaseOperator):
+    """Fails, so that the run is red although its last tasks may have succeeded."""
+
+    def execute(self, context):
+        raise AirflowFailException("a task has failed")
+'''
+
+
+class _Look(NamedTuple):
+    """A value that the DAG file looks up when the task starts; its repr is what stands in the file."""
+
+    pieces: Tuple[Any, ...]
+
+    def __repr__(self) -> str:
+        return f"Value({list(self.pieces)!r})"
+
+
+def _airflow_value(value: Any) -> Any:
+    """Return a JSON value with a _Look for each string that holds templates."""
+    if isinstance(value, (list, tuple)):
+        return [_airflow_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _airflow_value(item) for name, item in value.items()}
+    if not isinstance(value, str) or "${{" not in value:
+        return value
+    parts = parse_template(value)
+    for part in parts:
+        if isinstance(part, Ref) and part.path[0] == "tasks" and part.path[2] == "status":
+            raise ValueError(f"{part.text}: how a task ended is not handed on by Airflow; hand on an output")
+    if any(isinstance(part, Ref) for part in parts):
+        return _Look(tuple(part.path if isinstance(part, Ref) else part for part in parts))
+    return "".join(map(str, parts))
+
+
+#: What the values of instances are looked up in that are written out in the flow.
+_NO_VALUES = Values({}, {}, {}, {}, lambda name: {})
+
+
+def _refuse_for(engine: str, task: Task) -> None:
+    """Raise ValueError for what MiniFlow alone does and no other engine."""
+    action = task.action
+    if task.condition is not None:
+        raise ValueError(f"if: {task.condition} is for MiniFlow to decide, which {engine} can't; let the "
+                         "task itself decide")
+    if isinstance(action, Function):
+        raise ValueError(f"{action.name} is a Python function; {engine} runs scripts and commands")
+    if not isinstance(action, (Script, Command)):
+        raise ValueError(f"{ACTION_WORDS[type(action)]} is for MiniFlow to do; use a command")
+    for name in (task.many,) if task.many else ():
+        if any(refs(text) for _, text in _strings(getattr(task, name), ())):
+            raise ValueError(f"{name}: its values show at run time only, which {engine} can't express; "
+                             "write them out")
+        instances(task, _NO_VALUES)
+
+
+def _airflow_does(task: Task) -> Dict[str, Any]:
+    """Return what the operator of a task is told."""
+    action, does = task.action, {"id": task.id}  # type: Any, Dict[str, Any]
+    if isinstance(action, Script):
+        does.update(script=action.path)
+        does.update({"python": action.python} if action.python else {})
+    elif isinstance(action.command, str):
+        does["shell"] = action.command.replace("$${{", "${{")
+    else:
+        does["command"] = _airflow_value(action.command)
+    for name, value in (("args", action.args), ("env", task.env), ("cwd", task.cwd), ("stdin", action.stdin)):
+        if value:
+            does[name] = _airflow_value(value)
+    for name, value, usual in (("timeout_s", task.timeout_s, None), ("grace_s", task.grace_s, 5)):
+        if value != usual:
+            does[name] = value
+    if task.retry.retry_on is not None:
+        does["retry_on"] = list(task.retry.retry_on)
+    return does
+
+
+def _waits(retry: Retry) -> List[float]:
+    """Return the first waits between attempts; there are at most three different ones to tell apart."""
+    plain = retry._replace(jitter=0)
+    return [plain.wait_s(attempt, 0) for attempt in range(1, min(retry.max_retries, 3) + 1)]
+
+
+def _airflow_retry(retry: Retry) -> Iterator[str]:
+    """Yield the arguments that say how often and when Airflow tries again."""
+    yield f"retries={retry.max_retries}"
+    waits = _waits(retry)
+    if waits:
+        yield f"retry_delay=timedelta(seconds={waits[0]!r})"
+    if len(set(waits)) > 1:
+        longest = f"{min(float(retry.max_backoff_s), 86400.0)!r}"
+        yield f"retry_exponential_backoff=True, max_retry_delay=timedelta(seconds={longest})"
+
+
+_AIRFLOW_NOTES = (
+    "Tasks start in START_DIR, below, on whichever worker has them; scripts are read from TASKS_DIR.",
+    "Outputs are XComs, which are for small values; TMP_DIR is of an attempt, not of the run.",
+    "A task is judged as soon as its rule allows it, so that of a skip and a failure the first decides.")
+
+
+def _airflow_dict(name: str, value: Mapping[str, Any]) -> str:
+    """Return the argument of a call that is a dict, with a line for each of its members."""
+    lines = "".join(f"            {key!r}: {item!r},\n" for key, item in value.items())
+    return f"{name}={{\n{lines}        }}"
+
+
+def _airflow_schema(flow: Flow, name: str) -> Schema:
+    """Return what Airflow is told of a param: the words of JSON Schema."""
+    param = (flow.params or {}).get(name, Param())
+    schema = param_schema(param)
+    return {**schema, "description": param.description} if param.description else schema
+
+
+class _AirflowFile:
+    """Writes the DAG file of a plan: the calls that make tasks, and who waits for whom."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.names = plan, set(plan.tasks)
+        self.calls: List[str] = []
+        self.edges: List[str] = []
+        self.seen_as: Dict[str, str] = {}      # a task of the flow to what its downstream waits for
+
+    def fresh(self, name: str) -> str:
+        """Return `name`, or one like it that no task has."""
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        return name
+
+    def call(self, name: str, operator: str, rule: str, upstream: Iterable[str], *options: str) -> str:
+        """Add a task; return its name."""
+        lines = [f"task_id={name!r}", f"trigger_rule={rule!r}", *options]
+        told = "".join(f"        {line},\n" for line in lines)
+        self.calls.append(f"    tasks[{name!r}] = {operator}(\n{told}    )\n")
+        names = ", ".join(f"tasks[{up!r}]" for up in upstream)
+        if names:
+            self.edges.append(f"    tasks[{name!r}].set_upstream([{names}])\n")
+        return name
+
+    def add(self, task: Task, rule: str, upstream: Sequence[str]) -> None:
+        """Add a task of the flow, its instances and what stands for it downstream."""
+        options = list(_airflow_retry(task.retry))
+        if task.priority:
+            options.append(f"priority_weight={task.priority}, weight_rule='absolute'")
+        if task.description:
+            options.append(f"doc={task.description!r}")
+        does = _airflow_does(task)
+        if not task.many:
+            self.call(task.id, "MiniFlowTask", rule, upstream, *options, _airflow_dict("does", does))
+        else:
+            made = []
+            for n, each in enumerate(instances(task, _NO_VALUES)):
+                told = {**does, "id": instance_id(task.id, n), "of": task.id, "each": each}
+                made.append(self.call(self.fresh(f"{task.id}.{n}"), "MiniFlowTask", rule, upstream, *options,
+                                      _airflow_dict("does", told)))
+            rules = ("all_success", made) if made else (rule, upstream)
+            self.call(task.id, "Gather", *rules, "retries=0", f"instances={made!r}")
+        self.seen_as[task.id] = task.id
+        if task.allow_failure:
+            self.seen_as[task.id] = self.call(self.fresh(f"{task.id}.tolerated"), "EmptyOperator",
+                                              "none_skipped", [task.id], "retries=0")
+
+    def add_handlers(self, handlers: Sequence[Task]) -> None:
+        """Add on_success, on_failure and finally behind all that comes before."""
+        if not handlers:
+            return
+        ends = list(self.seen_as.values())
+        done = self.call(self.fresh("all_done"), "EmptyOperator", "all_done", ends, "retries=0")
+        failed = self.call(self.fresh("any_failed"), "EmptyOperator", "one_failed", ends, "retries=0")
+        ways = {"on_success": ("all_skipped", [failed]), "on_failure": ("all_success", [done, failed])}
+        for task in handlers:
+            last = [done, *(self.seen_as[name] for name in task.depends_on if self.plan.tasks[name].handler)]
+            self.add(task, *ways.get(str(task.handler), ("all_done", last)))
+
+    def dag(self, params: Mapping[str, Any]) -> Iterator[str]:
+        """Yield the arguments of the DAG itself."""
+        flow = self.plan.flow
+        yield f"dag_id={flow.name!r}"
+        yield "schedule=None"
+        yield "start_date=datetime(2024, 1, 1, tzinfo=timezone.utc)"
+        yield "catchup=False"
+        if flow.description:
+            yield f"description={flow.description!r}"
+        if flow.tags:
+            yield f"tags={list(flow.tags)!r}"
+        if flow.max_parallel:
+            yield f"max_active_tasks={flow.max_parallel}"
+        if flow.timeout_s:
+            yield f"dagrun_timeout=timedelta(seconds={float(flow.timeout_s)!r})"
+        told = "".join(f"        {name!r}: Param({value!r}, **{_airflow_schema(flow, name)!r}),\n"
+                       for name, value in params.items())
+        yield f"params={{\n{told}    }}" if told else "params={}"
+
+    def text(self, params: Mapping[str, Any], tasks_dir: str, losses: Sequence[str]) -> str:
+        """Return the whole file."""
+        flow, plan = self.plan.flow, self.plan
+        upstream = "".join(f"    {name!r}: {list(plan.tasks[name].depends_on)!r},\n" for name in plan.order)
+        head = "# Made by MiniFlow: runs on Airflow 2.10 and newer, and on Airflow 3.\n" + "".join(
+            f"# {line}\n" for line in (*_AIRFLOW_NOTES, *losses))
+        return "".join([
+            head, _AIRFLOW_HEAD, f"\n\nTASKS_DIR = {tasks_dir!r}\n",
+            "START_DIR = os.environ.get('MINIFLOW_START_DIR') or os.path.dirname(TASKS_DIR)\n",
+            f"FLOW_ENV = {_airflow_value(flow.env)!r}\n", f"UPSTREAM = {{\n{upstream}}}\n\nwith DAG(\n",
+            *(f"    {option},\n" for option in self.dag(params)), "):\n    tasks = {}\n",
+            *self.calls, *self.edges])
+
+
+def _airflow_losses(flow: Flow) -> Iterator[str]:
+    """Yield what Airflow does otherwise."""
+    for task in flow.tasks:
+        if len(set(_waits(task.retry))) > 1 or task.retry.jitter and task.retry.backoff_s:
+            yield (f"task {task.id}: Airflow draws each wait between attempts, up to twice as long as it is "
+                   "here")
+        if task.may_be_cached:
+            yield f"task {task.id}: inputs and outputs are not looked at; it runs each time"
+        if task.max_parallel:
+            yield f"task {task.id}: max_parallel of its instances does not hold"
+        if task.pool:
+            yield f"task {task.id}: pool {task.pool} does not hold; make one in Airflow and name it here"
+    if flow.fail_fast:
+        yield "fail_fast: after a failure Airflow goes on with what does not depend on it"
+    if flow.timeout_s:
+        yield "timeout_s of the flow: after it Airflow runs no handler"
+    if flow.secrets:
+        yield "secrets: Airflow masks only what it holds itself, as the values of its connections"
+
+
+@exporter("airflow")
+def to_airflow(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
+    """Return a DAG file for Airflow 2.10 and 3; raise UsageError for what Airflow can't do."""
+    problems = []
+    for task in plan.flow.tasks:
+        try:
+            _refuse_for("Airflow", task)
+            _airflow_does(task)
+        except ValueError as exc:
+            problems.append(f"task {task.id}: {exc}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    file = _AirflowFile(plan)
+    for task in (plan.tasks[name] for name in plan.order):
+        if not task.handler:
+            file.add(task, task.trigger_rule, [file.seen_as[name] for name in task.depends_on])
+    file.add_handlers([task for task in plan.flow.tasks if task.handler])
+    file.call(file.fresh("watcher"), "Watcher", "one_failed", list(file.seen_as.values()), "retries=0")
+    losses = tuple(_airflow_losses(plan.flow))
+    return Exported(file.text(params, tasks_dir, losses), losses)
+
+
+# ============================================================================
+# == 14.6. ARGO: how does a flow run on Kubernetes?
+# ============================================================================
+# A manifest is a Workflow of Argo's in JSON: a DAG, and a template for each task, whose container executes a
+# script of sh.  Two substitutions go over its text, Argo's of {{ }} and that of Kubernetes, of $(NAME) and
+# $$.  So all that comes from the flow is quoted for sh, two braces are never left side by side in it, and
+# each $ is doubled, which Kubernetes undoes.  Params come as variables of the environment, which sh does not
+# read again.
+#
+# Argo has no trigger rules but expressions over what tasks became (Succeeded, Failed, Errored, Omitted),
+# which it evaluates when all tasks named in one have ended, as MiniFlow does.  Omitted is what did not run,
+# whether a failure was why (upstream_failed) or not (skipped); where it can be either, why a task was omitted
+# becomes part of the expressions of its downstream.  Failures that are tolerated end with 0, as Argo lets no
+# DAG with expressions tolerate them; and as it judges a DAG by its leaves, a last task fails if any has.
+
+_MAX_DEPENDS = 500_000                         # characters of one expression
+#: Words of the language of expressions, which no task can have for a name there.
+_ARGO_WORDS = frozenset("and or not in let if else true false nil matches contains all any one none".split())
+
+
+class _ArgoEnds(NamedTuple):
+    """Expressions that tell what became of a task; None: it never becomes that.
+
+    `failed` are several, of which one has to hold: what is downstream shares them, where each of two tasks
+    with a copy of the whole would give the next one two copies, and so on.
+    """
+
+    success: Optional[str]
+    failed: Tuple[str, ...]
+    skipped: Optional[str]
+    done: Optional[str]
+
+
+def _any_of(parts: Iterable[Optional[str]]) -> Optional[str]:
+    """Join expressions of which one has to hold; None: none can."""
+    found = list(dict.fromkeys(part for part in parts if part))
+    return found[0] if len(found) == 1 else f"({' || '.join(found)})" if found else None
+
+
+def _all_of(parts: Iterable[Optional[str]]) -> Optional[str]:
+    """Join expressions that all have to hold; None: they can't."""
+    found = list(dict.fromkeys(parts))
+    if None in found:
+        return None
+    return found[0] if len(found) == 1 else f"({' && '.join(map(str, found))})" if found else None
+
+
+def _argo_depends(rule: str, upstream: Sequence[_ArgoEnds]) -> str:
+    """Return the expression that a trigger rule is, over the ends of a task's upstream."""
+    success, skipped = [ends.success for ends in upstream], [ends.skipped for ends in upstream]
+    failed, done = [_any_of(ends.failed) for ends in upstream], [ends.done for ends in upstream]
+    settled, some_success = _all_of(done), _any_of(success)
+    no_failure = _all_of(_any_of(pair) for pair in zip(success, skipped))
+    found = {
+        "all_success": _all_of(success),
+        "all_failed": _all_of(failed),
+        "one_success": _all_of([some_success, settled]),
+        "one_failed": _all_of([_any_of(failed), settled]),
+        "none_failed": no_failure,
+        "none_failed_min_one_success": _all_of([no_failure, some_success]),
+        "none_skipped": _all_of(_any_of(pair) for pair in zip(success, failed)),
+    }
+    return found.get(rule, settled) or f"{settled} && !{settled}"
+
+
+#: Where a task may end skipped under a rule: where any, or all, of its upstream may, or always.
+_ARGO_SKIPS: Dict[str, Callable[[Iterable[Any]], bool]] = {
+    "all_success": any, "none_skipped": any, "one_success": all, "none_failed_min_one_success": all,
+    "all_failed": lambda skipped: True, "one_failed": lambda skipped: True}
+#: The rules under which a failure upstream makes a task upstream_failed.
+_ARGO_BARS = ("all_success", "none_failed", "none_failed_min_one_success", "one_success")
+
+
+def _check_depends(rule: str, length: int) -> None:
+    """Raise ValueError if what a trigger rule becomes is too long an expression."""
+    if length > _MAX_DEPENDS:
+        raise ValueError(f"trigger_rule: {rule} becomes an expression of {length:,} characters here, "
+                         f"and Argo takes at most {_MAX_DEPENDS:,}; use all_done")
+
+
+def _argo_ends(name: str, task: Task, upstream: Sequence[_ArgoEnds]) -> _ArgoEnds:
+    """Return how to tell what became of a task that is called `name` in the DAG."""
+    omitted, bad, rule = f"{name}.Omitted", (f"{name}.Failed", f"{name}.Errored"), task.trigger_rule
+    why = tuple(dict.fromkeys(chain.from_iterable(ends.failed for ends in upstream)))
+    bars = rule in _ARGO_BARS and bool(why)
+    barred: Tuple[str, ...] = (omitted,) if bars else ()
+    may_skip = upstream and rule in _ARGO_SKIPS and _ARGO_SKIPS[rule](ends.skipped for ends in upstream)
+    skipped = omitted if may_skip else None
+    if may_skip and bars:
+        _check_depends(rule, sum(map(len, why)))
+        skipped = f"({omitted} && !{_any_of(why)})"
+        # Under the other rules a failure upstream is enough, so that there it says the same.
+        barred = (f"({omitted} && {_any_of(why)})",) if rule == "one_success" else why
+    done = _any_of([f"{name}.Succeeded", *bad, omitted])
+    if task.allow_failure:
+        return _ArgoEnds(_any_of([f"{name}.Succeeded", *bad, *barred]), (), skipped, done)
+    return _ArgoEnds(f"{name}.Succeeded", (*bad, *barred), skipped, done)
+
+
+def _argo_group_ends(ends: Sequence[_ArgoEnds]) -> _ArgoEnds:
+    """Return how to tell what became of a task of instances; either all of them are skipped, or none is."""
+    failed = tuple(dict.fromkeys(chain.from_iterable(each.failed for each in ends)))
+    return _ArgoEnds(_all_of(each.success for each in ends), failed, ends[0].skipped,
+                     _all_of(each.done for each in ends))
+
+
+def _sh_quote(text: str) -> str:
+    """Return `text` as one word of sh in which no two braces stand side by side."""
+    return re.sub(r"\{(?=\{)", "{''", bash_quote(text))
+
+
+def _sh_seconds(seconds: float) -> str:
+    """Return a number of seconds in digits, as timeout(1) and Argo read it."""
+    return f"{seconds:.3f}".rstrip("0").rstrip(".")
+
+
+def _exit_codes(retry_on: Iterable[Union[int, str]]) -> List[int]:
+    """Return the exit codes of what is retried; those of timeout(1) stand for a timeout."""
+    return [code for item in retry_on for code in ([item] if isinstance(item, int) else
+                                                   [124, 137] if item == "timeout" else [])]
+
+
+class _ArgoScript:
+    """Writes the script that the container of one task executes."""
+
+    def __init__(self, flow: Flow, task: Task, values: Values, tasks_dir: str) -> None:
+        self.flow, self.task, self.values, self.tasks_dir = flow, task, values, tasks_dir
+        self.lookups: List[str] = []
+        self.env: Dict[str, str] = {}          # what the flow and the task set: name to word
+
+    def word(self, text: Any) -> str:
+        """Return a word of sh for `text`, templates and all."""
+        parts = parse_template(text) if isinstance(text, str) else (to_text(text),)
+        words = [_sh_quote(part) if isinstance(part, str) else self.reference(part) for part in parts]
+        return "".join(words) or "''"
+
+    def reference(self, ref: Ref) -> str:
+        """Return a word for what a template refers to."""
+        root, path = str(ref.path[0]), ref.path[1:]
+        if root in EACH_ROOTS:
+            return _sh_quote(to_text(lookup(ref, self.values)))
+        if root == "params" and len(path) == 1:
+            return f'"$MINIFLOW_PARAM_{param_variable(str(path[0]))}"'
+        if ref.text == "run.id":
+            return '"$MINIFLOW_RUN_ID"'
+        if root == "env":
+            name = str(path[0])
+            return self.env.get(name) or self.variable(name)
+        what = {"params": "a part of a param, and Argo hands on whole ones; make it a param of its own",
+                "run": "not known to a task in Argo; use a param"}
+        raise ValueError(f"{ref.text} is " + what.get(root, "not handed on by Argo; use a file that both "
+                                                            "tasks see"))
+
+    def variable(self, name: str) -> str:
+        """Look a variable up before anything is exported; return a word for it."""
+        if not re.fullmatch(_VARIABLE, name):
+            raise ValueError(f"env.{name}: sh can't read a variable of that name; use letters, digits and _")
+        mine = f"mf_v{len(self.lookups) + 1}"
+        self.lookups.append(f"{mine}=${{{name}?env.{name} is not set}}")
+        return f'"${mine}"'
+
+    def set_env(self, env: Mapping[str, Any]) -> None:
+        """Add a layer of environment; its values see the layers below it."""
+        self.env = {**self.env, **{name: self.word(value) for name, value in env.items()}}
+
+    def option_words(self, name: str, item: Any) -> List[str]:
+        """Return the words of one member of an `args` object."""
+        alone = refs(item)[0] if refs(item) and _is_template(item) else None
+        if alone and alone.path[0] in EACH_ROOTS:
+            item, alone = lookup(alone, self.values), None
+            return list(map(_sh_quote, option_argv(name, item)))
+        if alone and alone.path[0] == "params" and self.reference(alone) and type(
+                lookup(alone, self.values)) not in (str, int, float):
+            raise ValueError(f"args.{name}: whether {alone.text} is a flag shows at run time only, which "
+                             "Argo can't express; give args as an array")
+        if not isinstance(item, str):
+            return list(map(_sh_quote, option_argv(name, item)))
+        if len(name) == 1:
+            return [_sh_quote(f"-{name}"), self.word(item)]
+        return [_sh_quote(f"--{name}=") + self.word(item)]
+
+    def words(self) -> List[str]:
+        """Return the words of what is executed, with its arguments."""
+        action: Any = self.task.action
+        if isinstance(action, Script):
+            python = _sh_quote(action.python or "python3")
+            if "/" in python and not python.startswith("'/"):
+                python = f'"$mf_start"/{python}'
+            found = [python, _sh_quote(f"{self.tasks_dir}/{action.path}")]
+        elif isinstance(action.command, str):
+            found = ["/bin/sh", "-c", _sh_quote(action.command.replace("$${{", "${{")), "sh"]
+        else:
+            found = [self.word(text) for text in action.command]
+        if not isinstance(action.args, dict):
+            return found + [self.word(item) for item in action.args]
+        return found + [word for name, value in action.args.items()
+                        for item in (value if isinstance(value, list) else [value])
+                        for word in self.option_words(name, item)]
+
+    def ending(self, words: str) -> List[str]:
+        """Return the lines that execute the task, and tolerate a failure of its last attempt."""
+        task = self.task
+        if not task.allow_failure:
+            return [f"exec {words}"]
+        lines = [f"(exec {words})", "code=$?",
+                 f'[ "$MINIFLOW_ATTEMPT" -le {task.retry.max_retries} ] || code=0']
+        if task.retry.retry_on is not None:
+            again = "|".join(map(str, _exit_codes(task.retry.retry_on))) or "none"
+            lines.append(f"case $code in {again}) ;; *) code=0 ;; esac")
+        return [*lines, "exit $code"]
+
+    def text(self) -> str:
+        """Return the script."""
+        task = self.task
+        self.set_env(self.flow.env)
+        self.set_env(task.env)
+        own = {"MINIFLOW_FLOW": _sh_quote(self.flow.name), "MINIFLOW_TASK": _sh_quote(task.id),
+               "MINIFLOW_ATTEMPT": "$((MINIFLOW_ATTEMPT + 1))", "MINIFLOW_OUTPUT": '"$mf_dir/output"',
+               "GITHUB_OUTPUT": '"$mf_dir/output"', "TMP_DIR": '"$mf_dir/tmp"'}
+        words, before = " ".join(self.words()), ["mf_start=$PWD"]
+        if task.timeout_s is not None:
+            grace = _sh_seconds(max(task.grace_s, 0.001))
+            words = f"timeout -k {grace} {_sh_seconds(max(task.timeout_s, 0.001))} {words}"
+        if task.action.stdin is not None:
+            before.append(f'printf %s {self.word(task.action.stdin)} >"$mf_dir/stdin" || exit 125')
+        if task.cwd is not None:
+            before.append(f"cd -- {self.word(task.cwd)} || exit 127")
+        stdin = "/dev/null" if task.action.stdin is None else '"$mf_dir/stdin"'
+        exports = [f"export {name}={word}" for name, word in {**self.env, **own}.items()]
+        return "\n".join(['mf_dir=$(mktemp -d) && mkdir "$mf_dir/tmp" || exit 125', *self.lookups, *before,
+                          *exports, *self.ending(f"{words} <{stdin}"), ""])
+
+
+def _argo_retry(retry: Retry) -> Schema:
+    """Return how often and when Argo tries again."""
+    strategy: Schema = {"limit": str(retry.max_retries), "retryPolicy": "Always"}
+    if retry.backoff_s:
+        first = _sh_seconds(min(retry.backoff_s, retry.max_backoff_s))
+        strategy["backoff"] = {"duration": f"{first}s", "factor": "2",
+                               "cap": f"{_sh_seconds(retry.max_backoff_s)}s"}
+    if retry.retry_on is not None:
+        strategy["expression"] = f"asInt(lastRetry.exitCode) in {_exit_codes(retry.retry_on)}"
+    return strategy
+
+
+class _ArgoManifest:
+    """Writes the manifest of a plan."""
+
+    def __init__(self, plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> None:
+        self.plan, self.params, self.tasks_dir = plan, params, tasks_dir
+        self.templates: List[Schema] = []
+        self.nodes: List[Schema] = []
+        self.ends: Dict[str, _ArgoEnds] = {}
+        self.red: List[str] = []               # nodes whose failure is one of the run
+        self.handlers: Dict[str, str] = {}     # field to the name of its template
+        self.names = {"main", "exit"}
+        self.param_names: Dict[str, str] = {}
+        for name in params:
+            plain = re.sub(r"[^A-Za-z0-9_-]", "_", name) or "_"
+            self.param_names[name] = self.fresh(plain, self.param_names.values())
+        self.image = self.fresh("image", self.param_names.values())
+
+    def fresh(self, name: str, taken: Collection[str]) -> str:
+        """Return `name`, or one like it that is not among those taken."""
+        return next(each for n in range(1, len(taken) + 2) for each in [f"{name}-{n}" if n > 1 else name]
+                    if each not in taken)
+
+    def name(self, task_id: str) -> str:
+        """Return the name of a task in the manifest: DNS-1123, and a name in an expression too."""
+        name = re.sub(r"[^a-z0-9]+", "-", task_id.lower()).strip("-")[:50].strip("-")
+        if not name or name[0].isdigit() or name in _ARGO_WORDS:
+            name = f"t-{name}".rstrip("-")
+        name = self.fresh(name, self.names)
+        self.names.add(name)
+        return name
+
+    def container(self, script: str, retried: bool = False) -> Schema:
+        """Return a container that executes a script; in one that is retried Argo counts from 0."""
+        env = {f"MINIFLOW_PARAM_{param_variable(name)}": f"{{{{workflow.parameters.{as_argo}}}}}"
+               for name, as_argo in self.param_names.items()}
+        env.update(MINIFLOW_RUN_ID="{{workflow.name}}", MINIFLOW_ATTEMPT="{{retries}}" if retried else "0")
+        return {"name": "main", "image": f"{{{{workflow.parameters.{self.image}}}}}",
+                "command": ["/bin/sh", "-c", script.replace("$", "$$")],
+                "env": [{"name": name, "value": value} for name, value in env.items()]}
+
+    def template(self, task: Task, each: Mapping[str, Any]) -> str:
+        """Add the template of a task or an instance; return its name."""
+        values = _NO_VALUES._replace(params=self.params, **each)
+        script = _ArgoScript(self.plan.flow, task, values, self.tasks_dir).text()
+        name, retried = self.name(task.id), bool(task.retry.max_retries)
+        template: Schema = {"name": name, "container": self.container(script, retried)}
+        if retried:
+            template["retryStrategy"] = _argo_retry(task.retry)
+        if task.timeout_s is not None:          # timeout(1) keeps it; this is for a pod that gets no image
+            template["activeDeadlineSeconds"] = int(task.timeout_s + task.grace_s) + 60
+        self.templates.append(template)
+        return name
+
+    def add(self, task: Task) -> None:
+        """Add a task of the flow to the DAG, and each of its instances."""
+        upstream = [self.ends[name] for name in task.depends_on]
+        depends = {"depends": _argo_depends(task.trigger_rule, upstream)} if upstream else {}
+        _check_depends(task.trigger_rule, len(depends.get("depends", "")))
+        all_each = instances(task, _NO_VALUES) if task.many else [{}]
+        if not all_each:
+            raise ValueError(f"{task.many} is empty, which no DAG of Argo's can say; leave the task out")
+        made = []
+        for n, each in enumerate(all_each):
+            one = instance_of(task, instance_id(task.id, n), None) if task.many else task
+            name = self.template(one, each)
+            self.nodes.append({"name": name, "template": name, **depends})
+            made.append(_argo_ends(name, task, upstream))
+            self.red += [] if task.allow_failure else [name]
+        self.ends[task.id] = _argo_group_ends(made) if task.many else made[0]
+
+    def watch(self) -> None:
+        """Add the last task, which fails if any task has, as Argo judges a DAG by its leaves."""
+        failed = _any_of(f"{name}.{end}" for name in self.red for end in ("Failed", "Errored"))
+        if failed is None:
+            return
+        name = self.name("watcher")
+        self.templates.append({"name": name, "container": self.container("echo a task has failed; exit 1")})
+        self.nodes.append({"name": name, "template": name, "depends": failed})
+
+    def add_handler(self, task: Task) -> None:
+        """Add the template of on_success, on_failure or finally."""
+        if task.many:
+            raise ValueError(f"{task.many} of a handler is for MiniFlow to expand; write one task")
+        self.handlers[str(task.handler)] = self.template(task, {})
+
+    def exit(self) -> Schema:
+        """Return what has the handlers run when the workflow ends, if there are any."""
+        steps: List[List[Schema]] = [[], []]
+        for field, name in self.handlers.items():
+            step: Schema = {"name": name, "template": name}
+            if field != "finally":
+                step["when"] = f"{{{{workflow.status}}}} {'!=' if field == 'on_failure' else '=='} Succeeded"
+                step["continueOn"] = {"failed": True, "error": True}
+            steps[field == "finally"].append(step)
+        if self.handlers:
+            self.templates.append({"name": "exit", "steps": [some for some in steps if some]})
+        return {"onExit": "exit"} if self.handlers else {}
+
+    def parameters(self) -> Iterator[Schema]:
+        """Yield the parameters of the workflow."""
+        for name, value in self.params.items():
+            declared = (self.plan.flow.params or {}).get(name, Param())
+            parameter: Schema = {"name": self.param_names[name], "value": to_text(value)}
+            if declared.enum is not None:
+                parameter["enum"] = [to_text(item) for item in declared.enum]
+            yield parameter
+        yield {"name": self.image, "value": "python:3", "description": "has what the tasks need"}
+
+    def spec(self) -> Schema:
+        """Return the workflow's spec."""
+        flow = self.plan.flow
+        limits = {"parallelism": flow.max_parallel,
+                  "activeDeadlineSeconds": flow.timeout_s and max(1, round(flow.timeout_s))}
+        end = self.exit()
+        main: Schema = {"name": "main", "dag": {"failFast": flow.fail_fast, "tasks": self.nodes}}
+        return {"entrypoint": "main", **end, **{name: value for name, value in limits.items() if value},
+                "arguments": {"parameters": list(self.parameters())}, "templates": [main, *self.templates]}
+
+
+def _argo_losses(flow: Flow, tasks_dir: str) -> Iterator[str]:
+    """Yield what Argo does otherwise."""
+    yield "the parameter image names the image of all tasks, python:3 unless another one is given"
+    if any(isinstance(task.action, Script) for task in flow.tasks):
+        yield f"scripts are read from {shown(tasks_dir, 200)} in that image; have them there"
+    yield "outputs: what a task writes is not handed on, and there is no context file"
+    for task in flow.tasks:
+        for name in ("pool", "priority", "max_parallel"):
+            if getattr(task, name):
+                yield f"task {task.id}: {name} does not hold"
+        if task.retry.jitter and task.retry.backoff_s:
+            yield f"task {task.id}: jitter does not hold"
+        if task.may_be_cached:
+            yield f"task {task.id}: inputs and outputs are not looked at; it runs each time"
+    if flow.fail_fast:
+        yield "fail_fast: Argo stops when a last task of the DAG has failed, and not at the first failure"
+    if flow.secrets:
+        yield "secrets: Argo masks nothing, and pods do not have the variables of this machine"
+
+
+def _argo_unfit(params: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the params that would reach no task as they are."""
+    for name, value in params.items():
+        found = re.search(r"\$[$(]|\{\{", to_text(value))
+        if found:
+            yield (f"params.{name}: {found[0]} in {shown(value)} is replaced by Kubernetes or Argo; "
+                   "leave it out")
+
+
+@exporter("argo")
+def to_argo(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
+    """Return the manifest of a Workflow for Argo, in JSON; raise UsageError for what Argo can't do."""
+    manifest, problems = _ArgoManifest(plan, params, tasks_dir), list(_argo_unfit(params))
+    for task in (plan.tasks[name] for name in plan.order):
+        manifest.ends[task.id] = _argo_ends(task.id, task, [])             # for those downstream, if it fails
+        try:
+            _refuse_for("Argo", task)
+            if task.handler:
+                manifest.add_handler(task)
+            else:
+                manifest.add(task)
+        except (ValueError, LookupError) as exc:
+            problems.append(f"task {task.id}: {exc}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    manifest.watch()
+    losses = tuple(_argo_losses(plan.flow, tasks_dir))
+    notes = {"miniflow/flow": plan.flow.name, "miniflow/differs": "\n".join(losses),
+             **({"miniflow/description": plan.flow.description} if plan.flow.description else {})}
+    name = re.sub(r"[^a-z0-9]+", "-", plan.flow.name.lower()).strip("-")[:40].strip("-") or "flow"
+    return Exported(json.dumps({
+        "apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow",
+        "metadata": {"generateName": f"{name}-", "annotations": notes},
+        "spec": manifest.spec()}, indent=1) + "\n", losses)
 
 
 # ############################################################################

@@ -2756,6 +2756,385 @@ class T14cMake(unittest.TestCase):
                          ("make can't set params.x; for another value, export the flow again",))
 
 
+#: So much of Airflow as an exported DAG file needs: DAGs and tasks that are only noted, and a run of them.
+FAKE_AIRFLOW = {
+    "__init__": """
+        DAGS = []
+        class DAG:
+            def __init__(self, **options):
+                self.options, self.tasks = options, {}
+                DAGS.append(self)
+            def __enter__(self):
+                return self
+            def __exit__(self, *exc_info):
+                pass
+        """,
+    "exceptions": "class AirflowException(Exception): pass\nclass AirflowFailException(AirflowException): pass\n",
+    "models/baseoperator": """
+        import logging, airflow
+        class BaseOperator:
+            log = logging.getLogger("task")
+            def __init__(self, *, task_id, trigger_rule, retries, **options):
+                assert set(options) <= {"retry_delay", "retry_exponential_backoff", "max_retry_delay", "doc",
+                                        "priority_weight", "weight_rule"}, options
+                self.task_id, self.trigger_rule, self.retries, self.upstream = task_id, trigger_rule, retries, []
+                self.dag_id = airflow.DAGS[-1].options["dag_id"]
+                assert airflow.DAGS[-1].tasks.setdefault(task_id, self) is self
+            def set_upstream(self, tasks):
+                self.upstream += [task.task_id for task in tasks]
+            def execute(self, context):
+                pass
+        """,
+    "models/param": "class Param:\n    def __init__(self, default, **schema):\n        self.value = default\n",
+    "operators/empty": "from airflow.models.baseoperator import BaseOperator as EmptyOperator",
+    "run": """
+        import datetime, json, runpy, sys, types
+        import airflow, miniflow
+        from airflow.exceptions import AirflowException, AirflowFailException
+        runpy.run_path(sys.argv[1])
+        dag, = airflow.DAGS
+        ends, handed_on = {}, {}
+        params = {name: param.value for name, param in dag.options["params"].items()}
+        now = datetime.datetime.now(datetime.timezone.utc)
+        rules = {**miniflow.TRIGGER_RULES,
+                 "all_skipped": lambda up: "skipped" if up.success or up.failed else "running"}
+
+        class Instance:
+            try_number = 0
+            def xcom_pull(self, task_ids):
+                return handed_on.get(task_ids)
+
+        def attempts(task, instance):
+            for instance.try_number in range(1, task.retries + 2):
+                try:
+                    output = task.execute({"params": params, "ti": instance, "dag_run": types.SimpleNamespace(
+                        run_id="r", logical_date=now)})
+                except AirflowFailException:
+                    break
+                except AirflowException:
+                    continue
+                handed_on[task.task_id] = json.loads(json.dumps(output))
+                return "success"
+            return "failed"
+
+        for name in miniflow.topological_order({task.task_id: task.upstream for task in dag.tasks.values()}):
+            task, above = dag.tasks[name], [ends[up][0] for up in dag.tasks[name].upstream]
+            counts = miniflow.Counts(above.count("success"), above.count("skipped"),
+                                     sum(end.endswith("failed") for end in above))
+            verdict, instance = rules[task.trigger_rule](counts) if above else "running", Instance()
+            ends[name] = attempts(task, instance) if verdict == "running" else verdict, instance.try_number
+        below = {up for task in dag.tasks.values() for up in task.upstream}
+        red = any(ends[name][0].endswith("failed") for name in ends.keys() - below)
+        print(json.dumps([red, ends]))
+        """}
+
+
+class T14bAirflow(unittest.TestCase):
+
+    def dag(self, project, *args):
+        code, _, err = project.main("export", "f", "--to", "airflow", "-o", project.at("dag.py"), *args)
+        self.assertEqual(code, 0, err)
+        return err
+
+    def run_dag(self, project):
+        """Run the exported DAG with the airflow above; return whether it is red, and each task's end and attempts."""
+        for name, text in FAKE_AIRFLOW.items():
+            project.write(f"airflow/{name}.py", textwrap.dedent(text))
+        for name in ("models", "operators"):
+            project.write(f"airflow/{name}/__init__.py", "")
+        path = os.pathsep.join([project.path, HERE])
+        done = subprocess.run([sys.executable, "-m", "airflow.run", project.at("dag.py")], cwd=project.path,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120,
+                              env={**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable})
+        self.assertEqual(done.returncode, 0, done.stderr.decode("utf-8", "replace"))
+        return json.loads(done.stdout)
+
+    def test_what_only_miniflow_can_do_is_refused_for_airflow_by_name(self):
+        flow = make(task("a", **{"if": "params.x == 1"}), task("b", http={"url": "http://x"}),
+                    task("c", wait_for={"seconds": 1}), task("d", foreach="${{ params.x }}"), task("e"),
+                    task("g", "e", command=["true", "${{ tasks.e.status }}"]), params={"x": 1})
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.to_airflow(mf.make_plan(flow), {"x": 1}, "/t")
+        self.assertEqual([re.sub(r"(is|show|how) .*", "", line) for line in str(caught.exception).splitlines()], [
+            "task a: if: params.x == 1 ", "task b: http ", "task c: wait_for ", "task d: foreach: its values ",
+            "task g: tasks.e.status: "])
+
+    def test_what_airflow_does_otherwise_is_named_on_stderr_and_in_the_head_of_the_file(self):
+        with one(task("a", max_retries=3, backoff_s=1), task("b", max_retries=1, backoff_s=1, pool="p"),
+                 task("c", foreach=[1], max_parallel=1), task("d", inputs=["x"]), fail_fast=True, timeout_s=9,
+                 pools={"p": 1}, secrets=["TOKEN"]) as project:
+            named = [line[len("note: "):] for line in self.dag(project).splitlines()]
+            self.assertEqual([line.split(":")[0] for line in named], [
+                "task a", "task b", "task c", "task d", "fail_fast", "timeout_s of the flow", "secrets"])
+            head = project.read("dag.py").split("from __future__")[0]
+            self.assertEqual([line for line in named if f"# {line}\n" not in head], [])
+            self.assertIn("\n    dagrun_timeout=timedelta(seconds=9.0),\n", project.read("dag.py"))
+
+    def test_the_same_flow_gives_the_same_dag_and_all_of_the_flow_in_it_are_literals(self):
+        values = [value.replace("${{", "$${{") for value in HOSTILE]
+        plan = mf.make_plan(make(task("a", args=values, env={"X": values[-1]}, description="\n'''\"\"\"{{"),
+                                 task("b", "a", args={"x": "${{ params.p }}"}), description="'\n"))
+        text = mf.to_airflow(plan, {"p": HOSTILE}, "/t'\n").text
+        self.assertEqual(text, mf.to_airflow(plan, {"p": HOSTILE}, "/t'\n").text)
+        with_block = next(node for node in ast.parse(text).body if isinstance(node, ast.With))
+        calls = {node.func.id for node in ast.walk(with_block) if isinstance(node, ast.Call)
+                 and isinstance(node.func, ast.Name)}
+        names = {node.id for node in ast.walk(with_block) if isinstance(node, ast.Name)}
+        self.assertEqual(calls, {"DAG", "MiniFlowTask", "Watcher", "Param", "Value", "datetime", "timedelta"} & names)
+        self.assertEqual(names - calls, {"tasks", "timezone"})
+
+    def test_every_task_of_a_random_flow_ends_as_with_miniflow_and_red_is_red(self):
+        shell = "shift $((MINIFLOW_ATTEMPT - 1)); exit $1"
+        for seed in range(8):
+            chance = random.Random(seed)
+            flow, script = random_flow(chance, 7, conditions=False)
+            tasks = []
+            for t in mf.flow_to_json(flow)["tasks"]:
+                codes = [script[t["id"]][k][1] for k in range(1, 5)]
+                t.update(backoff_s=0, jitter=0, command=shell, args=codes)
+                for name in ("timeout_s", "pool"):
+                    t.pop(name, None)
+                if chance.random() < 0.2:
+                    t.update(foreach=[1, 2][:chance.randint(0, 2)])
+                tasks.append(t)
+            handlers = {name: {"command": shell, "args": [chance.choice([0, 1])]} for name in mf.HANDLERS
+                        if chance.random() < 0.5}
+            with self.subTest(seed=seed), one(*tasks, **handlers) as project:
+                run = project.run()
+                self.dag(project)
+                red, found = self.run_dag(project)
+                self.assertEqual(red, not run.ok)
+                for name, state in run.tasks.items():
+                    if name in run.groups:     # what stands for it has not run
+                        state = (state.status.replace("failed", "upstream_failed").replace("upstream_up", "up"),)
+                        found[name] = found[name][:1]
+                    else:
+                        name, state = re.sub(r"\[(\d+)\]$", r".\1", name), (state.status, len(state.attempts))
+                    self.assertEqual((name, *found[name]), (name, *state))
+
+    def test_hostile_values_and_outputs_reach_the_tasks_of_the_dag_byte_for_byte(self):
+        values = [value.replace("${{", "$${{") for value in HOSTILE]
+        with one(task("a", script="see.py", args=values, stdin="".join(values), cwd="tasks",
+                      env={f"V{n}": value for n, value in enumerate(values)}),
+                 task("options", script="see.py", args={"n": "${{ params.n }}", "all": ["${{ params.p }}", 2],
+                                                        "yes": True, "no": None, "text": "${{ env.V }}-"}),
+                 task("lines", command="printf 'a=1\nb<<E\nx\ny\nE\n' >$MINIFLOW_OUTPUT; exit $1", args=[0]),
+                 task("each", script="see.py", foreach=["a", {"b": [1]}], args=["${{ item }}"]),
+                 task("down", "a", "lines", "each", script="see.py",
+                      args=["${{ tasks.lines.outputs.b }}", "${{ ctx.last[0] }}!", "${{ tasks.each.outputs.items }}"]),
+                 task("missing", "a", script="see.py", args=["${{ ctx.nothing }}"], max_retries=2),
+                 task("bad", command="echo '[1]' >$MINIFLOW_OUTPUT", max_retries=1),
+                 task("none", command=["no-such-program"], max_retries=2),
+                 task("slow", command="sleep 60 & wait", timeout_s=0.2, grace_s=0.2, max_retries=1),
+                 task("retry", command="exit 3", retry_on=[4], max_retries=3),
+                 env={"V": "${{ params.p }}{{"}, params={"p": HOSTILE, "n": {"type": "integer", "default": 3}},
+                 scripts={"see.py": """
+                     import json, os, sys
+                     own = [name for name in os.environ if name[:1] == "V" or name.startswith("MINIFLOW_PARAM_")]
+                     own += ["MINIFLOW_TASK", "MINIFLOW_ATTEMPT", "MINIFLOW_FLOW"]
+                     with open(os.environ["MINIFLOW_CONTEXT"]) as file:
+                         seen = [sys.argv[1:], sys.stdin.read(), os.getcwd(), json.load(file)]
+                     seen += [{name: os.environ[name] for name in own}, os.path.isdir(os.environ["TMP_DIR"])]
+                     with open(os.path.join(os.environ["WHERE"], os.environ["MINIFLOW_TASK"]), "w") as file:
+                         json.dump(seen, file)
+                     with open(os.environ["MINIFLOW_OUTPUT"], "w") as file:
+                         json.dump({"last": [os.environ["MINIFLOW_TASK"]]}, file)
+                     """}) as project:
+            seen = []
+            for run in (project.run, lambda: (self.dag(project), self.run_dag(project))[1]):
+                os.environ["WHERE"] = project.at(f"seen{len(seen)}")
+                os.mkdir(os.environ["WHERE"])
+                ran = run()
+                seen.append({name: json.loads(project.read(f"seen{len(seen)}/{name}"))
+                             for name in os.listdir(os.environ.pop("WHERE"))})
+            self.assertEqual(sorted(seen[0]), ["a", "down", "each[0]", "each[1]", "options"])
+            self.assertEqual(*seen)
+            ended = {name: end for name, end in ran[1].items() if name in ("missing", "bad", "none", "slow", "retry")}
+            self.assertEqual(ended, {"missing": ["failed", 1], "bad": ["failed", 2], "none": ["failed", 1],
+                                     "slow": ["failed", 2], "retry": ["failed", 1]})
+
+
+class ArgoWorld:
+    """Runs the manifest of a Workflow as Argo does: substitutions, expressions, retries, the verdict by leaves."""
+
+    def __init__(self, manifest, place):
+        spec, self.place = manifest["spec"], place
+        self.templates = {template["name"]: template for template in spec["templates"]}
+        self.words = {"workflow.name": "w-1", **{f"workflow.parameters.{each['name']}": each["value"]
+                                                 for each in spec["arguments"]["parameters"]}}
+        self.ends, self.attempts = {}, {}
+        status = self.dag(self.templates["main"]["dag"]["tasks"])
+        self.words["workflow.status"] = status
+        for step in itertools.chain.from_iterable(self.templates.get("exit", {"steps": []})["steps"]):
+            left, operator, right = self.fill(step.get("when", "a == a")).split()
+            if (left == right) is (operator == "=="):
+                self.ends[step["name"]] = self.run(step["template"])
+                if self.ends[step["name"]] == "Failed" and "continueOn" not in step:
+                    status = "Failed"
+        self.status = status
+
+    def fill(self, text):
+        return re.sub(r"\{\{(.*?)\}\}", lambda match: self.words[match[1]], text)
+
+    def dag(self, tasks):
+        """Run the tasks in the order in which expressions allow it; return what becomes of the DAG."""
+        named = {task["name"]: dict.fromkeys(re.findall(r"([a-z0-9-]+)\.[A-Z]", task.get("depends", "")))
+                 for task in tasks}
+        by_name, branch = {task["name"]: task for task in tasks}, {}
+        for name in mf.topological_order({name: list(up) for name, up in named.items()}):
+            logic = re.sub(r"([a-z0-9-]+)\.([A-Z][a-z]+)", lambda match: str(self.ends[match[1]] == match[2]),
+                           by_name[name].get("depends", "True"))
+            for word, python in (("&&", " and "), ("||", " or "), ("!", " not ")):
+                logic = logic.replace(word, python)
+            self.ends[name] = self.run(by_name[name]["template"]) if eval(logic, {}) else "Omitted"
+            above = {branch[up] for up in named[name]}
+            branch[name] = self.ends[name] if self.ends[name] != "Omitted" else \
+                "Failed" if "Failed" in above else "Succeeded"
+        leaves = by_name.keys() - {up for each in named.values() for up in each}
+        return "Failed" if "Failed" in {branch[name] for name in leaves} else "Succeeded"
+
+    def run(self, name):
+        """Run the container of a template, again where it says so; return what becomes of it."""
+        template, attempt = self.templates[name], 0
+        retry = template.get("retryStrategy", {"limit": "0"})
+        while True:
+            self.words["retries"] = str(attempt)
+            self.attempts[name] = attempt + 1
+            container = json.loads(re.sub(r"\{\{(.*?)\}\}", lambda match: json.dumps(self.words[match[1]])[1:-1],
+                                          json.dumps(template["container"])))
+            env = {each["name"]: each["value"].replace("$$", "$") for each in container["env"]}
+            done = subprocess.run([word.replace("$$", "$") for word in container["command"]], cwd=self.place,
+                                  env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, timeout=60)
+            wanted = retry.get("expression", f"in [{done.returncode}]").split(" in ")[-1].replace("in ", "")
+            if not done.returncode:
+                return "Succeeded"
+            if attempt >= int(retry["limit"]) or done.returncode not in json.loads(wanted):
+                return "Failed"
+            attempt += 1
+
+
+class T14cArgo(unittest.TestCase):
+
+    def manifest(self, project, *args):
+        code, out, err = project.main("export", "f", "--to", "argo", *args)
+        self.assertEqual(code, 0, err)
+        return json.loads(out)
+
+    def test_what_argo_cant_express_is_refused_by_name(self):
+        flow = make(task("a", **{"if": "params.p == 1"}), task("b", http={"url": "http://x"}),
+                    task("c", "a", args=["${{ tasks.a.outputs.x }}"]), task("d", args={"x": "${{ params.l }}"}),
+                    task("j", args=["${{ env['x}; touch PWN #'] }}"]),
+                    task("e", args=["${{ params.o.x }}"]), task("g", foreach=[]), task("h", env={"X": "${{ ctx.x }}"}),
+                    task("i", args=["${{ run.scheduled_time }}"]),
+                    params={"p": "$(x)", "l": True, "o": {"x": 1}})
+        with self.assertRaises(mf.UsageError) as caught:
+            mf.to_argo(mf.make_plan(flow), {"p": "$(x)", "l": True, "o": {"x": 1}}, "/t")
+        self.assertEqual([re.sub(r" (is|shows) .*", "", line) for line in str(caught.exception).splitlines()], [
+            "params.p: $( in \"$(x)\"", "task a: if: params.p == 1", "task b: http", "task c: tasks.a.outputs.x",
+            "task d: args.x: whether params.l", "task j: env.x}; touch PWN #: sh can't read a variable of that name; "
+            "use letters, digits and _", "task e: params.o.x", "task g: foreach", "task h: ctx.x",
+            "task i: run.scheduled_time"])
+
+    def test_what_argo_does_otherwise_is_named_on_stderr_and_in_an_annotation(self):
+        with one(task("a", script="s.py", priority=1, pool="p", backoff_s=1, jitter=0.5, inputs=["x"]),
+                 task("b", foreach=[1], max_parallel=1), fail_fast=True, secrets=["TOKEN"], pools={"p": 1},
+                 scripts={"s.py": ""}) as project:
+            code, out, err = project.main("export", "f", "--to", "argo")
+            named = [line[len("note: "):] for line in err.splitlines()]
+            self.assertEqual(json.loads(out)["metadata"]["annotations"]["miniflow/differs"].splitlines(), named)
+            self.assertEqual([re.split(": |, | are | names ", line)[0] for line in named], [
+                "the parameter image", "scripts", "outputs", "task a", "task a", "task a", "task a", "task b",
+                "fail_fast", "secrets"])
+
+    def test_names_are_dns_labels_and_expressions_all_their_own(self):
+        ids = ["A", "a", "a_", "1", "in", "not", "x" * 128, "x" * 127 + "y", "_", "main", "exit", "watcher"]
+        flow = make(*map(task, ids), task("end", *ids, foreach=[1, 2]))
+        manifest = json.loads(mf.to_argo(mf.make_plan(flow), {"image": "x", "a b": 1, "a_b": 2}, "/t").text)
+        names = [template["name"] for template in manifest["spec"]["templates"]]
+        self.assertEqual(len(names), len(set(names)))
+        self.assertEqual([name for name in names if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name)], [])
+        self.assertEqual([each["name"] for each in manifest["spec"]["arguments"]["parameters"]],
+                         ["image", "a_b", "a_b-2", "image-2"])
+
+    def test_the_same_flow_gives_the_same_manifest_and_limits_carry_over(self):
+        flow = make(task("a", max_retries=2, backoff_s=0.5, max_backoff_s=9, retry_on=[3, "timeout"], timeout_s=2.5),
+                    max_parallel=3, timeout_s=60, params={"p": {"enum": ["a", "b"], "default": "a"}})
+        text = mf.to_argo(mf.make_plan(flow), {"p": "a"}, "/t").text
+        self.assertEqual(text, mf.to_argo(mf.make_plan(flow), {"p": "a"}, "/t").text)
+        spec = json.loads(text)["spec"]
+        self.assertEqual((spec["parallelism"], spec["activeDeadlineSeconds"]), (3, 60))
+        self.assertEqual(spec["arguments"]["parameters"][0], {"name": "p", "value": "a", "enum": ["a", "b"]})
+        self.assertEqual(spec["templates"][1]["retryStrategy"], {
+            "limit": "2", "retryPolicy": "Always", "backoff": {"duration": "0.5s", "factor": "2", "cap": "9s"},
+            "expression": "asInt(lastRetry.exitCode) in [3, 124, 137]"})
+        self.assertIn("exec timeout -k 5 2.5 /bin/sh -c 'true' sh", spec["templates"][1]["container"]["command"][2])
+
+    def test_every_task_of_a_random_flow_ends_as_with_miniflow_and_red_is_red(self):
+        """Where Argo says Omitted, MiniFlow says why: skipped or upstream_failed."""
+        shell = "shift $((MINIFLOW_ATTEMPT - 1)); exit $1"
+        for seed in range(12):
+            chance = random.Random(seed)
+            flow, script = random_flow(chance, 9, conditions=False)
+            tasks = []
+            for t in mf.flow_to_json(flow)["tasks"]:
+                codes = [script[t["id"]][k][1] for k in range(1, 5)]
+                t.update(backoff_s=0, jitter=0, command=shell, args=codes)
+                for name in ("timeout_s", "pool"):
+                    t.pop(name, None)
+                if chance.random() < 0.2:
+                    t.update(foreach=[1, 2][:chance.randint(1, 2)])
+                tasks.append(t)
+            handlers = {name: {"command": shell, "args": [chance.choice([0, 1])]} for name in mf.HANDLERS
+                        if chance.random() < 0.5}
+            with self.subTest(seed=seed), one(*tasks, **handlers) as project:
+                run = project.run()
+                found = ArgoWorld(self.manifest(project), project.path)
+                self.assertEqual(found.status, "Succeeded" if run.ok else "Failed")
+                for name, state in run.tasks.items():
+                    task_of, label = run.defs[name], re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+                    if task_of.many is None:   # what stands for instances is no task of Argo's
+                        end = {"success": "Succeeded", "failed": "Succeeded" if task_of.allow_failure else "Failed"}
+                        not_run = None if task_of.handler else "Omitted"
+                        self.assertEqual((name, found.ends.get(label), found.attempts.get(label, 0)),
+                                         (name, end.get(state.status, not_run), len(state.attempts)))
+
+    def test_hostile_values_reach_the_tasks_of_the_manifest_byte_for_byte(self):
+        show = ("import json, os, sys\n"
+                "own = {n: v for n, v in sorted(os.environ.items()) if n[:2] in ('V_', 'W_') or "
+                "n.startswith('MINIFLOW_PARAM_')}\n"
+                "with open(os.environ['WHERE'] + '/' + os.environ['MINIFLOW_TASK'], 'w') as file:\n"
+                "    json.dump([sys.argv[1:], sys.stdin.read(), os.getcwd(), own, os.environ['MINIFLOW_ATTEMPT'],\n"
+                "               os.path.isdir(os.environ['TMP_DIR'])], file)")
+        hostile = HOSTILE + ["{{ x }}", "{{{{", "$$", "$$$(HOME)", "{{workflow.name}}", "$("]
+        values = [value.replace("${{", "$${{") for value in hostile]
+        program = [sys.executable, "-c", show.replace("${{", "$${{")]
+        with one(task("a", command=program, args=values, stdin="".join(values), cwd="tasks",
+                      env={f"V_{n}": value for n, value in enumerate(values)}),
+                 task("b", command=program, env={"V_": "${{ env.W_ }}!"}, allow_failure=True, max_retries=1,
+                      args=["${{ params.p }}", "x${{ env.IN }}", "${{ env.W_ }}", "${{ params.n }}"]),
+                 task("c", command=program, args={"p": "${{ params.p }}", "n": "${{ params.n }}", "yes": True,
+                                                  "no": None, "several": ["x", "${{ params.p }}"]}),
+                 task("d", script="d.py", foreach=["it's", {"x": 1}, True], args={"item": "${{ item }}"}, timeout_s=30),
+                 task("e", command="echo \"$1 {{ $(echo x) $((1+1))\" >$WHERE/e; [ $$ -gt 1 ]", args=["$1"]),
+                 env={"W_": "${{ params.p }}{{"}, scripts={"d.py": show},
+                 params={"p": "it's {x} \"q\"\n$HOME `x` \\", "n": {"type": "integer", "default": 3}}) as project:
+            os.environ["IN"] = "a b'"
+            seen = []
+            for run in (project.run, lambda: ArgoWorld(self.manifest(project), project.path).status):
+                os.environ["WHERE"] = project.at(f"seen{len(seen)}")
+                os.mkdir(os.environ["WHERE"])
+                run()
+                seen.append({name: project.read(f"seen{len(seen)}/{name}")
+                             for name in os.listdir(os.environ.pop("WHERE"))})
+            del os.environ["IN"]
+            self.assertEqual(sorted(seen[0]), ["a", "b", "c", "d[0]", "d[1]", "d[2]", "e"])
+            self.assertEqual(*seen)
+            texts = re.findall(r"\{\{.*?\}\}", json.dumps(self.manifest(project)["spec"]["templates"]))
+            self.assertEqual(set(texts), {"{{workflow.parameters.image}}", "{{workflow.parameters.p}}", "{{retries}}",
+                                          "{{workflow.parameters.n}}", "{{workflow.name}}"})
+
+
 class FaultyDisk(mf.Disk):
     """A Disk of which call number `at` (and, if `lasting`, each after it) fails with `error`; `calls` counts them."""
 

@@ -1,6 +1,16 @@
+<<<<<<< HEAD
 """Holds MiniFlow's trigger rules against those of a real Airflow: python3 .ci/airflow.py PYTHON [DIRECTORY].
 
 PYTHON is one in whose venv Airflow 2.10 or 3 is installed.  Graphs in which tasks succeed, fail, are skipped,
+=======
+"""Holds MiniFlow's trigger rules and its export against a real Airflow: python3 .ci/airflow.py PYTHON [DIRECTORY].
+
+PYTHON is one in whose venv Airflow 2.10 or 3 is installed.  Flows, green and red, run with MiniFlow and, exported,
+with Airflow: every task has to end alike, see the same values and be tried as often.  All other flows that there
+are here have to load.
+
+The rules by themselves: graphs in which tasks succeed, fail, are skipped,
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 fail and are tolerated, and fan out run with both engines, and the end of every task is compared.  Three things
 may differ, and do; anything else fails:
 
@@ -10,6 +20,11 @@ may differ, and do; anything else fails:
   failed if one of its instances has and else succeeded.
 - follows: what is downstream of such a task.
 
+<<<<<<< HEAD
+=======
+An exported fan-out has a task that stands for it, so that of these three only the first is left.
+
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 What Airflow keeps goes below DIRECTORY, by default a temporary one.  Exit status 1 if anything failed.
 """
 import contextlib
@@ -17,6 +32,10 @@ import itertools
 import json
 import os
 import random
+<<<<<<< HEAD
+=======
+import re
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 import subprocess
 import sys
 import tempfile
@@ -67,12 +86,20 @@ def fan_outs():
     return graph
 
 
+<<<<<<< HEAD
 def made(seed):
+=======
+def made(seed, ends=("success",) * 4 + ("failed", "failed", "tolerated", "skipped")):
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
     """A random graph."""
     chance, graph = random.Random(seed), {}
     for n in range(chance.randint(5, 11)):
         upstream = tuple(name for name in graph if chance.random() < 0.35)
+<<<<<<< HEAD
         end = chance.choice(["success"] * 4 + ["failed", "failed", "tolerated", "skipped"])
+=======
+        end = chance.choice(ends)
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
         if chance.random() < 0.15:
             end = [chance.choice(["success", "failed"]) for _ in range(2)]
         graph[f"t{n}"] = (upstream, chance.choice(RULES), end)
@@ -88,6 +115,23 @@ def all_graphs():
 
 # ---- MiniFlow
 
+<<<<<<< HEAD
+=======
+def as_flow(name, graph):
+    """Return the JSON of a flow whose tasks end as a graph says."""
+    tasks = []
+    for task, (upstream, rule, end) in graph.items():
+        fields = {"id": task, "depends_on": upstream, "trigger_rule": rule}
+        if isinstance(end, list):
+            fields.update(foreach=end, command=["test", "${{ item }}", "=", "success"])
+        else:
+            fields.update(command=ENDS[end], allow_failure=end == "tolerated")
+            fields.update({"if": "false"} if end == "skipped" else {})
+        tasks.append(fields)
+    return {"name": name, "tasks": tasks}
+
+
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 def miniflow(place, *words):
     """Run MiniFlow's command line in a directory; return its CompletedProcess."""
     return subprocess.run([sys.executable, os.path.join(REPO, "miniflow.py"), *words], cwd=place,
@@ -96,6 +140,7 @@ def miniflow(place, *words):
 
 def miniflow_ends(graph):
     """Return the end of every task as MiniFlow has it; instances are id[0], id[1]."""
+<<<<<<< HEAD
     tasks = []
     for name, (upstream, rule, end) in graph.items():
         task = {"id": name, "depends_on": upstream, "trigger_rule": rule}
@@ -109,6 +154,12 @@ def miniflow_ends(graph):
         os.mkdir(os.path.join(place, "flows"))
         with open(os.path.join(place, "flows", "rules.json"), "w") as file:
             json.dump({"name": "rules", "tasks": tasks}, file)
+=======
+    with tempfile.TemporaryDirectory() as place:
+        os.mkdir(os.path.join(place, "flows"))
+        with open(os.path.join(place, "flows", "rules.json"), "w") as file:
+            json.dump(as_flow("rules", graph), file)
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
         done = miniflow(place, "run", "rules", "--run-id", "r", "--output", "quiet")
         assert done.returncode == 1, done.stderr.decode()
         with open(os.path.join(place, "miniflow_output", "runs", "r.json")) as file:
@@ -153,7 +204,11 @@ with DAG("rules", schedule=None, start_date=datetime.datetime(2024, 1, 1, tzinfo
 '''
 
 
+<<<<<<< HEAD
 def within_airflow(folder, names):
+=======
+def within_airflow(folder, place, names):
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
     """Print what Airflow says of the DAGs of a directory, as a line of JSON; executed by its Python."""
     import inspect
     try:
@@ -163,6 +218,10 @@ def within_airflow(folder, names):
     more = {"include_examples": False} if "include_examples" in inspect.signature(DagBag.__init__).parameters else {}
     bag, found = DagBag(folder, **more), {}
     for name in names:
+<<<<<<< HEAD
+=======
+        os.environ["WHERE"] = os.path.join(place, "theirs-" + name)
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
         run = bag.dags[name].test(run_conf={})
         found[name] = {"state": str(run.state), "ends": {
             task.task_id + (f"[{task.map_index}]" if task.map_index >= 0 else ""): str(task.state)
@@ -170,6 +229,85 @@ def within_airflow(folder, names):
     print("\n" + json.dumps({"errors": bag.import_errors, "dags": sorted(bag.dags), "runs": found}))
 
 
+<<<<<<< HEAD
+=======
+# ---- exported flows
+
+SEE = r'''
+import json, os, sys
+attempt, name = os.environ["MINIFLOW_ATTEMPT"], os.environ["MINIFLOW_TASK"]
+own = ("MINIFLOW_FLOW", "MINIFLOW_TASK", "MINIFLOW_ATTEMPT")
+seen = {"argv": sys.argv[1:], "cwd": os.getcwd(), "stdin": sys.stdin.read(),
+        "env": {key: value for key, value in os.environ.items()
+                if key in own or key.startswith(("FLOW_", "TASK_", "MINIFLOW_PARAM_"))},
+        "context": json.load(open(os.environ["MINIFLOW_CONTEXT"]))}
+assert os.path.isdir(os.environ["TMP_DIR"])
+assert not os.path.exists(os.environ["MINIFLOW_OUTPUT"])
+with open(os.path.join(os.environ["WHERE"], name + "." + attempt), "w") as file:
+    json.dump(seen, file, indent=1, sort_keys=True)
+with open(os.environ["MINIFLOW_OUTPUT"], "w") as file:
+    json.dump({name: attempt, "last": [name]}, file)
+codes = os.environ.get("TASK_CODES", "0").split()
+sys.exit(int(codes[min(int(attempt), len(codes)) - 1]))
+'''
+
+HOSTILE = ["", " ", "a b", "'", '"', "\\", "\\\\'", "$HOME", "$(touch PWN)", "`touch PWN`", "x\ny", "trailing\n\n",
+           "--flag", "*", "%s%d", "{a}", "é\U0001f600", "\x01\x7f\t", "$${{x", "{{ ds }}", "{% raw %}", "{# x", "x.sh",
+           "a\\", "\'\'\'", '"""', "#no", "\u2028"]
+
+
+def green():
+    """A flow of all that carries over, which succeeds."""
+    see = {"script": "see.py"}
+    return {"name": "green", "description": "{{ ds }} '\n\" \\", "tags": ["x"], "max_parallel": 2, "timeout_s": 600,
+            "env": {"FLOW_A": "${{ params.p }}{{", "FLOW_HOME": "${{ env.HOME }}"},
+            "params": {"p": "it's {{ x }} \"q\"\n", "n": {"type": "integer", "default": 3, "min": 1}, "a": [1, "é"]},
+            "tasks": [
+        {"id": "args", **see, "args": HOSTILE, "stdin": "\n".join(HOSTILE), "priority": 3,
+         "env": {f"TASK_{n}": text for n, text in enumerate(HOSTILE)}},
+        {"id": "options", **see, "args": {"n": "${{ params.n }}", "all": ["${{ params.a }}", "x"], "yes": True,
+                                          "no": False, "text": "${{ env.FLOW_A }}-"}, "cwd": "sub"},
+        {"id": "again", **see, "env": {"TASK_CODES": "3 4 0"}, "max_retries": 2, "retry_on": [3, 4]},
+        {"id": "lines", "command": "printf 'a=1\\nb<<E\\nx\\ny\\nE\\n' >$MINIFLOW_OUTPUT; echo {{ ds }}; echo \"$1\"",
+         "args": ["{{ ds }}"]},
+        {"id": "tolerated", **see, "env": {"TASK_CODES": "5"}, "allow_failure": True},
+        {"id": "down.sh", **see, "depends_on": ["args", "options", "again", "lines", "tolerated"],
+         "args": ["${{ tasks.lines.outputs.b }}", "${{ ctx.last }}", "${{ ctx.last[0] }}", "${{ tasks.args.outputs }}"],
+         "timeout_s": 60, "grace_s": 1},
+        {"id": "each", **see, "foreach": ["a", {"b": 1}], "args": ["${{ item }}"], "depends_on": ["lines"]},
+        {"id": "none", **see, "foreach": []},
+        {"id": "matrix", **see, "matrix": {"x": [1, 2], "y": ["z"]}, "args": ["${{ matrix.x }}", "${{ matrix.y }}"]},
+        {"id": "gather", **see, "depends_on": ["each", "matrix", "none"], "args": ["${{ tasks.each.outputs.items }}"]}],
+            "on_success": see, "on_failure": see, "finally": {**see, "id": "last"}}
+
+
+def red():
+    """A flow that fails, although its last tasks succeed."""
+    see = {"script": "see.py"}
+    return {"name": "red", "fail_fast": False, "tasks": [
+        {"id": "slow", "command": ["sleep", "60"], "timeout_s": 0.5, "max_retries": 1, "retry_on": ["timeout"]},
+        {"id": "once", **see, "env": {"TASK_CODES": "3 0"}, "max_retries": 1, "retry_on": [4]},
+        {"id": "output", "command": "echo '[1]' >$MINIFLOW_OUTPUT"},
+        {"id": "missing", **see, "args": ["${{ ctx.nowhere }}"]},
+        {"id": "nothing", "command": ["no-such-program"]},
+        {"id": "each", "command": ["test", "${{ item }}", "=", "1"], "foreach": [1, 2]},
+        {"id": "tolerated", **see, "depends_on": ["once"], "allow_failure": True},
+        {"id": "after", **see, "depends_on": ["tolerated"]},
+        {"id": "below", **see, "depends_on": ["each"]},
+        {"id": "one", **see, "depends_on": ["each", "slow"], "trigger_rule": "one_success"},
+        {"id": "all", **see, "depends_on": ["each", "slow"], "trigger_rule": "all_failed"},
+        {"id": "clean", **see, "depends_on": ["slow", "once", "output"], "trigger_rule": "all_done"}],
+            "on_success": see, "on_failure": see, "finally": see}
+
+
+def flows_here():
+    """Yield the paths of the flows that are here beside those made."""
+    for folder in (os.path.join(REPO, "flows"), os.path.join(REPO, "..", "shared", "cases", "flows")):
+        if os.path.isdir(folder):
+            yield from sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".json"))
+
+
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 class Airflow:
     """An installed Airflow, with a directory for what it keeps and another for DAG files."""
 
@@ -193,9 +331,15 @@ class Airflow:
         """Return Airflow's version."""
         return self.execute("-c", "import airflow; print(airflow.__version__)").split()[-1]
 
+<<<<<<< HEAD
     def run(self, names):
         """Load the DAG files and run some of the DAGs; return what within_airflow() says."""
         output = self.execute(os.path.abspath(__file__), "within", self.dags, *names)
+=======
+    def run(self, names, place):
+        """Load the DAG files and run some of the DAGs, from `place`; return what within_airflow() says."""
+        output = self.execute(os.path.abspath(__file__), "within", self.dags, place, *names)
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
         return json.loads(output.strip().splitlines()[-1])
 
 
@@ -255,6 +399,75 @@ def compare_rules(graph, theirs):
     return not bad and known == ("upstream_failed", "skipped", "success", "skipped")
 
 
+<<<<<<< HEAD
+=======
+def seen_in(place):
+    """Return the content of the files of a directory."""
+    found = {}
+    for name in os.listdir(place):
+        with open(os.path.join(place, name)) as file:
+            found[name] = json.load(file)
+    return found
+
+
+def as_airflow(ends, tasks):
+    """Return MiniFlow's ends under Airflow's names; what stands for a fan-out has not run itself."""
+    return {re.sub(r"\[(\d+)\]$", r".\1", name):
+            "upstream_failed" if end == "failed" and "foreach" in tasks.get(name, ()) else end
+            for name, end in ends.items()}
+
+
+class Project:
+    """A directory of flows that run with both engines."""
+
+    def __init__(self, place, flows):
+        self.place, self.flows = place, flows
+        for name in ("flows", "tasks", "sub", *(f"{who}-{flow}" for who in ("ours", "theirs") for flow in flows)):
+            os.mkdir(os.path.join(place, name))
+        with open(os.path.join(place, "tasks", "see.py"), "w") as file:
+            file.write(SEE)
+        for name, flow in flows.items():
+            with open(os.path.join(place, "flows", name + ".json"), "w") as file:
+                json.dump(flow, file)
+
+    def export(self, flow, folder):
+        """Export a flow, by name or path, to a DAG file; return the name of the DAG."""
+        file = os.path.join(folder, os.path.splitext(os.path.basename(flow))[0] + ".py")
+        tasks = os.path.join(REPO if os.path.exists(flow) else self.place, "tasks")
+        done = miniflow(self.place, "-t", tasks, "export", flow, "--to", "airflow", "-o", file)
+        assert done.returncode == 0, done.stderr.decode()
+        with open(flow if os.path.exists(flow) else os.path.join(self.place, "flows", flow + ".json")) as file:
+            return json.load(file)["name"]
+
+    def difference(self, name, theirs):
+        """Yield what a flow does otherwise with Airflow."""
+        os.environ["WHERE"] = os.path.join(self.place, "ours-" + name)
+        done = miniflow(self.place, "run", name, "--run-id", name, "--output", "quiet", "-j", "2")
+        with open(os.path.join(self.place, "miniflow_output", "runs", name + ".json")) as file:
+            run = json.load(file)
+        tasks = {task["id"]: task for task in self.flows[name]["tasks"]}
+        ours = as_airflow({task: state["status"] for task, state in run["tasks"].items()}, tasks)
+        if (run["status"], done.returncode) != (theirs["state"], int(theirs["state"] != "success")):
+            yield f"{name}: {run['status']} with MiniFlow, {theirs['state']} with Airflow"
+        for task in ours:
+            if ours[task] != theirs["ends"].get(task):
+                yield f"{name}.{task}: {ours[task]} with MiniFlow, {theirs['ends'].get(task)} with Airflow"
+        seen = [seen_in(os.path.join(self.place, f"{who}-{name}")) for who in ("ours", "theirs")]
+        for file in sorted({*seen[0], *seen[1]}):
+            pair = [each.get(file, {}) for each in seen]
+            for key in sorted({*pair[0], *pair[1]}):
+                if pair[0].get(key) != pair[1].get(key):
+                    yield f"{name}: {key} of {file}: {pair[0].get(key)} with MiniFlow, {pair[1].get(key)} with Airflow"
+
+
+def compare_exported(project, runs):
+    """Print what the flows of a project do otherwise with Airflow; return whether they do nothing otherwise."""
+    bad = [line for name in project.flows for line in project.difference(name, runs[name])]
+    print("\n".join(bad + [f"exported flows: {len(project.flows)} run, {len(bad)} differences"]))
+    return not bad and {runs[name]["state"] for name in project.flows} == {"success", "failed"}
+
+
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 def main(python, home=None):
     """Compare; return the exit status."""
     with contextlib.ExitStack() as stack:
@@ -263,14 +476,32 @@ def main(python, home=None):
         graph = all_graphs()
         with open(os.path.join(airflow.dags, "rules.py"), "w") as file:
             file.write(f"GRAPH = {json.dumps(graph)!r}\n{RULES_DAG}")
+<<<<<<< HEAD
         found = airflow.run(["rules"])
         assert not found["errors"], found["errors"]
         return 0 if compare_rules(graph, found["runs"]["rules"]["ends"]) else 1
+=======
+        unasked = ("success",) * 3 + ("failed", "tolerated")        # as an `if` can't be exported
+        flows = {f"made{n}": as_flow(f"made{n}", made(n, unasked)) for n in (20, 21)}
+        flows.update(green=green(), red=red())
+        project = Project(stack.enter_context(tempfile.TemporaryDirectory()), flows)
+        names = {project.export(flow, airflow.dags) for flow in (*flows, *flows_here())}
+        found = airflow.run(["rules", *flows], project.place)
+        assert not found["errors"], found["errors"]
+        assert names | {"rules"} == set(found["dags"]), found["dags"]
+        print(f"loaded: {len(names)} exported flows")
+        same = [compare_rules(graph, found["runs"]["rules"]["ends"]), compare_exported(project, found["runs"])]
+        return 0 if all(same) else 1
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["within"]:
+<<<<<<< HEAD
         within_airflow(sys.argv[2], sys.argv[3:])
+=======
+        within_airflow(sys.argv[2], sys.argv[3], sys.argv[4:])
+>>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
     elif 2 <= len(sys.argv) <= 3:
         sys.exit(main(*sys.argv[1:]))
     else:
