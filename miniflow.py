@@ -5540,9 +5540,10 @@ main() { # arguments
         turn
         [[ $mf_did ]] || ((!mf_unsettled)) || await
     done
+    trap - HUP INT TERM # it has ended as it has
+    [[ $mf_cancel || ! $mf_red ]] || mf_exit=1
     cat -- "$mf_logs/ends.tsv"
     tell "logs and ends.tsv: $mf_logs"
-    [[ $mf_cancel || ! $mf_red ]] || mf_exit=1
     exit "$mf_exit"
 }
 
@@ -5561,7 +5562,8 @@ def bash_quote(text: str) -> str:
 _BASH_VARIABLES = frozenset("""BASHOPTS BASHPID BASH_ALIASES BASH_ARGC BASH_ARGV BASH_ARGV0 BASH_CMDS
     BASH_COMMAND BASH_COMPAT BASH_LINENO BASH_SOURCE BASH_SUBSHELL BASH_VERSINFO BASH_VERSION BASH_XTRACEFD
     COMP_WORDBREAKS DIRSTACK EPOCHREALTIME EPOCHSECONDS EUID EXECIGNORE FUNCNAME FUNCNEST GROUPS HISTCMD
-    LINENO OPTIND POSIXLY_CORRECT PPID RANDOM SECONDS SHELLOPTS SRANDOM UID _""".split())
+    LINENO OPTIND POSIXLY_CORRECT PPID RANDOM SECONDS SHELLOPTS SHLVL SRANDOM
+    UID _""".split())
 
 
 def _option_kind(param: Param, value: Any) -> str:

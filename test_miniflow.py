@@ -2107,13 +2107,15 @@ class T14Bash(unittest.TestCase):
         return out.strip()
 
     def start_script(self, project, path, *args, **env):
-        return subprocess.Popen(["bash", path, *args], cwd=project.path, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                                env={**os.environ, "PYTHON": sys.executable, **env})
+        process = subprocess.Popen(["bash", path, *args], cwd=project.path, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                   env={**os.environ, "PYTHON": sys.executable, **env})
+        self.addCleanup(lambda: process.poll() is None and process.terminate())
+        return process
 
     def end_of_script(self, process):
         """Return the exit code of a script, its table of ends (end and attempts) and where its logs are."""
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=60)
         logs = re.search(r"logs and ends\.tsv: (.*)", err.decode("utf-8", "replace"))
         self.assertTrue(logs, err)
         with open(os.path.join(logs[1], "ends.tsv"), "rb") as file:
