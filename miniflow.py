@@ -5164,10 +5164,10 @@ next() { # sets mf_next to the first ready task of those whose pool has room
     for pool in "${!mf_first_place[@]}"; do
         ((mf_queued[pool] && (pool == 0 || mf_used[pool] < mf_pool_size[pool]))) || continue
         for ((at = mf_first_place[pool]; at < mf_count; at += 1)); do
-            if [[ ${mf_ready[mf_order[at]]:-} && ${mf_pool[mf_order[at]]:-0} == "$pool" ]]; then break; fi
+            if [[ ${mf_ready[mf_at[at]]:-} && ${mf_pool[mf_at[at]]:-0} == "$pool" ]]; then break; fi
         done
         mf_first_place[pool]=$at
-        if ((at < best)); then best=$at mf_next=${mf_order[at]}; fi
+        if ((at < best)); then best=$at mf_next=${mf_at[at]}; fi
     done
     [[ $mf_next ]]
 }
@@ -5409,7 +5409,7 @@ set_alarm() { # has something end when the next thing is due, or patience is ove
     to_seconds "$((soonest - mf_now))"
     sleep "$mf_seconds" &
     mf_alarm=$! mf_alarm_at=$soonest
-}
+} 2>/dev/null
 
 ended() { # process, exit code
     local n=${mf_task_of[$1]:-}
@@ -5476,6 +5476,7 @@ prepare() { # directories, variables, what is known before the first task starts
     mf_logs=$mf_out/logs/$mf_run_id mf_mask=$(umask)
     umask 077
     mf_io=$(mktemp -d) || exit 2
+    [[ $mf_io == /* ]] || mf_io=$mf_start_dir/$mf_io
     trap clean_up EXIT
     mkdir -- "$mf_io/work" && printf '%s' "$mf_context" >"$mf_io/context.json" || exit 2
     for mf_i in "${!mf_kept[@]}"; do printf '%s' "${mf_kept[mf_i]}" >"$mf_io/$mf_i.json" || exit 2; done
@@ -5505,7 +5506,8 @@ begin() { # finds the tasks that wait for nothing
     for pool in 0 "${!mf_pool_size[@]}"; do
         mf_used[pool]=0 mf_queued[pool]=0 mf_first_place[pool]=$mf_count
     done
-    for n in "${!mf_order[@]}"; do mf_place[mf_order[n]]=$n; done
+    read -ra mf_at <<<"$mf_order"
+    for n in "${!mf_at[@]}"; do mf_place[mf_at[n]]=$n; done
     for ((n = 1; n <= mf_count; n += 1)); do
         mf_attempts[n]=0
         is_handler "$n" || ((mf_left += 1))
@@ -5568,8 +5570,7 @@ _BASH_VARIABLES = frozenset("""BASHOPTS BASHPID BASH_ALIASES BASH_ARGC BASH_ARGV
 
 def _option_kind(param: Param, value: Any) -> str:
     """Return how a param becomes an option, whatever is given for it: as text, as a flag, or not known."""
-    kinds = {_same_kind(param), next(kind for kind in PARAM_TYPES if _TYPES[kind](value)) if value is not None
-             else "null"}
+    kinds = {_same_kind(param), next((kind for kind in PARAM_TYPES if _TYPES[kind](value)), "null")}
     if kinds == {"boolean"}:
         return "flag"
     return "text" if kinds <= {"string", "integer", "number"} else ""
@@ -5754,7 +5755,7 @@ def _bash_tables(plan: Plan) -> Iterator[str]:
     yield _bash_array("kept", ((number[name], json.dumps([name, output]))
                                for name, output in plan.left_out.items() if output))
     yield _bash_array("pool_size", ((n, plan.flow.pools[name]) for name, n in pools.items()))
-    yield f"mf_order=({numbers(sorted(plan.order, key=plan.key.__getitem__))})\n"
+    yield f"mf_order='{numbers(sorted(plan.order, key=plan.key.__getitem__))}'\n"
 
 
 def _bash_settings(plan: Plan, params: Mapping[str, Any]) -> Iterator[str]:
