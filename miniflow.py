@@ -4793,7 +4793,7 @@ _BASH_HEAD = r'''#!/usr/bin/env bash
 # PYTHON names).  Logs and ends.tsv (task, end, attempts, reason) go below MINIFLOW_OUTPUT_DIR, by default
 # ./miniflow_output; at the end ends.tsv is printed.
 # Exit code: 0 success, 1 a task failed, 2 can't run, 129, 130 or 143 ended by SIGHUP, SIGINT or SIGTERM.
-# shellcheck disable=SC1003,SC1112,SC2016,SC2034,SC2093,SC2154,SC2317,SC2329
+# shellcheck disable=SC1003,SC1112,SC2016,SC2034,SC2154,SC2317,SC2329
 set -u
 unset "${!mf_@}" # all variables of ours begin so, and none comes from outside
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
