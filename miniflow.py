@@ -4565,7 +4565,8 @@ def _subflow_asked(run: Run, task_id: str, setting: Setting, params: Mapping[str
     return {"flow": run.defs[task_id].action[0], "run_id": subflow_id(run, task_id, params), "params": params,
             "flows_dir": run.source.rpartition("/")[0] or ".", "tasks_dir": setting.tasks_dir,
             "output_dir": setting.output_dir,
-            "options": {**setting.options, "executor": run.plan.flow.executor, "secrets": run.plan.flow.secrets,
+            "options": {**setting.options, "executor": run.plan.flow.executor,
+                        "secrets": run.plan.flow.secrets,
                         "parent": {"run": run.id, "task": task_id}}}
 
 
@@ -5250,148 +5251,309 @@ def to_text_graph(plan: Plan) -> str:
 # ============================================================================
 # == 14. BASH: how does a flow run where there is no MiniFlow?
 # ============================================================================
-# The script runs the tasks one after another, in the order of the plan.
+# A script is four parts: a head, the flow as arrays by the number of the task, a function a task that says
+# what is executed, and an engine that is the same for all flows: due(), apply() and judge() once more, in
+# bash.  A test runs both over many flows and compares all that they did.
 #
-# A script is four parts: a head, the flow as arrays by the number of the task, a function a task, and an
-# engine that is the same for all flows.  Numbers are in topological order, so the outputs of what is upstream
-# merge by ascending number.  The attempt of a task is a bash of its own under timeout(1), which leads a
-# process group, so that a timeout and a signal reach grandchildren; what needs JSON is done by python3.
+# Numbers are in topological order, so the outputs of what is upstream merge by ascending number.  An attempt
+# is a child of the script that leads a process group of its own (`set -m`), so that a timeout and a signal
+# reach grandchildren.  The engine waits for its children alone; what is to happen at a certain time, one
+# sleep(1) at a time stands for.  What needs JSON is done by python3.
 #
-# Values known when the script is made (params) stand in it quoted; others (run, env, outputs) are looked up
-# into variables mf_v1, … before anything is exported or executed.  Nothing is ever put into a command's
-# text.
+# `wait -n` has two gaps.  Of a child that ends just when it begins to wait, it may tell only when another one
+# has ended; so there is always another one, which sleeps for a while, longer as long as nothing happens.  And
+# it does not tell of a child that died by a signal if bash has told of it before: while it waits for another
+# program, or when it reads its next line.  So the loop starts nothing else that it waits for, all code is in
+# functions, and after a nap or a trap, which is read as well, the engine looks itself who has ended.
+#
+# Nothing is ever put into the text of a command.  The variables of an attempt are worked out before any of
+# them is set, and those of the engine begin with mf_, as a local variable hides one that is to be handed on.
 
 _BASH_HEAD = r'''#!/usr/bin/env bash
-# Made by MiniFlow: runs the tasks of a flow one after another, in topological order.
-# Needs bash 5.1 or newer, coreutils and, for Python scripts and for outputs, python3 (or what PYTHON names).
-# Logs and ends.tsv (task, end, attempts, reason) go below MINIFLOW_OUTPUT_DIR, by default ./miniflow_output.
-# Exit code: 0 success, 1 a task failed, 2 can't run, 130 or 143 interrupted.
-# shellcheck disable=SC1003,SC1112,SC2016,SC2034,SC2093,SC2154,SC2317,SC2329
+# Made by MiniFlow: runs the tasks of a flow, as many at once as their dependencies and -j allow.
+#
+#   bash THIS-FILE [-j N] [--param NAME=VALUE]...
+#
+# Needs bash 5.1 or newer, coreutils and, for Python scripts, for outputs and for --param, python3 (or what
+# PYTHON names).  Logs and ends.tsv (task, end, attempts, reason) go below MINIFLOW_OUTPUT_DIR, by default
+# ./miniflow_output; at the end ends.tsv is printed.
+# Exit code: 0 success, 1 a task failed, 2 can't run, 129, 130 or 143 ended by SIGHUP, SIGINT or SIGTERM.
+# shellcheck disable=SC1003,SC1112,SC2016,SC2034,SC2154,SC2317,SC2329
 set -u
-unset "${!mf_@}" # all names of ours begin so, and none comes from outside
+unset "${!mf_@}" # all variables of ours begin so, and none comes from outside
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
     echo 'this script needs bash 5.1 or newer' >&2
     exit 2
 fi
 '''
 
-_BASH_ENGINE = r'''
-# ---- the engine
-export mf_io mf_start_dir
-mf_start_dir=$PWD
-mf_out=${MINIFLOW_OUTPUT_DIR:-miniflow_output}
-[[ $mf_out == /* ]] || mf_out=$mf_start_dir/$mf_out
-MINIFLOW_RUN_ID=${mf_flow//[^A-Za-z0-9_-]/_}-$(date -u +%Y%m%dT%H%M%SZ)-$$
-mf_scheduled_time=$(date -u +%Y-%m-%dT%H:%M:%S.%6NZ)
-export MINIFLOW_RUN_ID mf_scheduled_time MINIFLOW_FLOW=$mf_flow
-mf_python=$(command -v "${PYTHON:-python3}") || mf_python=python3
-export mf_python
-mf_mask=$(umask)
-umask 077
-mf_logs=$mf_out/logs/$MINIFLOW_RUN_ID
-mkdir -p -- "$mf_logs" || exit 2
-mf_io=$(mktemp -d) || exit 2
-export TMP_DIR=$mf_io/work
-mkdir -- "$TMP_DIR" || exit 2
-trap 'rm -rf -- "$mf_io"' EXIT
-printf '%s' "$mf_context" >"$mf_io/context.json" || exit 2
-umask "$mf_mask"
+#: What the engine leaves to python3: params, outputs and what templates find in them.
+_BASH_PYTHON = r'''
+# What is JSON, python3 reads: params, what a task hands on, and what templates find there.
+mf_py='
+import json, os, re, sys
+verb, io, *rest = sys.argv[1:]
+kinds = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list,
+         "object": dict}
 
-# Outputs are JSON, so python3 reads them: what a task wrote, what its downstream sees, one value of that.
-export mf_py_outputs='
-import json, re, sys
-verb, io, number, *rest = sys.argv[1:]
-def load(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return {}
-def strict(pairs):
+def load(name):
+    with open(io + "/" + name, encoding="utf-8") as file:
+        return json.load(file)
+
+def save(name, value):
+    new = "%s/%s.%d" % (io, name, os.getpid())
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+    os.replace(new, io + "/" + name)
+
+def members(pairs):
     if len(dict(pairs)) != len(pairs):
         raise ValueError("duplicate keys")
     return dict(pairs)
-def constant(name):
-    raise ValueError(name + " is not JSON")
-def number_of(text):
-    if float(text) in (float("inf"), -float("inf")):
-        raise ValueError(text + " is too large for a number")
-    return float(text)
-def take(text):
-    if text.lstrip().startswith("{"):
-        found = json.loads(text, object_pairs_hook=strict, parse_constant=constant, parse_float=number_of)
-        for char in json.dumps(found, ensure_ascii=False):
-            if "\ud800" <= char <= "\udfff":
-                raise ValueError("half of a surrogate pair")
-        return found
+
+def constant(word):
+    raise ValueError(word + " is not JSON")
+
+def decimal(text, kind=float):
+    if len(text) > 308 or float(text) in (float("inf"), -float("inf")):
+        raise ValueError("a number is too large")
+    return kind(text)
+
+def check(value, depth=0):
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ValueError("a NUL character, or half of a surrogate pair")
+    if isinstance(value, (dict, list)):
+        if depth >= 64:
+            raise ValueError("nested deeper than 64 levels")
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            check(part, depth + 1)
+
+def parse(text):
+    value = json.loads(text, object_pairs_hook=members, parse_constant=constant, parse_float=decimal,
+                       parse_int=lambda text: decimal(text, int))
+    check(value)
+    return value
+
+def text_of(value):
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+def print_words(words):
+    sys.stdout.buffer.write(b"".join(word.encode("utf-8", "surrogateescape") + b"\0" for word in words))
+
+def is_a(kind, value):
+    return isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind == "boolean")
+
+def fits(schema, value):
+    if "type" in schema and not is_a(schema["type"], value):
+        return False
+    if "enum" in schema and not any(value == each and isinstance(value, bool) == isinstance(each, bool)
+                                    for each in schema["enum"]):
+        return False
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+        return False
+    bounds = {str: ("minLength", "maxLength"), list: ("minItems", "maxItems")}
+    low, high = bounds.get(type(value), ("minimum", "maximum"))
+    size = len(value) if isinstance(value, (str, list)) else value
+    return not is_a("number", size) or schema.get(low, size) <= size <= schema.get(high, size)
+
+def convert(name, text, param):
+    value = text
+    if param["kind"] != "string":
+        try:
+            value = parse(text.strip())
+        except (ValueError, RecursionError):
+            value = None
+        if not is_a(param["kind"], value):
+            raise ValueError("--param %s: expected %s, got %s" % (name, param["form"], json.dumps(text)))
+    if not fits(param["schema"], value):
+        raise ValueError("params.%s: expected %s, got %s" % (name, param["fits"], json.dumps(value)))
+    return value
+
+def variable(name):
+    return re.sub("[^A-Z0-9_]", "_", name.upper())
+
+def set_params(declared, given):
+    context, problems = load("context.json"), []
+    params = context["params"]
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not (name and equals):
+            problems.append("--param %s: expected NAME=VALUE" % json.dumps(item))
+        elif declared is not None and name not in declared:
+            problems.append("params.%s: there is no such param; there is %s" % (
+                name, ", ".join(declared) or "none"))
+        else:
+            try:
+                params[name] = convert(name, text, declared[name]) if declared is not None else text
+            except ValueError as exc:
+                problems.append(str(exc))
+    names = {}
+    for name in params:
+        if names.setdefault(variable(name), name) != name:
+            problems.append("params.%s: %s is MINIFLOW_PARAM_%s as well; rename one" % (
+                name, names[variable(name)], variable(name)))
+    if problems:
+        sys.exit("\n".join("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+                           for line in problems))
+    save("context.json", {"params": params, "tasks": {}, "ctx": params})
+    print_words("MINIFLOW_PARAM_%s=%s" % (variable(name), text_of(value)) for name, value in params.items())
+
+def read_lines(text):
     lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
     while at < len(lines):
         line, at = lines[at], at + 1
         name, equals, value = line.partition("=")
         head, heredoc, mark = line.partition("<<")
         if heredoc and len(head) < len(name):
+            if mark not in lines[at:]:
+                raise ValueError("line %d opens what no line closes" % at)
             end = lines.index(mark, at)
             name, value, at = head, "\n".join(lines[at:end]), end + 1
         elif not line:
             continue
-        if not name or not (equals or heredoc):
-            raise ValueError("neither a JSON object nor name=value: " + line)
+        elif not equals:
+            raise ValueError("line %d is neither a JSON object nor name=value" % at)
+        if not name:
+            raise ValueError("line %d has no name" % at)
         found[name] = value
     return found
-if verb == "take":
+
+def take(task, number, path):
     try:
-        with open(io + "/" + number + ".out", encoding="utf-8-sig", newline="") as file:
-            found = take(file.read())
-    except (ValueError, OSError) as exc:
+        with open(path, "rb") as file:
+            content = file.read(2**24 + 1)
+        if len(content) > 2**24:
+            raise ValueError("more than %d bytes; write a file and hand on its path" % 2**24)
+        is_json = content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+        found = (parse if is_json else read_lines)(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError, OSError) as exc:
         sys.exit("output: " + str(exc))
     if found:
-        with open(io + "/" + number + ".json", "w") as file:
-            json.dump([rest[0], found], file)
-elif verb == "context":
-    seen = {}
-    for up in rest:
-        seen.update(load(io + "/" + up + ".seen"))
-        own = load(io + "/" + up + ".json")
-        if own:
-            seen[up] = own
-    base = load(io + "/context.json")
-    for up in sorted(seen, key=int):
-        base["tasks"][seen[up][0]] = seen[up][1]
-        base["ctx"].update(seen[up][1])
-    for name, value in ((".seen", seen), (".ctx", base)):
-        with open(io + "/" + number + name, "w") as file:
-            json.dump(value, file)
-else:
-    value = load(number)
-    for step in json.loads(rest[0]):
-        try:
-            if not isinstance(value, dict if isinstance(step, str) else list):
-                raise KeyError
-            value = value[step]
-        except LookupError:
-            sys.exit(rest[0] + ": there is no such value")
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b".")
-'
+        save(number + ".json", [task, found])
+    os.unlink(path)
 
-set_end() { # number end reason
-    mf_end[$1]=$2
-    mf_reason[$1]=$3
-    export "mf_status_$1=$2"
-    local as=$2
-    [[ $as == skipped && -z ${mf_left_out[$1]:-} ]] || as=success
-    if [[ $2 == *failed ]]; then
-        as=success
-        if [[ -z ${mf_allow_failure[$1]:-} ]]; then as=failed mf_red=1; fi
-    fi
-    mf_counts_as[$1]=$as
-    printf '%s\t%s\t%s\t%s\n' "${mf_id[$1]}" "$2" "${mf_attempts[$1]:-0}" "$3" >>"$mf_logs/ends.tsv"
-    printf '%-16s %s%s\n' "$2" "${mf_id[$1]}" "${3:+: $3}" >&2
+def make_context(path, numbers):
+    context = load("context.json")
+    for number in numbers.split():
+        task, output = load(number + ".json")
+        context["tasks"][task] = output
+        context["ctx"].update(output)
+    save(path, context)
+
+def option(name, value):
+    if value is None or value is False:
+        return []
+    if isinstance(value, list):
+        return [word for item in value for word in option(name, item)]
+    flag = ("-" if len(name) == 1 else "--") + name
+    if value is True:
+        return [flag]
+    return [flag, text_of(value)] if len(name) == 1 else [flag + "=" + text_of(value)]
+
+def find(context, path, source, name):
+    value, steps = context[path[0]], path[1:]
+    if path[0] == "tasks":
+        value, steps = value.get(path[1], {}), path[2:]
+    for step in steps:
+        try:
+            value = value[step] if isinstance(value, dict if isinstance(step, str) else list) else {}[step]
+        except LookupError:
+            sys.exit("%s: there is no %s" % (source, json.dumps(step)))
+    words = [text_of(value)] if name is None else option(name, value)
+    if any("\0" in word for word in words):
+        sys.exit("%s: a NUL character can not be handed on" % source)
+    return [str(len(words)), *words]
+
+if verb == "params":
+    set_params(json.loads(rest[0]), rest[1:])
+elif verb == "take":
+    take(*rest)
+else:
+    if not os.path.exists(io + "/" + rest[0]):
+        make_context(rest[0], rest[1])
+    context = load(rest[0])
+    for query in json.loads(rest[2]):
+        print_words(find(context, *query))
+'
+'''
+
+_BASH_ENGINE = r'''
+# ---- the engine
+
+tell() { # line
+    printf '%s\n' "$1" >&2
 }
 
-judge() { # number: sets verdict to run, skipped or upstream_failed
-    local up success=0 skipped=0 failed=0
-    mf_verdict=run
+refuse() { # line: what is wrong with how the script was called, or where
+    tell "$1"
+    exit 2
+}
+
+tick() { # sets mf_now, in milliseconds
+    mf_now=$((${EPOCHREALTIME//[!0-9]/} / 1000))
+}
+
+to_seconds() { # milliseconds: sets mf_seconds
+    printf -v mf_seconds '%d.%03d' "$(($1 / 1000))" "$(($1 % 1000))"
+}
+
+# -- what a task may be told: in a process of its own, which becomes its program
+
+give_up() { # reason, exit code: nothing can be executed, and no other attempt would help
+    printf '%s' "$1" >"$mf_try.why"
+    exit "$2"
+}
+
+look() { # queries: sets mf_v1, mf_v2, … to the words that they lead to in the context, once that is made
+    "$mf_python" -I -S -X utf8 -c "$mf_py" look "$mf_io" "$mf_context_name" "$mf_seen" "$1" \
+        >"$mf_try.words" 2>"$mf_try.why" || exit 125
+    mapfile -d '' -t mf_words <"$mf_try.words"
+    for ((mf_i = 0, mf_k = 1; mf_i < ${#mf_words[@]}; mf_i += 1 + mf_words[mf_i], mf_k += 1)); do
+        declare -n mf_found=mf_v$mf_k
+        mf_found=("${mf_words[@]:mf_i + 1:mf_words[mf_i]}")
+    done
+}
+
+go() { # directory: relative to where the script was started
+    [[ $1 == /* ]] || set -- "$mf_start_dir/$1"
+    [[ -e $1 ]] || give_up 'cannot start: its directory is not there' 127
+    cd -- "$1" || give_up 'cannot start: its directory can not be entered' 126
+}
+
+be() { # program and arguments; where exec fails, bash ends at once and tells nobody why
+    if [[ $1 == */* && -e $1 ]]; then
+        [[ -x $1 && ! -d $1 ]] || give_up "cannot start: ${1@Q} can not be executed" 126
+    elif [[ ! $1 || $1 == */* ]] || ! hash -- "$1" 2>/dev/null; then
+        give_up "cannot start: ${1@Q} is not there" 127
+    fi
+    exec -- "$@"
+}
+
+attempt() { # number
+    set +mu
+    mf_try=$mf_io/$1.${mf_attempts[$1]}
+    exec </dev/null >"$mf_logs/${mf_id[$1]}.${mf_attempts[$1]}.log" 2>&1 ||
+        give_up 'cannot start: its log can not be written' 126
+    mf_seen=${mf_sees[$1]} mf_context_name=context.json mf_env=() mf_argv=() mf_dir=''
+    [[ ! $mf_seen ]] || mf_context_name=context-${mf_context_of[$mf_seen]}.json
+    "task_$1"
+    [[ -e $mf_io/$mf_context_name ]] || look '[]'
+    if [[ ${mf_stdin+x} ]]; then
+        printf '%s' "$mf_stdin" >"$mf_try.in" || give_up 'cannot start: its stdin can not be written' 126
+        exec <"$mf_try.in"
+    fi
+    [[ ! $mf_dir ]] || go "$mf_dir"
+    export "${mf_env[@]}" "${!MINIFLOW_PARAM_@}" MINIFLOW_RUN_ID="$mf_run_id" MINIFLOW_FLOW="$mf_flow" \
+        MINIFLOW_TASK="${mf_id[$1]}" MINIFLOW_ATTEMPT="${mf_attempts[$1]}" TMP_DIR="$mf_io/work" \
+        MINIFLOW_CONTEXT="$mf_io/$mf_context_name" MINIFLOW_OUTPUT="$mf_try.out" GITHUB_OUTPUT="$mf_try.out"
+    be "${mf_argv[@]}"
+}
+
+# -- how tasks hang together
+
+judge() { # number: sets mf_verdict to run, or to the end that its rule demands, and mf_why
+    local up rule=${mf_rule[$1]:-all_success} success=0 skipped=0 failed=0 kind=skipped
+    mf_verdict=run mf_why=''
     [[ ${mf_needs[$1]:-} ]] || return 0
     for up in ${mf_needs[$1]}; do
         case ${mf_counts_as[up]} in
@@ -5400,7 +5562,7 @@ judge() { # number: sets verdict to run, skipped or upstream_failed
             *) ((failed += 1)) ;;
         esac
     done
-    case ${mf_rule[$1]:-all_success} in
+    case $rule in
         all_success)
             if ((failed)); then mf_verdict=upstream_failed; elif ((skipped)); then mf_verdict=skipped; fi ;;
         all_failed) if ((success + skipped)); then mf_verdict=skipped; fi ;;
@@ -5408,137 +5570,471 @@ judge() { # number: sets verdict to run, skipped or upstream_failed
             if ((failed && !success)); then mf_verdict=upstream_failed; fi
             if ((!failed && !success)); then mf_verdict=skipped; fi
             ;;
-        one_failed) if ((!failed)); then mf_verdict=skipped; fi ;;
+        one_failed | on_failure) if ((!failed)); then mf_verdict=skipped; fi ;;
+        on_success) if ((failed)); then mf_verdict=skipped; fi ;;
         none_failed) if ((failed)); then mf_verdict=upstream_failed; fi ;;
         none_failed_min_one_success)
             if ((failed)); then mf_verdict=upstream_failed; elif ((!success)); then mf_verdict=skipped; fi ;;
         none_skipped) if ((skipped)); then mf_verdict=skipped; fi ;;
     esac
-}
-
-see() { # number: sets MINIFLOW_CONTEXT to a file with what the task may read
-    local up
-    export MINIFLOW_CONTEXT=$mf_io/context.json
-    for up in ${mf_needs[$1]:-}; do
-        if [[ -e $mf_io/$up.json || -e $mf_io/$up.seen ]]; then
-            # shellcheck disable=SC2086
-            "$mf_python" -c "$mf_py_outputs" context "$mf_io" "$1" ${mf_needs[$1]} || return 1
-            MINIFLOW_CONTEXT=$mf_io/$1.ctx
+    case $rule:$mf_verdict in
+        *:run) return 0 ;;
+        on_failure:*) mf_why='no task failed' && return ;;
+        on_success:*) mf_why='a task failed' && return ;;
+        *:upstream_failed) kind=failed ;;
+    esac
+    mf_why="trigger rule $rule does not hold"
+    [[ $rule != all_failed && $rule != one_failed ]] || return 0
+    for up in ${mf_needs[$1]}; do
+        if [[ ${mf_counts_as[up]} == "$kind" ]]; then
+            mf_why="upstream ${mf_id[up]} ${kind/skipped/was skipped}"
             return 0
         fi
     done
 }
 
-sweep() { # group, grace in ms: ends what is left of it
-    local ms=0
-    kill -TERM -- "-$1" 2>/dev/null || return 0
-    while kill -0 -- "-$1" 2>/dev/null; do
-        if ((ms >= $2)); then kill -KILL -- "-$1" 2>/dev/null; fi
-        if ((ms >= $2 + 2000)); then return 0; fi # what is left then are zombies that nobody reaps
-        sleep 0.05
-        ((ms += 50))
+is_handler() { # number
+    [[ ${mf_rule[$1]:-} == @(on_success|on_failure|finally) ]]
+}
+
+queue() { # number: it is ready
+    local place=${mf_place[$1]} pool=${mf_pool[$1]:-0}
+    mf_ready[$1]=1
+    ((mf_queued[pool] += 1))
+    if ((place < mf_first_place[pool])); then mf_first_place[pool]=$place; fi
+}
+
+reach() { # number: all that it waits for has ended
+    local up from seen=()
+    [[ ! ${mf_end[$1]:-} ]] || return 0 # it was cancelled before
+    for up in ${mf_needs[$1]:-}; do
+        for from in ${mf_opens[up]}; do seen[from]=1; done
+    done
+    mf_sees[$1]=${!seen[*]}
+    if [[ ${mf_left_out[$1]:-} ]]; then
+        mf_barred+=("$1 skipped left out")
+        return 0
+    fi
+    judge "$1"
+    if [[ $mf_verdict == run ]]; then queue "$1"; else mf_barred+=("$1 $mf_verdict $mf_why"); fi
+}
+
+settle() { # number, end, reason: gives it its end, and reaches those for which it was the last to wait for
+    local n=$1 as=failed why=${3//[[:cntrl:]]/ } below
+    if [[ $2 == success || ${mf_left_out[n]:-} ]]; then
+        as=success
+    elif [[ $2 == skipped ]]; then
+        as=skipped
+    elif [[ ${mf_allow_failure[n]:-} ]]; then
+        as=success
+    elif [[ $2 != cancelled && ! $mf_red ]]; then
+        mf_red=$n
+    fi
+    mf_end[n]=$2 mf_counts_as[n]=$as mf_opens[n]=${mf_sees[n]:-}
+    ((mf_unsettled -= 1))
+    is_handler "$n" || ((mf_left -= 1))
+    [[ ! -e $mf_io/$n.json ]] || mf_opens[n]+=" $n"
+    printf '%s\t%s\t%s\t%s\n' "${mf_id[n]}" "$2" "${mf_attempts[n]:-0}" "$why" >>"$mf_logs/ends.tsv"
+    tell "$2  ${mf_id[n]}${why:+: $why}"
+    for below in ${mf_feeds[n]:-}; do
+        if ((--mf_missing[below] == 0)); then reach "$below"; fi
     done
 }
 
-interrupt() { # exit code
-    trap '' INT TERM
-    if [[ $mf_group ]]; then sweep "$mf_group" 5000; fi
-    exit "$1"
-}
-mf_group=''
-trap 'interrupt 130' INT
-trap 'interrupt 143' TERM
+# -- attempts
 
-give_up() { # reason: for a task that no attempt can help
-    echo "$1" >&2
-    : >"$mf_io/final"
-    exit "${2:-125}"
-}
-
-go() { # directory: relative to where the script was started
-    local to=$1
-    [[ $to == /* ]] || to=$mf_start_dir/$to
-    cd -- "$to" || give_up 'the working directory is not there' 127
-}
-
-value() { # path as JSON: sets mf_v to the value that it leads to in the context
-    mf_v=$("$mf_python" -c "$mf_py_outputs" value '' "$MINIFLOW_CONTEXT" "$@") ||
-        give_up "$*: there is no such value"
-    mf_v=${mf_v%.}
-}
-
-attempt() { # number: one attempt; sets why, and code to what retry_on is held against
-    local n=$1 log began limit=${mf_timeout_ms[$1]:-0} grace=${mf_grace_ms[$1]:-5000} rc
-    ((mf_attempts[n] += 1))
-    export MINIFLOW_TASK=${mf_id[n]} MINIFLOW_ATTEMPT=${mf_attempts[n]} MINIFLOW_OUTPUT=$mf_io/$n.out
-    export GITHUB_OUTPUT=$MINIFLOW_OUTPUT
-    log=$mf_logs/${mf_id[n]}.${mf_attempts[n]}.log
-    rm -f -- "$MINIFLOW_OUTPUT" "$mf_io/final"
-    see "$n" || return 1
-    began=${EPOCHREALTIME/[.,]/}
-    { declare -f give_up go value "task_$n"; echo "task_$n"; } >"$mf_io/attempt.sh"
-    timeout -k "$(seconds $((grace ? grace : 1)))" "$(seconds "$limit")" \
-        bash "$mf_io/attempt.sh" <"${mf_stdin[n]:-/dev/null}" >"$log" 2>&1 &
-    mf_group=$!
-    wait "$mf_group" 2>/dev/null
-    rc=$?
-    sweep "$mf_group" "$grace"
-    mf_group=''
-    mf_code=$rc mf_why="exit $rc"
-    if ((limit && rc && ${EPOCHREALTIME/[.,]/} - began >= limit * 1000)); then
-        mf_code=timeout mf_why="timeout after ${mf_timeout_words[n]} s"
-    fi
-    ((rc == 0)) || return 1
-    if [[ -e $MINIFLOW_OUTPUT ]]; then
-        mf_code=output
-        mf_why=$("$mf_python" -c "$mf_py_outputs" take "$mf_io" "$n" "${mf_id[n]}" 2>&1) || return 1
-    fi
-}
-
-seconds() { # milliseconds, as seconds
-    printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000))
-}
-
-run_task() { # number: its attempts
-    local n=$1 tried=0 list ms
-    read -ra list <<<"${mf_waits_ms[n]:-0}"
-    mf_attempts[n]=0
-    until attempt "$n"; do
-        echo "attempt ${mf_attempts[n]} of ${mf_id[n]} failed: $mf_why" >&2
-        if ((tried++ >= ${mf_retries[n]:-0})) ||
-            { [[ ${mf_retry_on[n]:-} ]] && [[ ${mf_retry_on[n]} != *" $mf_code "* ]]; } ||
-            { [[ -e $mf_io/final ]] && [[ -z ${mf_retry_on[n]:-} ]]; }; then
-            set_end "$n" failed "$mf_why"
-            return
-        fi
-        ms=${list[tried > ${#list[@]} ? ${#list[@]} - 1 : tried - 1]}
-        ((ms -= ms * ${mf_jitter[n]:-0} * (SRANDOM % 1001) / 1000000))
-        sleep "$(seconds "$ms")" &
-        wait $!
+next() { # sets mf_next to the first ready task of those whose pool has room
+    local pool at best=$mf_count
+    mf_next=''
+    for pool in "${!mf_first_place[@]}"; do
+        ((mf_queued[pool] && (pool == 0 || mf_used[pool] < mf_pool_size[pool]))) || continue
+        for ((at = mf_first_place[pool]; at < mf_count; at += 1)); do
+            if [[ ${mf_ready[mf_at[at]]:-} && ${mf_pool[mf_at[at]]:-0} == "$pool" ]]; then break; fi
+        done
+        mf_first_place[pool]=$at
+        if ((at < best)); then best=$at mf_next=${mf_at[at]}; fi
     done
-    set_end "$n" success ''
+    [[ $mf_next ]]
 }
 
-mf_red=0
-declare -a mf_end mf_reason mf_attempts mf_counts_as
-for mf_n in $mf_order; do
-    if [[ ${mf_left_out[mf_n]:-} ]]; then
-        see "$mf_n" || exit 2
-        set_end "$mf_n" skipped 'left out'
-    elif ((mf_red)) && [[ $mf_fail_fast ]]; then
-        set_end "$mf_n" cancelled 'fail_fast: a task failed'
+dequeue() { # number: it is not ready any more
+    unset "mf_ready[$1]"
+    ((mf_queued[${mf_pool[$1]:-0}] -= 1))
+}
+
+start() { # number: an attempt
+    dequeue "$1"
+    ((mf_attempts[$1] += 1, mf_running += 1, mf_used[${mf_pool[$1]:-0}] += 1))
+    [[ ! ${mf_sees[$1]} ]] || : "${mf_context_of[${mf_sees[$1]}]:=$1}"
+    set -m
+    attempt "$1" &
+    set +m
+    mf_group[$1]=$! mf_task_of[$!]=$1
+    tick
+    [[ ! ${mf_timeout_ms[$1]:-} ]] || mf_due[$1]=$((mf_now + mf_timeout_ms[$1]))
+}
+
+stop() { # number, reason, TERM or KILL: sends a signal to the group of its attempt
+    local grace=${mf_grace_ms[$1]:-5000}
+    mf_did=1 mf_patience=25 mf_stopping[$1]=${mf_stopping[$1]:-$2}
+    if [[ $3 == KILL ]]; then mf_killed[$1]=1; fi
+    if [[ ! ${mf_code[$1]:-} ]]; then # else what is left of the group is looked at as before
+        unset "mf_due[$1]"
+        [[ $3 == KILL ]] || mf_due[$1]=$((mf_now + grace))
+    fi
+    signal "${mf_group[$1]}" "$3"
+}
+
+signal() { # group, TERM or KILL
+    kill "-$2" -- "-$1"
+    [[ $2 == KILL ]] || kill -CONT -- "-$1"
+} 2>/dev/null
+
+lives() { # group: tells whether anybody in it runs; a zombie, which nobody may ever reap, does not
+    local file line
+    kill -0 -- "-$1" || return 1
+    [[ -e /proc/self/stat ]] || return 0
+    for file in /proc/[0-9]*/stat; do
+        read -r line <"$file" && line=${line##*) } && [[ $line == [!ZX]' '*([0-9])" $1 "* ]] && return 0
+    done
+    return 1
+} 2>/dev/null
+
+leader_ended() { # number, exit code: the attempt has ended unless something of its group runs on
+    mf_code[$1]=$2 mf_ended_by[$1]=${mf_stopping[$1]:-}
+    unset "mf_due[$1]"
+    if lives "${mf_group[$1]}"; then
+        [[ ${mf_stopping[$1]:-} ]] || signal "${mf_group[$1]}" TERM
+        mf_kill_rest_at[$1]=$((mf_now + ${mf_grace_ms[$1]:-5000})) mf_due[$1]=$mf_now
     else
-        judge "$mf_n"
-        if [[ $mf_verdict == run ]]; then
-            run_task "$mf_n"
-        else
-            see "$mf_n" || exit 2       # for those downstream, which see through it
-            set_end "$mf_n" "$mf_verdict" 'its trigger rule does not hold'
-        fi
+        attempt_ended "$1"
     fi
-done
-echo "logs and ends.tsv: $mf_logs" >&2
-exit "$mf_red"
+}
+
+look_at_rest() { # number: its leader has ended, but others of its group have not
+    if ! lives "${mf_group[$1]}" || ((mf_now >= mf_kill_rest_at[$1] + 2000)); then
+        attempt_ended "$1"
+    else
+        ((mf_now < mf_kill_rest_at[$1])) || signal "${mf_group[$1]}" KILL
+        mf_due[$1]=$((mf_now + 30))
+    fi
+}
+
+leave() { # number: it takes up no slot any more
+    ((mf_running -= 1, mf_used[${mf_pool[$1]:-0}] -= 1))
+}
+
+attempt_ended() { # number: nothing of it runs any more
+    local n=$1 code=${mf_code[$1]} by=${mf_ended_by[$1]} try=$mf_io/$1.${mf_attempts[$1]}
+    unset "mf_group[n]" "mf_due[n]" "mf_code[n]" "mf_stopping[n]" "mf_killed[n]"
+    if [[ ! $by ]] && ((code == 0)) && [[ -e $try.out ]]; then
+        "$mf_python" -I -S -X utf8 -c "$mf_py" take "$mf_io" "${mf_id[n]}" "$n" "$try.out" 2>"$try.why" &
+        mf_task_of[$!]=$n mf_reading[n]=1
+        return
+    fi
+    leave "$n"
+    if [[ $by && $by == "$mf_cancel" ]]; then
+        settle "$n" cancelled "$by"
+    elif [[ $by ]]; then
+        failed "$n" "$by" timeout
+    elif [[ -s $try.why ]]; then
+        read_why "$try"
+        failed "$n" "$mf_why" "${code/#125/none}" final
+    elif ((code)); then
+        failed "$n" "exit $code" "$code"
+    else
+        settle "$n" success ''
+    fi
+}
+
+output_read() { # number, exit code of what read it
+    unset "mf_reading[$1]"
+    leave "$1"
+    if (($2 == 0)); then
+        settle "$1" success ''
+    else
+        read_why "$mf_io/$1.${mf_attempts[$1]}"
+        failed "$1" "bad output: $mf_why" none
+    fi
+}
+
+read_why() { # attempt: sets mf_why
+    IFS= read -r -d '' mf_why <"$1.why"
+    mf_why=${mf_why%$'\n'}
+}
+
+failed() { # number, reason, what retry_on is held against, whether it is final
+    local n=$1 tried=${mf_attempts[$1]} list ms
+    if ((tried > ${mf_retries[n]:-0})) ||
+        { [[ ${mf_retry_on[n]:-} ]] && [[ ${mf_retry_on[n]} != *" $3 "* ]]; } ||
+        { [[ ${4:-} && ! ${mf_retry_on[n]:-} ]]; }; then
+        settle "$n" failed "$2"
+        return
+    fi
+    read -ra list <<<"${mf_pauses_ms[n]:-0}"
+    ms=${list[tried > ${#list[@]} ? ${#list[@]} - 1 : tried - 1]}
+    ((ms -= ms * ${mf_jitter[n]:-0} * (SRANDOM % 1001) / 1000000))
+    to_seconds "$ms"
+    tell "attempt $tried of ${mf_id[n]} failed: ${2//[[:cntrl:]]/ }; the next in $mf_seconds s"
+    if ((ms == 0)); then
+        queue "$n"
+    else
+        mf_retry_at[n]=$((mf_now + ms))
+        if ((mf_next_retry == 0 || mf_retry_at[n] < mf_next_retry)); then mf_next_retry=${mf_retry_at[n]}; fi
+    fi
+}
+
+queue_retries() { # those whose time has come wait for a slot among the other ready tasks
+    local n
+    ((mf_next_retry && mf_next_retry <= mf_now)) || return 0
+    mf_next_retry=0
+    for n in "${!mf_retry_at[@]}"; do
+        if ((mf_retry_at[n] <= mf_now)); then
+            unset "mf_retry_at[n]"
+            queue "$n"
+        elif ((mf_next_retry == 0 || mf_retry_at[n] < mf_next_retry)); then
+            mf_next_retry=${mf_retry_at[n]}
+        fi
+    done
+}
+
+# -- the run
+
+interrupt() { # exit code, signal: the first ends the run, the second all that runs, at once
+    mf_signalled=1
+    if [[ $mf_cancel && ! $mf_expired ]]; then
+        mf_kill=1 mf_spared=''
+    else
+        mf_cancel="cancelled by $2" mf_exit=$1 mf_expired='' mf_spared=' finally '
+    fi
+}
+
+settle_rest() { # reason: of all that does not run and is not spared
+    local n
+    ((mf_unsettled > mf_running)) || return 0
+    for ((n = 1; n <= mf_count; n += 1)); do
+        [[ ! ${mf_end[n]:-} && ! ${mf_group[n]:-} && ! ${mf_reading[n]:-} ]] || continue
+        [[ $mf_spared != *" ${mf_rule[n]:-none} "* ]] || continue
+        [[ ! ${mf_ready[n]:-} ]] || dequeue "$n"
+        unset "mf_retry_at[n]"
+        mf_did=1
+        settle "$n" cancelled "$1"
+    done
+}
+
+stop_all() { # that is not spared
+    local n
+    for n in "${!mf_group[@]}"; do
+        [[ $mf_spared != *" ${mf_rule[n]:-none} "* ]] || continue
+        if [[ $mf_kill && ! ${mf_killed[n]:-} ]]; then
+            stop "$n" "$mf_cancel" KILL
+        elif [[ ! $mf_kill && ! ${mf_stopping[n]:-} ]]; then
+            stop "$n" "$mf_cancel" TERM
+        fi
+    done
+}
+
+settle_barred() { # those that their rules do not let run
+    local entry rest entries=("${mf_barred[@]}")
+    mf_barred=()
+    for entry in "${entries[@]}"; do
+        [[ ! ${mf_end[${entry%% *}]:-} ]] || continue
+        rest=${entry#* } mf_did=1
+        settle "${entry%% *}" "${rest%% *}" "${rest#* }"
+    done
+}
+
+stop_late() { # attempts whose time, or whose grace, is over
+    local n
+    for n in "${!mf_due[@]}"; do
+        ((mf_due[n] <= mf_now)) || continue
+        mf_did=1
+        if [[ ${mf_code[n]:-} ]]; then
+            look_at_rest "$n"
+        elif [[ ${mf_stopping[n]:-} ]]; then
+            stop "$n" '' KILL
+        else
+            stop "$n" "timeout after ${mf_timeout_words[n]} s" TERM
+        fi
+    done
+}
+
+turn() { # does what is due, and sets mf_did if that was anything
+    mf_did=''
+    tick
+    queue_retries
+    if [[ $mf_cancel ]]; then
+        settle_rest "$mf_cancel"
+        stop_all
+    elif ((mf_expires && mf_left && mf_expires <= mf_now)); then
+        mf_cancel='run timeout' mf_exit=1 mf_expired=1 mf_spared=' on_failure finally ' mf_did=1
+        return
+    elif [[ $mf_red && $mf_fail_fast ]]; then
+        mf_spared=' on_success on_failure finally '
+        settle_rest "fail_fast: ${mf_id[mf_red]} failed"
+    fi
+    [[ $mf_did ]] || settle_barred
+    stop_late
+    [[ ! $mf_did ]] || return 0
+    while ((mf_running < mf_jobs)) && next; do start "$mf_next"; done
+}
+
+set_alarm() { # has something end when the next thing is due, or patience is over; fails if that is now
+    local at expires=0 soonest=$((mf_now + mf_patience))
+    [[ $mf_cancel ]] || ((!mf_left)) || expires=$mf_expires
+    for at in "${mf_due[@]}" "$mf_next_retry" "$expires"; do
+        if ((at && at < soonest)); then soonest=$at; fi
+    done
+    ((soonest > mf_now)) || return 1
+    if [[ $mf_alarm ]]; then
+        ((soonest < mf_alarm_at)) || return 0
+        disown "$mf_alarm"
+        kill "$mf_alarm"
+    fi
+    to_seconds "$((soonest - mf_now))"
+    sleep "$mf_seconds" &
+    mf_alarm=$! mf_alarm_at=$soonest
+} 2>/dev/null
+
+ended() { # process, exit code
+    local n=${mf_task_of[$1]:-}
+    [[ $n ]] || return 0
+    unset "mf_task_of[$1]"
+    mf_patience=25
+    if [[ ${mf_reading[n]:-} ]]; then output_read "$n" "$2"; else leader_ended "$n" "$2"; fi
+}
+
+find_ended() { # those that `wait -n` has not told of
+    local pid
+    for pid in "${!mf_task_of[@]}"; do
+        kill -0 "$pid" 2>/dev/null && continue
+        wait "$pid" 2>/dev/null
+        ended "$pid" "$?"
+    done
+}
+
+await() { # waits until a child has ended or a signal comes
+    local code
+    set_alarm || return 0
+    mf_pid=''
+    if [[ ! $mf_signalled ]]; then
+        wait -n -p mf_pid 2>/dev/null
+        code=$?
+        tick
+    fi
+    if [[ ${mf_pid:-} && $mf_pid != "$mf_alarm" ]]; then
+        ended "$mf_pid" "$code"
+        return
+    fi
+    if [[ ${mf_pid:-} ]]; then mf_alarm='' mf_patience=$((mf_patience < 16000 ? mf_patience * 2 : 16000)); fi
+    mf_signalled=''
+    find_ended
+}
+
+read_options() { # arguments
+    mf_jobs=$mf_max_parallel mf_given=()
+    while (($#)); do
+        case $1 in
+            -j | --jobs | --param) [[ ${2:-} ]] || refuse "$1: its value is missing" ;;&
+            -j | --jobs) mf_jobs=$2 && shift ;;
+            --param) mf_given+=("$2") && shift ;;
+            -j* | --jobs=*) mf_jobs=${1#--jobs=} mf_jobs=${mf_jobs#-j} ;;
+            --param=*) mf_given+=("${1#--param=}") ;;
+            -h | --help) echo "usage: bash $0 [-j N] [--param NAME=VALUE]..." && exit ;;
+            *) refuse "${1@Q}: there is no such option; there are -j N and --param NAME=VALUE" ;;
+        esac
+        shift
+    done
+    [[ $mf_jobs ]] || mf_jobs=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) || mf_jobs=1
+    [[ $mf_jobs =~ ^[1-9][0-9]{0,5}$ ]] || refuse "-j ${mf_jobs@Q}: expected a number from 1 on"
+}
+
+prepare() { # directories, variables, what is known before the first task starts
+    mf_start_dir=$PWD
+    mf_python=$(command -v "${PYTHON:-python3}") || mf_python=${PYTHON:-python3}
+    [[ $mf_python == /* || $mf_python != */* ]] || mf_python=$mf_start_dir/$mf_python
+    mf_out=${MINIFLOW_OUTPUT_DIR:-miniflow_output}
+    [[ $mf_out == /* ]] || mf_out=$mf_start_dir/$mf_out
+    mf_scheduled_time=$(date -u +%Y-%m-%dT%H:%M:%S.%6NZ)
+    mf_run_id=${mf_scheduled_time%.*}Z mf_run_id=${mf_run_id//[-:]/}
+    printf -v mf_run_id '%s-%s-%04x' "${mf_flow//[!A-Za-z0-9_-]/_}" "$mf_run_id" "$((SRANDOM % 65536))"
+    mf_logs=$mf_out/logs/$mf_run_id mf_mask=$(umask)
+    umask 077
+    mf_io=$(mktemp -d) || exit 2
+    [[ $mf_io == /* ]] || mf_io=$mf_start_dir/$mf_io
+    trap clean_up EXIT
+    mkdir -- "$mf_io/work" && printf '%s' "$mf_context" >"$mf_io/context.json" || exit 2
+    for mf_i in "${!mf_kept[@]}"; do printf '%s' "${mf_kept[mf_i]}" >"$mf_io/$mf_i.json" || exit 2; done
+    ((${#mf_given[@]} == 0)) || take_params
+    mkdir -p -- "$mf_out/logs" && mkdir -- "$mf_logs" && : >"$mf_logs/ends.tsv" || exit 2
+    umask "$mf_mask"
+}
+
+take_params() { # those that were given take the place of those that the script was made with
+    command -v -- "$mf_python" >/dev/null || refuse '--param is read by python3; name one in PYTHON'
+    "$mf_python" -I -S -X utf8 -c "$mf_py" params "$mf_io" "$mf_declared" "${mf_given[@]}" \
+        >"$mf_io/params" || exit 2
+    while IFS= read -r -d '' mf_param; do
+        printf -v "${mf_param%%=*}" '%s' "${mf_param#*=}"
+    done <"$mf_io/params"
+}
+
+begin() { # finds the tasks that wait for nothing
+    local n pool
+    mf_count=${#mf_id[@]} mf_unsettled=${#mf_id[@]} mf_left=0 mf_red='' mf_barred=()
+    mf_cancel='' mf_expired='' mf_kill='' mf_spared='' mf_signalled='' mf_exit=0 mf_alarm='' mf_running=0
+    mf_next_retry=0 mf_patience=25
+    declare -gA mf_context_of=()
+    mf_end=() mf_counts_as=() mf_attempts=() mf_sees=() mf_opens=() mf_ready=() mf_missing=() mf_place=()
+    mf_group=() mf_task_of=() mf_due=() mf_code=() mf_ended_by=() mf_stopping=() mf_killed=() mf_reading=()
+    mf_kill_rest_at=() mf_retry_at=() mf_used=() mf_queued=() mf_first_place=()
+    for pool in 0 "${!mf_pool_size[@]}"; do
+        mf_used[pool]=0 mf_queued[pool]=0 mf_first_place[pool]=$mf_count
+    done
+    read -ra mf_at <<<"$mf_order"
+    for n in "${!mf_at[@]}"; do mf_place[mf_at[n]]=$n; done
+    for ((n = 1; n <= mf_count; n += 1)); do
+        mf_attempts[n]=0
+        is_handler "$n" || ((mf_left += 1))
+        # shellcheck disable=SC2086
+        set -- ${mf_needs[n]:-}
+        mf_missing[n]=$#
+    done
+    for ((n = 1; n <= mf_count; n += 1)); do
+        ((mf_missing[n])) || reach "$n"
+    done
+}
+
+clean_up() { # however the script ends, nothing of it is left
+    trap '' HUP INT TERM QUIT
+    for mf_i in "${mf_group[@]}"; do signal "$mf_i" KILL; done
+    [[ ! $mf_alarm ]] || kill "$mf_alarm"
+    rm -rf -- "$mf_io"
+} 2>/dev/null
+
+main() { # arguments
+    read_options "$@"
+    begin
+    trap 'interrupt 129 SIGHUP' HUP
+    trap 'interrupt 130 SIGINT' INT
+    trap 'interrupt 143 SIGTERM' TERM
+    trap 'exit 131' QUIT
+    trap : PIPE
+    prepare
+    tick
+    mf_expires=$((mf_run_timeout_ms ? mf_now + mf_run_timeout_ms : 0))
+    while ((mf_unsettled)); do
+        turn
+        [[ $mf_did ]] || ((!mf_unsettled)) || await
+    done
+    trap - HUP INT TERM # it has ended as it has
+    [[ $mf_cancel || ! $mf_red ]] || mf_exit=1
+    cat -- "$mf_logs/ends.tsv"
+    tell "logs and ends.tsv: $mf_logs"
+    exit "$mf_exit"
+}
+
+main "$@"
 '''
 
 
@@ -5550,56 +6046,83 @@ def bash_quote(text: str) -> str:
 
 
 #: Variables that bash keeps for itself: setting them fails, or means something else.
-_BASH_VARIABLES = frozenset("""BASHOPTS BASHPID BASH_ALIASES BASH_ARGC BASH_ARGV BASH_CMDS BASH_COMMAND
-    BASH_LINENO BASH_SOURCE BASH_SUBSHELL BASH_VERSINFO BASH_VERSION COMP_WORDBREAKS DIRSTACK EPOCHREALTIME
-    EPOCHSECONDS EUID FUNCNAME GROUPS HISTCMD LINENO OPTIND PPID RANDOM SECONDS SHELLOPTS SRANDOM
+_BASH_VARIABLES = frozenset("""BASHOPTS BASHPID BASH_ALIASES BASH_ARGC BASH_ARGV BASH_ARGV0 BASH_CMDS
+    BASH_COMMAND BASH_COMPAT BASH_LINENO BASH_SOURCE BASH_SUBSHELL BASH_VERSINFO BASH_VERSION BASH_XTRACEFD
+    COMP_WORDBREAKS DIRSTACK EPOCHREALTIME EPOCHSECONDS EUID EXECIGNORE FUNCNAME FUNCNEST GROUPS HISTCMD
+    LINENO OPTIND POSIXLY_CORRECT PPID RANDOM SECONDS SHELLOPTS SHLVL SRANDOM
     UID _""".split())
 
 
-class _BashTask:
-    """Writes the function that executes one task: lookups, then directory, exports, and the program."""
+def _option_kind(param: Param, value: Any) -> str:
+    """Return how a param becomes an option, whatever is given for it: as text, as a flag, or not known."""
+    kinds = {_same_kind(param), next((kind for kind in PARAM_TYPES if _TYPES[kind](value)), "null")}
+    if kinds == {"boolean"}:
+        return "flag"
+    return "text" if kinds <= {"string", "integer", "number"} else ""
 
-    def __init__(self, plan: Plan, task: Task, values: Values) -> None:
-        self.plan, self.task, self.values = plan, task, values
-        self.lookups: List[str] = []
+
+class _BashTask:
+    """Writes the function that says what one task executes: lookups, then the words that they lead to."""
+
+    def __init__(self, plan: Plan, task: Task, params: Mapping[str, Any]) -> None:
+        self.plan, self.task, self.params = plan, task, params
+        self.lines: List[str] = []             # what is to be done before the words are there
+        self.queries: List[Any] = []           # what is looked up in the context
         self.env: Dict[str, str] = {}          # what the flow and the task set: name to word
-        self.count = 0
 
     def word(self, text: Any) -> str:
-        """Return a word of bash for `text`, templates and all; what it needs is looked up before."""
+        """Return a word of bash for `text`, templates and all."""
         parts = parse_template(text) if isinstance(text, str) else (to_text(text),)
         words = [bash_quote(part) if isinstance(part, str) else self.reference(part) for part in parts]
         return "".join(words) or "''"
 
     def reference(self, ref: Ref) -> str:
         """Return a word for what a template refers to."""
-        root, path = ref.path[0], ref.path[1:]
-        if root == "params":
-            return bash_quote(to_text(lookup(ref, self.values)))
-        if root == "env" and path[0] in self.env:
-            return self.env[str(path[0])]
-        self.count += 1
-        name = f"mf_v{self.count}"
+        root, name = ref.path[0], str(ref.path[1])
+        if root == "params" and len(ref.path) == 2:
+            return f'"$MINIFLOW_PARAM_{param_variable(name)}"'
         if root == "run":
-            self.lookups.append(f"{name}=${'MINIFLOW_RUN_ID' if path[0] == 'id' else 'mf_scheduled_time'}")
-        elif root == "env":
-            if not re.fullmatch(_VARIABLE, str(path[0])):
-                raise ValueError(f"{ref.text}: bash can't read a variable of that name")
-            self.lookups.append(f"[[ ${{{path[0]}@a}} == *x* ]] || give_up 'env.{path[0]} is not set'")
-            self.lookups.append(f"{name}=${path[0]}")
-        elif root == "tasks" and path[1] == "status":
-            self.lookups.append(f"{name}=$mf_status_{self.plan.rank[str(path[0])] + 1}")
-        else:
-            steps = ("tasks", path[0], *path[2:]) if root == "tasks" else ("ctx", *path)
-            self.lookups += [f"value {bash_quote(json.dumps(steps))}", f"{name}=$mf_v"]
+            return f'"$mf_{"run_id" if name == "id" else name}"'
+        if root == "tasks" and ref.path[2] == "status":
+            return f'"${{mf_end[{self.plan.rank[name] + 1}]}}"'
+        if root != "env":
+            return f'"${self.query(ref)}"'
+        if name in self.env:
+            return self.env[name]
+        if not re.fullmatch(_VARIABLE, name):
+            raise ValueError(f"{ref.text}: bash can't read a variable of that name")
+        self.lines.append(f"[[ ${{{name}@a}} == *x* ]] || give_up 'env.{name} is not set' 125")
         return f'"${name}"'
+
+    def query(self, ref: Ref, option: Optional[str] = None) -> str:
+        """Return the name of the variable that holds what is found in the context, as text or as `option`."""
+        steps = ("tasks", ref.path[1], *ref.path[3:]) if ref.path[0] == "tasks" else ref.path
+        self.queries.append([steps, ref.text, option])
+        return f"mf_v{len(self.queries)}"
 
     def set_env(self, env: Mapping[str, Any]) -> None:
         """Add a layer of environment; its values see the layers below it."""
         for name in env:
-            if name in _BASH_VARIABLES:
-                raise ValueError(f"env.{name}: bash keeps this variable for itself; use another name")
+            if name in _BASH_VARIABLES or name.startswith("mf_"):
+                raise ValueError(f"env.{name}: {'the script' if name[0] == 'm' else 'bash'} keeps this "
+                                 "variable for itself; use another name")
         self.env = {**self.env, **{name: self.word(value) for name, value in env.items()}}
+
+    def option_words(self, name: str, ref: Ref) -> List[str]:
+        """Return the words of one option whose value is one template and nothing else."""
+        kind = "" if ref.path[0] in ("params", "ctx") or ref.path[2:3] == ("outputs",) else "text"
+        if ref.path[0] == "params" and len(ref.path) == 2:
+            param = (self.plan.flow.params or {}).get(str(ref.path[1]), Param())
+            kind = _option_kind(param, self.params[str(ref.path[1])])
+        if kind == "text":
+            word = self.reference(ref)
+            return [bash_quote(f"-{name}"), word] if len(name) == 1 else [bash_quote(f"--{name}=") + word]
+        if kind == "flag":
+            flag = f"mf_flag{len(self.lines)}"
+            self.lines.append(f"{flag}=(); [[ {self.reference(ref)} == false ]] || "
+                              f"{flag}=({bash_quote(option_argv(name, True)[0])})")
+            return [f'"${{{flag}[@]}}"']
+        return [f'"${{{self.query(ref, name)}[@]}}"']
 
     def argument_words(self) -> List[str]:
         """Return the words of the task's arguments."""
@@ -5609,12 +6132,10 @@ class _BashTask:
         words = []
         for name, value in args.items():
             for item in value if isinstance(value, list) else [value]:
-                later = [ref for ref in refs(item) if ref.path[0] != "params"]
-                if not later:
-                    words += [bash_quote(word) for word in option_argv(name, render(item, self.values))]
-                elif later[0].path[0] in ("tasks", "ctx") and parse_template(item) == (later[0],):
-                    raise ValueError(f"args.{name}: whether {later[0].text} is a flag shows at run time "
-                                     "only, which bash can't express; give args as an array")
+                if not isinstance(item, str):
+                    words += [bash_quote(word) for word in option_argv(name, item)]
+                elif refs(item) and _is_template(item):
+                    words += self.option_words(name, refs(item)[0])
                 elif len(name) == 1:
                     words += [bash_quote(f"-{name}"), self.word(item)]
                 else:
@@ -5644,119 +6165,118 @@ class _BashTask:
         self.set_env(self.plan.flow.env)
         self.set_env(self.task.env)
         words = self.program_words(tasks_dir) + self.argument_words()
-        lines = [f"go {self.word(self.task.cwd)}"] if self.task.cwd else []
-        lines += [f"export {name}={word}" for name, word in self.env.items()]
-        lines += ['export -n mf_io mf_start_dir mf_scheduled_time mf_py_outputs mf_python "${!mf_status_@}"',
-                  "shopt -s execfail", f"exec -- {' '.join(words)}", 'give_up "cannot start" "$?"']
-        return f"task_{number}() {{\n" + "".join(f"    {line}\n" for line in self.lookups + lines) + "}\n"
+        sets = [f"mf_argv=({' '.join(words)})"]
+        sets += [f"mf_env+=({name}={word})" for name, word in self.env.items()]
+        for name, text in (("stdin", self.task.action.stdin), ("dir", self.task.cwd)):
+            if text is not None:
+                sets.append(f"mf_{name}={self.word(text)}")
+        looks = [f"look {bash_quote(json.dumps(self.queries))}"] if self.queries else []
+        body = "".join(f"    {line}\n" for line in looks + self.lines + sets)
+        return f"task_{number}() {{ # {self.task.id}\n{body}}}\n"
 
 
-def _bash_waits(retry: Retry) -> Iterator[str]:
+def _refuse_for_bash(task: Task) -> None:
+    """Raise ValueError for what of a task is for MiniFlow alone to decide."""
+    if task.condition is not None:
+        raise ValueError(f"if: {task.condition} is for MiniFlow to decide, which bash can't; let the task "
+                         "itself decide, or leave it out with --skip")
+    if task.may_be_cached:
+        raise ValueError("inputs and outputs are for MiniFlow to look at, which bash can't; leave them out "
+                         "of the flow, or the task by --skip")
+    if task.many:
+        raise ValueError(f"{task.many}: how often a task runs is for MiniFlow to decide, which bash can't; "
+                         "write its instances as tasks, or leave it out with --skip")
+
+
+def _bash_pauses(retry: Retry) -> Iterator[str]:
     """Yield the waits between attempts in milliseconds, up to the one that stays the same from then on."""
     plain, last = retry._replace(jitter=0), None
     for attempt in range(1, min(retry.max_retries, 64) + 1):
-        wait = round(plain.wait_s(attempt, 0) * 1000)
-        if wait == last:
+        pause = round(plain.wait_s(attempt, 0) * 1000)
+        if pause == last:
             return
-        yield str(wait)
-        last = wait
+        yield str(pause)
+        last = pause
 
 
-def _sequence(plan: Plan) -> List[str]:
-    """Return the tasks in the order in which a single slot would start them."""
-    waits = {name: len(plan.tasks[name].depends_on) for name in plan.order}
-    ready = [(plan.key[name], name) for name in plan.order if not waits[name]]
-    heapq.heapify(ready)
-    names = []
-    while ready:
-        _, name = heapq.heappop(ready)
-        names.append(name)
-        for below in plan.downstream[name]:
-            waits[below] -= 1
-            if not waits[below]:
-                heapq.heappush(ready, (plan.key[below], below))
-    return names
+def _milliseconds(seconds: Optional[float]) -> Optional[int]:
+    """Return a time that is not over at once, as a whole number of milliseconds."""
+    return None if seconds is None else max(1, round(seconds * 1000))
+
+
+def _bash_array(name: str, cells: Iterable[Tuple[int, Any]]) -> str:
+    """Return an array that has the cells which are not empty, a line each."""
+    rows = "".join(f"    [{n}]={bash_quote(str(cell))}\n" for n, cell in cells
+                   if cell not in (None, "", 0, False))
+    return f"mf_{name}=(\n{rows})\n" if rows else f"mf_{name}=()\n"
 
 
 def _bash_tables(plan: Plan) -> Iterator[str]:
     """Yield the arrays that hold what the engine needs to know of each task, by number from 1."""
     number = {name: n for n, name in enumerate(plan.order, 1)}
+    pools = {name: n for n, name in enumerate(plan.flow.pools, 1)}
 
-    def table(name: str, cells: Iterable[Tuple[int, Any]]) -> str:
-        rows = "".join(f"    [{n}]={bash_quote(str(cell))}\n" for n, cell in cells)
-        return f"mf_{name}=(\n{rows})\n" if rows else f"mf_{name}=()\n"
+    def numbers(names: Iterable[str]) -> str:
+        return " ".join(str(number[name]) for name in names)
 
     def of(name: str, value: Callable[[Task], Any]) -> str:
-        cells = ((number[key], value(plan.tasks[key])) for key in plan.order)
-        return table(name, ((n, cell) for n, cell in cells if cell not in (None, "", 0, False)))
+        return _bash_array(name, ((n, value(plan.tasks[key])) for key, n in number.items()))
 
     yield of("id", lambda task: task.id)
-    yield of("needs", lambda task: " ".join(str(number[up]) for up in task.depends_on))
+    yield of("needs", lambda task: numbers(task.depends_on))
+    yield of("feeds", lambda task: numbers(plan.downstream[task.id]))
     yield of("rule", lambda task: task.trigger_rule if task.trigger_rule != "all_success" else "")
-    yield of("allow_failure", lambda task: task.allow_failure)
+    yield of("allow_failure", lambda task: int(task.allow_failure))
+    yield of("pool", lambda task: pools.get(task.pool or ""))
     yield of("retries", lambda task: task.retry.max_retries)
-    yield of("waits_ms", lambda task: " ".join(_bash_waits(task.retry)))
+    yield of("pauses_ms", lambda task: " ".join(_bash_pauses(task.retry)))
     yield of("jitter", lambda task: round(task.retry.jitter * 1000))
     yield of("retry_on", lambda task: (
         f" {' '.join(map(str, task.retry.retry_on))} " if task.retry.retry_on is not None else ""))
-    yield of("timeout_ms", lambda task: task.timeout_s and max(1, round(task.timeout_s * 1000)))
+    yield of("timeout_ms", lambda task: _milliseconds(task.timeout_s))
     yield of("timeout_words", lambda task: task.timeout_s and f"{task.timeout_s:g}")
-    yield of("grace_ms", lambda task: round(task.grace_s * 1000) or "0" if task.grace_s != 5 else "")
-    yield table("left_out", ((number[name], 1) for name in plan.order if name in plan.left_out))
+    yield of("grace_ms", lambda task: str(round(task.grace_s * 1000)) if task.grace_s != 5 else "")
+    yield of("left_out", lambda task: int(task.id in plan.left_out))
+    yield _bash_array("kept", ((number[name], json.dumps([name, output]))
+                               for name, output in plan.left_out.items() if output))
+    yield _bash_array("pool_size", ((n, plan.flow.pools[name]) for name, n in pools.items()))
+    yield f"mf_order='{numbers(sorted(plan.order, key=plan.key.__getitem__))}'\n"
 
 
-def _bash_stdin(plan: Plan, task: Task, values: Values, number: int) -> str:
-    """Return the lines that put a task's standard input into a file."""
-    refused = [ref.text for ref in refs(task.action.stdin) if ref.path[0] != "params"]
-    if refused:
-        raise ValueError(f"stdin: {refused[0]} shows at run time only, "
-                         "which bash can't express; use args or env")
-    content = to_text(render(task.action.stdin, values))
-    return (f'printf \'%s\' {bash_quote(content)} >"$mf_io/{number}.in" || exit 2\n'
-            f'mf_stdin[{number}]=$mf_io/{number}.in\n')
+def _bash_settings(plan: Plan, params: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the engine needs to know of the flow as a whole."""
+    flow = plan.flow
+    yield f"mf_flow={bash_quote(flow.name)}\n"
+    yield f"mf_fail_fast={'1' if flow.fail_fast else ''}\n"
+    yield f"mf_max_parallel={flow.max_parallel or ''}\n"
+    yield f"mf_run_timeout_ms={_milliseconds(flow.timeout_s) or ''}\n"
+    declared = None if flow.params is None else {name: {
+        "kind": _same_kind(param), "form": describe_schema({"type": _same_kind(param)}),
+        "schema": param_schema(param), "fits": describe_schema(param_schema(param))}
+        for name, param in flow.params.items()}
+    yield f"mf_declared={bash_quote(json.dumps(declared))}\n"
+    yield f"mf_context={bash_quote(json.dumps({'params': params, 'tasks': {}, 'ctx': params}))}\n"
+    for name, value in params.items():
+        yield f"MINIFLOW_PARAM_{param_variable(name)}={bash_quote(to_text(value))}\n"
 
 
 @exporter("bash")
 def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
-    """Return a bash script that runs `plan` with `params` alone; raise UsageError for what bash can't do."""
-    values = Values(params, {}, {}, {}, lambda name: {})
+    """Return a bash script that runs `plan` with `params`; raise UsageError with all that bash can't do."""
     functions, problems = [], []
-    files = ['mf_stdin=()\n']
     for n, name in enumerate(plan.order, 1):
-        task = plan.tasks[name]
         try:
-            if task.condition is not None:
-                raise ValueError(f"if: {task.condition} is for MiniFlow to decide, which bash can't; "
-                                 "let the task itself decide, or leave it out with --skip")
-            if task.handler:
-                raise ValueError(f"{task.handler} is for MiniFlow to run; let a task wait for all others and "
-                                 "give it a trigger_rule, or leave it out with --skip")
-            if task.may_be_cached:
-                raise ValueError("inputs and outputs are for MiniFlow to look at, which bash can't; leave "
-                                 "them out of the flow, or the task by --skip")
-            if task.many:
-                raise ValueError(f"{task.many}: how often a task runs is for MiniFlow to decide, which bash "
-                                 "can't; write its instances as tasks, or leave it out with --skip")
-            functions.append(_BashTask(plan, task, values).function(n, tasks_dir))
-            if task.action.stdin is not None:
-                files.append(_bash_stdin(plan, task, values, n))
-            if plan.left_out.get(name):
-                content = bash_quote(json.dumps([name, plan.left_out[name]]))
-                files.append(f'printf \'%s\' {content} >"$mf_io/{n}.json" || exit 2\n')
+            if name not in plan.left_out:
+                _refuse_for_bash(plan.tasks[name])
+                functions.append(_BashTask(plan, plan.tasks[name], params).function(n, tasks_dir))
         except ValueError as exc:
             problems.append(f"task {name}: {exc}")
     if problems:
         raise UsageError("\n".join(problems))
-    context = json.dumps({"params": params, "tasks": {}, "ctx": params})
-    order = " ".join(str(plan.rank[name] + 1) for name in _sequence(plan))
-    settings = f"mf_order='{order}'\n"
-    settings += f"mf_flow={bash_quote(plan.flow.name)}\nmf_fail_fast={'1' if plan.flow.fail_fast else ''}\n"
-    exports = "".join(f"export MINIFLOW_PARAM_{param_variable(name)}={bash_quote(to_text(value))}\n"
-                      for name, value in params.items())
-    head, loop = _BASH_ENGINE.split("\nmf_red=0\n")
     return Exported("".join([
-        _BASH_HEAD, "\n# ---- the flow\n", settings, f"mf_context={bash_quote(context)}\n", exports,
-        *_bash_tables(plan), "\n", *functions, head, "\n", *files, "\nmf_red=0\n", loop]),
+        _BASH_HEAD, "\n# ---- the flow; its tasks have numbers\n", *_bash_settings(plan, params),
+        *_bash_tables(plan),
+        "\n# ---- what each task executes\n", *functions, _BASH_PYTHON, _BASH_ENGINE]),
         tuple(executors_left_out(plan)), is_program=True)
 
 
@@ -5839,6 +6359,83 @@ mkdir -p -- "$mf_dir/io" || exit 2
 rm -rf -- "$mf_dir/given" "$mf_dir/tmp" "$mf_dir/ends.tsv" # first, so that a kill leaves a run to begin
 mkdir -- "$mf_dir/tmp" && mv -f -- "$mf_dir/io/context.part" "$mf_dir/io/context.json" &&
     mv -f -- "$mf_dir/params.part" "$mf_dir/params" && printf '%s' "$mf_given" >"$mf_dir/given"
+'''
+
+#: What is JSON: what a task wrote, what its downstream sees, one value of that.
+_MAKE_OUTPUTS = r'''
+import json, re, sys
+verb, io, number, *rest = sys.argv[1:]
+def load(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+def strict(pairs):
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("duplicate keys")
+    return dict(pairs)
+def constant(name):
+    raise ValueError(name + " is not JSON")
+def number_of(text):
+    if float(text) in (float("inf"), -float("inf")):
+        raise ValueError(text + " is too large for a number")
+    return float(text)
+def take(text):
+    if text.lstrip().startswith("{"):
+        found = json.loads(text, object_pairs_hook=strict, parse_constant=constant, parse_float=number_of)
+        for char in json.dumps(found, ensure_ascii=False):
+            if "\ud800" <= char <= "\udfff":
+                raise ValueError("half of a surrogate pair")
+        return found
+    lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
+    while at < len(lines):
+        line, at = lines[at], at + 1
+        name, equals, value = line.partition("=")
+        head, heredoc, mark = line.partition("<<")
+        if heredoc and len(head) < len(name):
+            end = lines.index(mark, at)
+            name, value, at = head, "\n".join(lines[at:end]), end + 1
+        elif not line:
+            continue
+        if not name or not (equals or heredoc):
+            raise ValueError("neither a JSON object nor name=value: " + line)
+        found[name] = value
+    return found
+if verb == "take":
+    try:
+        with open(io + "/" + number + ".out", encoding="utf-8-sig", newline="") as file:
+            found = take(file.read())
+    except (ValueError, OSError) as exc:
+        sys.exit("output: " + str(exc))
+    if found:
+        with open(io + "/" + number + ".json", "w") as file:
+            json.dump([rest[0], found], file)
+elif verb == "context":
+    seen = {}
+    for up in rest:
+        seen.update(load(io + "/" + up + ".seen"))
+        own = load(io + "/" + up + ".json")
+        if own:
+            seen[up] = own
+    base = load(io + "/context.json")
+    for up in sorted(seen, key=int):
+        base["tasks"][seen[up][0]] = seen[up][1]
+        base["ctx"].update(seen[up][1])
+    for name, value in ((".seen", seen), (".ctx", base)):
+        with open(io + "/" + number + name, "w") as file:
+            json.dump(value, file)
+else:
+    value = load(number)
+    for step in json.loads(rest[0]):
+        try:
+            if not isinstance(value, dict if isinstance(step, str) else list):
+                raise KeyError
+            value = value[step]
+        except LookupError:
+            sys.exit(rest[0] + ": there is no such value")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b".")
 '''
 
 #: Takes params from the command line of make: checks them, and writes the context and their texts.
@@ -6059,38 +6656,59 @@ class _MakeTask(_BashTask):
     """Writes what the recipe of one task knows of it: its settings, and a function that executes it."""
 
     def __init__(self, plan: Plan, task: Task, values: Values, opened: Mapping[str, str]) -> None:
-        super().__init__(plan, task, values)
-        self.opened = opened
+        super().__init__(plan, task, values.params)
+        self.values, self.opened = values, opened
+        self.lookups: List[str] = []
+        self.count = 0
 
     def reference(self, ref: Ref) -> str:
-        """Return a word for what a template refers to."""
+        """Return a word for what a template refers to; what is not known yet is looked up before."""
         root, path = ref.path[0], ref.path[1:]
-        if root == "params" and path[0] in self.opened:
-            if len(path) == 1:
-                return f'"${self.opened[str(path[0])]}"'
+        name = str(path[0])
+        if root == "params" and name not in self.opened:
+            return bash_quote(to_text(lookup(ref, self.values)))
+        if root == "params" and len(path) > 1:
             raise ValueError(f"{ref.text}: a number or a string has nothing within it")
-        if root == "tasks" and path[1] == "status":
-            self.count += 1
-            self.lookups.append(f'mf_v{self.count}=$(<"$mf_io/{self.plan.rank[str(path[0])] + 1}.end")')
-            return f'"$mf_v{self.count}"'
-        return super().reference(ref)
+        if root == "params":
+            return f'"${self.opened[name]}"'
+        if root == "env" and name in self.env:
+            return self.env[name]
+        self.count += 1
+        found = f"mf_v{self.count}"
+        if root == "run":
+            self.lookups.append(f"{found}=${'MINIFLOW_RUN_ID' if name == 'id' else 'mf_scheduled_time'}")
+        elif root == "env":
+            if not re.fullmatch(_VARIABLE, name):
+                raise ValueError(f"{ref.text}: bash can't read a variable of that name")
+            self.lookups.append(f"[[ ${{{name}@a}} == *x* ]] || give_up 'env.{name} is not set'")
+            self.lookups.append(f"{found}=${name}")
+        elif root == "tasks" and path[1] == "status":
+            self.lookups.append(f'{found}=$(<"$mf_io/{self.plan.rank[name] + 1}.end")')
+        else:
+            steps = ("tasks", name, *path[2:]) if root == "tasks" else ("ctx", *path)
+            self.lookups += [f"value {bash_quote(json.dumps(steps))}", f"{found}=$mf_v"]
+        return f'"${found}"'
+
+    def _option(self, name: str, item: Any) -> List[str]:
+        """Return the words of one option; only what is known by now decides whether it is a flag."""
+        later = [ref for ref in refs(item) if ref.path[0] != "params" or ref.path[1] in self.opened]
+        if not later:
+            return [bash_quote(word) for word in option_argv(name, render(item, self.values))]
+        if later[0].path[0] in ("tasks", "ctx") and parse_template(item) == (later[0],):
+            raise ValueError(f"args.{name}: whether {later[0].text} is a flag shows at run time only, which "
+                             "make can't express; give args as an array")
+        if len(name) == 1:
+            return [bash_quote(f"-{name}"), self.word(item)]
+        return [bash_quote(f"--{name}=") + self.word(item)]
 
     def argument_words(self) -> List[str]:
-        """Return the words of the task's arguments; a param that is set later never decides about a flag."""
-        task, action, words = self.task, self.task.action, []
-        if not isinstance(action, (Script, Command)) or not isinstance(action.args, dict):
-            return super().argument_words()
-        for name, value in action.args.items():
-            for item in value if isinstance(value, list) else [value]:
-                if not any(ref.path[0] == "params" and ref.path[1] in self.opened for ref in refs(item)):
-                    self.task = task._replace(action=action._replace(args={name: item}))
-                    words += super().argument_words()
-                elif len(name) == 1:
-                    words += [bash_quote(f"-{name}"), self.word(item)]
-                else:
-                    words.append(bash_quote(f"--{name}=") + self.word(item))
-        self.task = task
-        return words
+        """Return the words of the task's arguments."""
+        args = self.task.action.args
+        if not isinstance(args, dict):
+            return [self.word(item) for item in args]
+        options = [(name, item) for name, value in args.items()
+                   for item in (value if isinstance(value, list) else [value])]
+        return [word for option in options for word in self._option(*option)]
 
     def settings(self, number: int) -> Iterator[str]:
         """Yield what the recipe needs to know."""
@@ -6098,7 +6716,7 @@ class _MakeTask(_BashTask):
         limit = max(1, round(task.timeout_s * 1000)) if task.timeout_s else 0
         retry_on = "" if retry.retry_on is None else f" {' '.join(map(str, retry.retry_on))} "
         yield f"mf_n={number} mf_needs='{' '.join(str(self.plan.rank[up] + 1) for up in task.depends_on)}'"
-        yield (f"mf_retries={retry.max_retries} mf_waits='{' '.join(_bash_waits(retry))}' "
+        yield (f"mf_retries={retry.max_retries} mf_waits='{' '.join(_bash_pauses(retry))}' "
                f"mf_jitter={round(retry.jitter * 1000)} mf_retry_on={bash_quote(retry_on)}")
         yield f"mf_limit={limit} mf_limit_words={task.timeout_s or 0:g} mf_grace={round(task.grace_s * 1000)}"
         yield f"mf_tolerant={'1' if task.allow_failure else ''}"
@@ -6190,7 +6808,7 @@ def _make_of_all(plan: Plan, params: Mapping[str, Any], opened: Mapping[str, str
         f"export MINIFLOW_PARAM_{param_variable(name)}="
         + (f"${opened[name]}" if name in opened else _line(bash_quote(to_text(value))))
         for name, value in params.items()]
-    outputs = _BASH_ENGINE.split("\nexport mf_py_outputs='\n")[1].split("\n'\n")[0]
+    outputs = _MAKE_OUTPUTS.strip("\n")
     engine = "\n".join([f"mf_flow={bash_quote(plan.flow.name)}", head, *exports, loop])
     for name, text in (("engine", engine), ("attempt", _MAKE_ATTEMPT), ("py_outputs", outputs)):
         yield _define(f"mf_{name}_text", text) + f"export mf_{name} := $(value mf_{name}_text)\n"

@@ -2295,56 +2295,71 @@ class T14Bash(unittest.TestCase):
         self.assertEqual(code, 0, err)
         return out.strip()
 
-    def run_script(self, project, path):
-        done = subprocess.run(["bash", path], cwd=project.path, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120,
-                              env={**os.environ, "PYTHON": sys.executable})
-        logs = re.search(r"logs and ends\.tsv: (.*)", done.stderr.decode("utf-8", "replace"))
-        self.assertTrue(logs, done.stderr)
-        with open(os.path.join(logs[1], "ends.tsv"), encoding="utf-8") as file:
-            rows = [line.rstrip("\n").split("\t") for line in file]
-        return done.returncode, {row[0]: (row[1], int(row[2])) for row in rows}, logs[1]
+    def start_script(self, project, path, *args, **env):
+        process = subprocess.Popen(["bash", path, *args], cwd=project.path, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                   env={**os.environ, "PYTHON": sys.executable, **env})
+        self.addCleanup(lambda: process.poll() is None and process.terminate())
+        return process
+
+    def end_of_script(self, process):
+        """Return the exit code of a script, its table of ends (end and attempts) and where its logs are."""
+        out, err = process.communicate(timeout=60)
+        logs = re.search(r"logs and ends\.tsv: (.*)", err.decode("utf-8", "replace"))
+        self.assertTrue(logs, err)
+        with open(os.path.join(logs[1], "ends.tsv"), "rb") as file:
+            self.assertEqual(file.read(), out)
+        self.reasons = {row[0]: row[3] for row in (line.split("\t") for line in out.decode().splitlines())}
+        rows = [line.split("\t") for line in out.decode().splitlines()]
+        return process.returncode, {row[0]: (row[1], int(row[2])) for row in rows}, logs[1]
+
+    def run_script(self, project, path, *args, **env):
+        return self.end_of_script(self.start_script(project, path, *args, **env))
+
+    def table(self, run):
+        return {name: (t.status, len(t.attempts)) for name, t in run.tasks.items()}
 
     def test_what_only_miniflow_can_do_is_refused_for_bash_by_name(self):
         flow = make(task("a", inputs=["x"]), task("b", http={"url": "http://x"}), task("c", wait_for={"seconds": 1}),
-                    **{"finally": {"command": "true"}})
+                    task("d", foreach=[1]), task("e", matrix={"x": [1]}), task("f", env={"UID": "1"}),
+                    task("g", env={"mf_end": "1"}), task("h", **{"if": "params.x == '\x1b'"}),
+                    params={"x": ""}, **{"finally": {"flow": "g"}})
         with self.assertRaises(mf.UsageError) as caught:
-            mf.to_bash(mf.make_plan(flow), {}, "tasks")
-        self.assertEqual([line.split(" is ")[0].split(" are ")[0] for line in str(caught.exception).splitlines()],
-                         ["task a: inputs and outputs", "task b: http", "task c: wait_for", "task finally: finally"])
+            mf.to_bash(mf.make_plan(flow), {"x": ""}, "tasks")
+        self.assertEqual(re.findall(r"(?m)^task \w+: [^ ]+", str(caught.exception)), [
+            "task a: inputs", "task b: http", "task c: wait_for", "task d: foreach:", "task e: matrix:",
+            "task f: env.UID:", "task g: env.mf_end:", "task h: if:", "task finally: flow"])
+        rest = {name: {} for name in "abcdefgh"}
+        self.assertNotIn("task_1", mf.to_bash(mf.make_plan(flow._replace(tasks=flow.tasks[:-1]), rest), {}, "").text)
 
-    def test_instances_are_shown_by_the_graph_and_refused_for_bash(self):
+    def test_instances_and_conditions_are_shown_by_the_graph(self):
         flow = make(task("a", foreach=[1]), task("b", matrix={"x": [1]}))
         self.assertIn("a  command true  [foreach]\n   b  command true  [matrix]",
                       mf.to_text_graph(mf.make_plan(flow)))
-        with self.assertRaises(mf.UsageError) as caught:
-            mf.to_bash(mf.make_plan(flow), {}, "tasks")
-        self.assertIn("task a: foreach: how often a task runs", str(caught.exception))
-        self.assertIn("task b: matrix: how often a task runs", str(caught.exception))
-
-    def test_a_condition_is_shown_by_the_graph_and_refused_for_bash(self):
-        flow = make(task("a", **{"if": "params.x == '\x1b[31m'"}), params={"x": "1"})
-        self.assertIn("[if params.x == ", mf.to_text_graph(mf.make_plan(flow)))
         with one(task("a", **{"if": "params.x == '\x1b[31m'"})) as project:
             _, shown, _ = project.main("graph", "f")
             self.assertIn(r"[if params.x == '\x1b[31m']", shown)
-        with self.assertRaises(mf.UsageError) as caught:
-            mf.to_bash(mf.make_plan(flow), {"x": "1"}, "tasks")
-        self.assertIn("task a: if: params.x == ", str(caught.exception))
 
     def test_a_task_of_the_script_sees_nothing_of_the_script_and_what_its_flow_sets(self):
         flow = {"id": "other", "io": "x", "v": "y", "flow": "z", "PYTHON": "python3"}
         own = {"n": "${{ run.id }}", "mask": "${{ env.HOME }}"}
-        with one(task("a", command=["env", "-0"], env=own), env=flow) as project:
+        with one(task("a", command=["env", "-0"], env=own), env=flow, params={"p-q": 1}) as project:
+            path = self.script(project)
+            outer = set(re.findall(r"\b[a-z]\w*(?==)", project.read(path))) | {"up", "n", "at"}
+            os.environ.update(dict.fromkeys(outer - {"mf_flow"}, "outer"))
             run = project.run()
-            _, _, logs = self.run_script(project, self.script(project))
+            _, _, logs = self.run_script(project, path)
+            for name in outer:
+                os.environ.pop(name, None)
             with open(os.path.join(logs, "a.1.log"), "rb") as file:
                 seen = dict(part.split(b"=", 1) for part in file.read().split(b"\0") if part)
             expected = dict(part.split(b"=", 1) for part in project.log(run.id, "a").split(b"\0") if part)
             apart = {b"OLDPWD", b"PWD", b"SHLVL", b"_", b"MINIFLOW_COOKIE"}
-            self.assertEqual(set(seen) - apart, set(expected) - apart)
+            ours = {name.encode() for name in outer if name.startswith("mf_")}
+            self.assertEqual(set(seen) - apart, set(expected) - apart - ours)
             for name, value in flow.items():
                 self.assertEqual(seen[name.encode()], value.encode())
+            self.assertEqual((seen[b"MINIFLOW_PARAM_P_Q"], seen[b"up"]), (b"1", b"outer"))
 
     def test_the_script_and_the_engine_agree_on_directories_interpreters_and_variables(self):
         show = 'import json, os, sys; json.dump([os.getcwd(), sys.argv[1:], os.environ.get("X")], open(%r, "w"))'
@@ -2364,136 +2379,317 @@ class T14Bash(unittest.TestCase):
                     code, _, _ = self.run_script(project, self.script(project, "f", "--param", f"d={project.path}"))
                     seen.append(project.read("seen.json"))
                     self.assertEqual((code, seen[0]), (0, seen[1]))
-            for name in ("UID", "RANDOM"):
-                project.write("flows/f.json", json.dumps(flow_json(task("a", env={name: "5"}))))
-                code, _, err = project.main("export", "f", "--to", "bash")
-                self.assertEqual((code, err), (2, f"task a: env.{name}: bash keeps this variable for itself; "
-                                                  "use another name\n"))
-
-    def test_the_script_starts_tasks_in_the_order_of_a_single_slot(self):
-        with one(task("a"), task("b", command="false", priority=5), task("c", "a"), fail_fast=True) as project:
-            run = project.run(max_parallel=1)
-            _, table, _ = self.run_script(project, self.script(project))
-            self.assertEqual({name: end for name, (end, _) in table.items()}, ends(run))
-            self.assertEqual(ends(run)["a"], "cancelled")
 
     def test_the_same_flow_gives_the_same_bytes(self):
         plan = mf.make_plan(make(task("a"), task("b", "a", args={"x": "${{ params.p }}"})))
         self.assertEqual(mf.to_bash(plan, {"p": 1}, "/t"), mf.to_bash(plan, {"p": 1}, "/t"))
 
     @needs("shellcheck")
-    def test_the_script_passes_bash_n_and_shellcheck(self):
+    def test_the_script_passes_bash_n_and_shellcheck_and_its_comments_hold_no_text_of_the_flow(self):
         with one(task("a", script="s.py", args=[v.replace("${{", "$${{") for v in HOSTILE],
-                      env={"X": "${{ env.HOME }}"}, stdin="it's"),
-                 task("b", "a", max_retries=3, backoff_s=0.5, jitter=0.5, timeout_s=2,
+                      env={"X": "${{ env.HOME }}"}, stdin="it's", description="FREE # $(text)"),
+                 task("b", "a", max_retries=3, backoff_s=0.5, jitter=0.5, timeout_s=2, grace_s=0, pool="p",
                       retry_on=[1, "timeout"], args=["${{ tasks.a.outputs.x }}", "${{ tasks.a.status }}"],
-                      trigger_rule="all_done", cwd="${{ run.id }}"),
-                 scripts={"s.py": ""}, env={"Y": "${{ params.p }}"}, params={"p": "$(x)'"}) as project:
+                      trigger_rule="all_done", cwd="${{ run.id }}", stdin="${{ ctx.x }}"),
+                 task("c", args={"l": "${{ params.l }}", "v": "${{ params.v }}"}), pools={"p": 2}, timeout_s=9,
+                 scripts={"s.py": ""}, env={"Y": "${{ params.p }}"}, description="FREE\nrm -rf",
+                 params={"p": "$(x)'", "l": [1], "v": True}, **{"finally": {"command": "true"}}) as project:
             for path in (self.script(project), self.script(project, "f", "--only", "b")):
                 for tool in (["bash", "-n"], ["shellcheck"]):
                     done = subprocess.run([*tool, path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
                     self.assertEqual((done.returncode, done.stdout), (0, b""))
+                self.assertNotIn("FREE", project.read(path))
 
-    def test_engine_and_script_end_alike_over_random_flows(self):
-        """Every task's end, its attempts and its output, and the exit code."""
-        for seed in range(10):
+    def random_script_flow(self, chance, **options):
+        """Return the JSON of a flow whose tasks note that they start, with a SimWorld script for it."""
+        flow, script = random_flow(chance, 8, conditions=False)
+        tasks, fields = mf.flow_to_json(flow)["tasks"], {"pools": dict(flow.pools), **options}
+        note = 'echo "$MINIFLOW_TASK" >>starts; shift $((MINIFLOW_ATTEMPT - 1)); sleep ${SLEEP:-0}; exit $1'
+        fields.update({name: {"command": note, "args": ["0"]} for name in mf.HANDLERS if chance.random() < 0.3})
+        for t in tasks:
+            plan = script[t["id"]]
+            t.update(backoff_s=0, command=note, args=[plan[k][1] for k in range(1, 5)])
+            t.pop("timeout_s", None)
+            slow = chance.random() < 0.08
+            if slow:
+                t.update(timeout_s=0.1, env={"SLEEP": "9"})
+            script[t["id"]] = {k: (9 if slow else 0, code) for k, (_, code) in plan.items()}
+        return flow_json(*tasks, **fields), {**script, **{name: {1: (0, 0)} for name in mf.HANDLERS}}
+
+    def agree(self, seeds, slots, **options):
+        """Hold scripts against the scheduler; a few run at a time."""
+        running = collections.deque()
+
+        def compare(seed, project, run, world, process):
+            with self.subTest(seed=seed):
+                code, table, _ = self.end_of_script(process)
+                self.assertEqual(self.table(run), table)
+                self.assertEqual({name: t.reason or "" for name, t in run.tasks.items()}, self.reasons)
+                self.assertEqual(code, 0 if run.ok else 1)
+                starts = project.read("starts").split() if os.path.exists(project.at("starts")) else []
+                expected = [line.split()[2] for line in world.log if " start " in line]
+                self.assertEqual(*(f(x) for x in (starts, expected) for f in [list if slots == 1 else sorted]))
+
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        for seed in seeds:
+            chance = random.Random(seed)
+            flow, script = self.random_script_flow(chance, **{k: v(chance) for k, v in options.items()})
+            parsed = mf.parse_flow(json.dumps(flow), "f.json")
+            run, world, _ = simulate(parsed, script, slots)
+            project = stack.enter_context(Project())
+            project.write("f.sh", mf.to_bash(mf.make_plan(parsed), {}, "/t").text)
+            process = self.start_script(project, "f.sh", f"-j{slots}")
+            running.append((seed, project, run, world, process))
+            if len(running) > 3:
+                compare(*running.popleft())
+        while running:
+            compare(*running.popleft())
+
+    def test_script_and_scheduler_do_the_same_in_the_same_order_with_one_slot(self):
+        self.agree(range(120), 1, fail_fast=lambda chance: chance.random() < 0.3)
+
+    def test_script_and_scheduler_end_alike_with_four_slots(self):
+        self.agree(range(1000, 1080), 4)
+
+    def test_engine_and_script_hand_on_the_same_outputs(self):
+        """Every task's end, its attempts, what it sees, and the exit code."""
+        for seed in range(12):
             chance = random.Random(seed)
             flow, script = random_flow(chance, 7, conditions=False)
             tasks = []
-            for _, t in enumerate(mf.flow_to_json(flow)["tasks"]):
+            for t in mf.flow_to_json(flow)["tasks"]:
                 codes = [script[t["id"]][k][1] for k in range(1, 5)]
-                t.update(backoff_s=0.02, jitter=0, script="t.py", args=codes, grace_s=1)
-                t.pop("command")
+                seen = 'cp "$MINIFLOW_CONTEXT" seen-$WHO-$MINIFLOW_TASK; shift $((MINIFLOW_ATTEMPT - 1)); '
+                writes = ('echo "{\\"$MINIFLOW_TASK\\": [$MINIFLOW_ATTEMPT], \\"last\\": \\"$MINIFLOW_TASK\\"}" '
+                          '>$MINIFLOW_OUTPUT; ' if chance.random() < 0.6 else "")
+                t.update(backoff_s=0.01, jitter=0, command=seen + writes + "exit $1", args=codes, grace_s=1)
                 t.pop("timeout_s", None)
-                if chance.random() < 0.2:
-                    t["timeout_s"] = 0.4
-                    t["env"] = {"SLEEP": "3"}
                 tasks.append(t)
-            fields = {"fail_fast": flow.fail_fast, "pools": dict(flow.pools)}
-            with self.subTest(seed=seed), one(*tasks, **fields, scripts={"t.py": """
-                    import json, os, sys, time
-                    if "SLEEP" in os.environ: time.sleep(float(os.environ["SLEEP"]))
-                    n = int(os.environ["MINIFLOW_ATTEMPT"])
-                    ctx = json.load(open(os.environ["MINIFLOW_CONTEXT"]))
-                    with open("seen-%s-%s" % (os.environ["WHO"], os.environ["MINIFLOW_TASK"]), "w") as f:
-                        json.dump(ctx, f)
-                    with open(os.environ["MINIFLOW_OUTPUT"], "w") as f:
-                        json.dump({os.environ["MINIFLOW_TASK"]: n, "last": os.environ["MINIFLOW_TASK"]}, f)
-                    sys.exit(int(sys.argv[n]))
-                    """}) as project:
-                os.environ["WHO"] = "engine"
-                run = project.run(max_parallel=1)
-                os.environ["WHO"] = "script"
-                code, table, _ = self.run_script(project, self.script(project))
+            left_out = ["--skip", chance.choice(tasks)["id"]] if len(tasks) > 1 and chance.random() < 0.3 else []
+            with self.subTest(seed=seed), one(*tasks, pools=dict(flow.pools)) as project:
+                seen = []
+                for who in ("engine", "script"):
+                    os.environ["WHO"] = who
+                    if who == "engine":
+                        code = project.main("run", "f", "-j2", "--run-id", "r", *left_out)[0]
+                        state = project.state("r")["tasks"]
+                        table = {name: (t["status"], len(t.get("attempts", ()))) for name, t in state.items()}
+                    else:
+                        code, table, _ = self.run_script(project, self.script(project, "f", *left_out))
+                    seen.append((code, table, {name: json.loads(project.read(f"seen-{who}-{name}")) for name in table
+                                               if os.path.exists(project.at(f"seen-{who}-{name}"))}))
                 del os.environ["WHO"]
-                self.assertEqual({name: (t.status, len(t.attempts)) for name, t in run.tasks.items()}
-                                 if not flow.fail_fast else {}, table if not flow.fail_fast else {})
-                self.assertEqual(code, 0 if run.ok else 1)
-                if not flow.fail_fast:
-                    for name in table:
-                        seen = [project.at(f"seen-{who}-{name}") for who in ("engine", "script")]
-                        self.assertEqual(*[json.load(open(path)) if os.path.exists(path) else None
-                                           for path in seen])
+                self.assertEqual(*seen)
 
     def test_hostile_values_reach_the_tasks_of_the_script_byte_for_byte(self):
         show = ('import json, os, sys; json.dump([sys.argv[1:], os.environ["V"], os.environ["W"], '
-                'sys.stdin.read(), os.environ["MINIFLOW_PARAM_P"]], open("seen.json", "w"))')
-        for value in HOSTILE:
-            literal = value.replace("${{", "$${{")
-            with self.subTest(value=value), one(
-                    task("a", command=[sys.executable, "-c", show, literal, "${{ params.p }}",
-                                       "x${{ env.IN }}"], args={"key": "${{ params.p }}", "k": literal},
-                         env={"V": literal, "W": "${{ env.IN }}"}, stdin=literal),
-                    params={"p": {"type": "string"}}) as project:
-                os.environ["IN"] = value
-                seen = []
-                for run in (lambda value=value: project.run(params={"p": value}),
-                            lambda value=value: self.run_script(
-                                project, self.script(project, "f", "--param", f"p={value}"))):
-                    run()
-                    seen.append(json.loads(project.read("seen.json")))
-                del os.environ["IN"]
-                argv = [value, value, "x" + value, f"--key={value}"]
-                self.assertEqual(seen[0][0][:4], argv if value else argv[:3] + ["--key="])
-                self.assertEqual(seen[0][1:], [value] * 4)
-                self.assertEqual(seen[0], seen[1])
-                self.assertFalse(os.path.exists(project.at("PWN")))
+                'sys.stdin.read(), os.environ["P"], json.load(open(os.environ["MINIFLOW_CONTEXT"]))["ctx"]], '
+                'open("seen-%s.json" % os.environ["MINIFLOW_TASK"], "w"))')
+        tasks, given = [], {}
+        for n, value in enumerate(HOSTILE):
+            literal, name = value.replace("${{", "$${{"), f"${{{{ params.p{n} }}}}"
+            given[f"p{n}"] = value
+            tasks.append(task(f"t{n}", command=[sys.executable, "-c", show, literal, name, f"x${{{{ env.IN{n} }}}}"],
+                              args={"key": name, "k": literal, "mixed": "<" + name},
+                              env={"V": literal, "W": f"${{{{ env.IN{n} }}}}", "P": name}, stdin=literal + name))
+            os.environ[f"IN{n}"] = value
+        self.addCleanup(lambda: [os.environ.pop(f"IN{n}") for n in range(len(HOSTILE))])
+        words = [word for name, value in given.items() for word in ("--param", f"{name}={value}")]
+        with one(*tasks, params={name: "" for name in given}) as project:
+            for way in ("engine", "made", "given"):
+                if way == "engine":
+                    project.run(params=given)
+                else:
+                    path = self.script(project, "f", *(words if way == "made" else []))
+                    code, _, _ = self.run_script(project, path, *(words if way == "given" else []))
+                    self.assertEqual(code, 0)
+                for n, value in enumerate(HOSTILE):
+                    with self.subTest(value=value, way=way):
+                        self.assertEqual(json.loads(project.read(f"seen-t{n}.json")), [
+                            [value, value, "x" + value, f"--key={value}", "-k", value, f"--mixed=<{value}"],
+                            value, value, value * 2, value, given])
+                        os.unlink(project.at(f"seen-t{n}.json"))
+            self.assertFalse(os.path.exists(project.at("PWN")))
+
+    def embedded(self):
+        """Return the functions of the script's Python program."""
+        source = mf._BASH_PYTHON.partition("mf_py='")[2].rpartition("\nif verb")[0]
+        names, argv = {}, sys.argv
+        sys.argv = ["-c", "", ""]
+        try:
+            exec(compile(source, "mf_py", "exec"), names)
+        finally:
+            sys.argv = argv
+        return names
+
+    def test_the_script_reads_params_and_outputs_as_the_engine_does(self):
+        ours = self.embedded()
+        texts = ["", "a", "1", "-7", "1.5", "1e3", "1e999", "true", "false", "null", "NaN", "[1]", '["a"]', "[]", "{}",
+                 '{"a": 1}', '{"a": 1, "a": 2}', " 3 ", "01", "[" * 65 + "]" * 65, "[" * 64 + "]" * 64, "9" * 400,
+                 '"\\u0000"', '["\\ud800"]', '"x"', "ab", "abc", "2", "5", "\udce9"]
+        params = {n: param for n, param in enumerate([
+            {"type": kind} for kind in mf.PARAM_TYPES] + [
+            1, 0.5, True, None, "x", [1], {"default": {"k": 1}}, {"enum": ["ab", "a"]}, {"enum": [1, 2]},
+            {"type": "integer", "min": 2, "max": 4}, {"type": "string", "min": 1, "max": 2, "pattern": "^a"},
+            {"type": "array", "min": 1}, {"type": "number", "max": 1.5}, {"type": "string", "enum": ["1"]}])}
+        flow = make(task("a"), params={f"p{n}": {**param, **({} if "enum" in param or "default" in param else {
+            "required": True})} if isinstance(param, dict) else param for n, param in params.items()})
+        declared = json.loads(re.search(r"(?m)^mf_declared='(.*)'$", mf.to_bash(
+            mf.make_plan(flow), {}, "").text)[1].replace("'\\''", "'"))
+
+        def engine(name, text, param):
+            given = {name: mf.parse_param(name, text, param)}
+            return mf.complete_params(mf.Flow("f", (), params={name: param}), given)[name]
+
+        for name, param in flow.params.items():
+            for text in texts:
+                found = []
+                for read in (engine, ours["convert"]):
+                    try:
+                        value = read(name, text, param if read == engine else declared[name])
+                        found.append((type(value), value))
+                    except ValueError:
+                        found.append("refused")
+                with self.subTest(param=param, text=text):
+                    self.assertEqual(*found)
+        outputs = ['{"a": 1}', ' \n{"a": [null]}', '{"a": 1', '{"a": "\\ud800"}', "[1]", "a=1\nb=2\r\n", "a", "",
+                   "a<<E\nx\ny\nE\n", "a<<E\nx\n", "=1", "<<E\nE", "a=b<<c", '{"a": 1e999}', '{"a": NaN}',
+                   '{"a": %s}' % ("9" * 400)]
+        for text in outputs:
+            with tempfile.TemporaryDirectory() as folder, self.subTest(output=text):
+                with open(f"{folder}/out", "w", newline="") as file:
+                    file.write(text)
+                ours["io"] = folder
+                try:
+                    ours["take"]("a", "1", f"{folder}/out")
+                    found = ours["load"]("1.json")[1] if os.path.exists(f"{folder}/1.json") else {}
+                except SystemExit:
+                    found = "refused"
+                try:
+                    expected = mf.parse_output(text.encode())
+                except ValueError:
+                    expected = "refused"
+                self.assertEqual(found, expected)
+
+    def test_params_given_to_the_script_are_what_they_are_declared_to_be(self):
+        values = {"v": (False, "true"), "l": ([1], '["a b", 2]'), "o": ({"k": [0]}, '{"k": [5]}'), "n": (3, "4"),
+                  "x": (None, "true"), "s": ("", "'\n"), "f": (0.5, "1")}
+        args = {"v": "${{ params.v }}", "long": ["${{ params.l }}", "${{ params.n }}", True, "${{ params.x }}"],
+                "o": "${{ params.o.k }}", "f": "${{ params.f }}", "s": "${{ params.s }}", "c": "${{ ctx.v }}"}
+        with one(task("a", command=["printf", "%s\\0"], args=args),
+                 params={name: made for name, (made, _) in values.items()}) as project:
+            path = self.script(project)
+            for given in ({}, {name: text for name, (_, text) in values.items()}):
+                words = [word for name, text in given.items() for word in ("--param", f"{name}={text}")]
+                code, run_id, err = project.main("run", "f", *words)
+                self.assertEqual(code, 0, err)
+                code, _, logs = self.run_script(project, path, *words)
+                with open(f"{logs}/a.1.log", "rb") as file:
+                    self.assertEqual((code, file.read()), (0, project.log(run_id.strip(), "a")))
+
+    def test_what_cant_be_given_to_the_script_is_told_at_once_with_exit_code_2(self):
+        with one(task("a"), params={"n": 1, "day": {"type": "string", "pattern": "^2"}}) as project:
+            path = self.script(project, "f", "--param", "day=2")
+            for args, told in (
+                    (["--param", "n=x", "--param=day=1", "--param", "z=1", "--param", "n"], [
+                        '--param n: expected a number, got "x"', 'params.day: expected a string that matches ^2, '
+                        'got "1"', "params.z: there is no such param; there is n, day",
+                        '--param "n": expected NAME=VALUE']),
+                    (["-j0"], ["-j '0': expected a number from 1 on"]), (["-j"], ["-j: its value is missing"]),
+                    (["x"], ["'x': there is no such option; there are -j N and --param NAME=VALUE"])):
+                with self.subTest(args=args):
+                    process = self.start_script(project, path, *args, TMPDIR=project.at("tasks"))
+                    out, err = process.communicate(timeout=20)
+                    self.assertEqual((process.returncode, out, err.decode().splitlines()), (2, b"", told))
+            self.assertEqual((os.listdir(project.at("tasks")), os.path.exists(project.at("miniflow_output/logs"))),
+                             ([], False))
 
     def test_a_timeout_in_the_script_kills_the_whole_group_and_so_does_a_signal(self):
-        hang = ("import subprocess, sys, os; p = subprocess.Popen(['sleep', '60']); "
-                "open('pids', 'w').write(str(p.pid)); p.wait()")
-        with one(task("a", command=[sys.executable, "-c", hang], timeout_s=0.5, grace_s=0.5)) as project:
+        hang = ("import subprocess, sys, os; p = subprocess.Popen(['sh', '-c', 'trap \"\" TERM; sleep 60 & wait; "
+                "wait']); open('pids', 'w').write(str(p.pid)); p.wait()")
+        with one(task("a", command=[sys.executable, "-c", hang], timeout_s=0.5, grace_s=0.3)) as project:
             path = self.script(project)
             code, table, _ = self.run_script(project, path)
-            self.assertEqual((code, table), (1, {"a": ("failed", 1)}))
+            self.assertEqual((code, table, self.reasons["a"]), (1, {"a": ("failed", 1)}, "timeout after 0.5 s"))
             self.assertFalse(alive(int(project.read("pids"))))
-        with one(task("a", command=[sys.executable, "-c", hang])) as project:
-            process = subprocess.Popen(["bash", self.script(project)], cwd=project.path,
-                                       stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            pid = int(wait_for(lambda: os.path.exists(project.at("pids")) and project.read("pids"),
-                               "the task"))
+        for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
+            with self.subTest(number=number), one(
+                    task("a", command=[sys.executable, "-c", hang], grace_s=0.2), task("b", "a"),
+                    task("c", command="exit 1", max_retries=5, backoff_s=9),
+                    **{"finally": {"command": "true"}, "on_failure": {"command": "true"}}) as project:
+                os.mkdir(project.at("tmp"))
+                process = self.start_script(project, self.script(project), "-j2", TMPDIR=project.at("tmp"))
+                pid = int(wait_for(lambda: os.path.exists(project.at("pids")) and project.read("pids"), "the task"))
+                os.kill(process.pid, number)
+                code, table, _ = self.end_of_script(process)
+                self.assertEqual((code, {name: end for name, (end, _) in table.items()}), (expected, {
+                    "a": "cancelled", "b": "cancelled", "c": "cancelled", "on_failure": "cancelled",
+                    "finally": "success"}))
+                self.assertEqual(self.reasons["b"], f"cancelled by {signal.Signals(number).name}")
+                self.assertEqual((alive(pid), os.listdir(project.at("tmp"))), (False, []))
+
+    def test_a_second_signal_kills_what_runs_at_once_and_finally_does_not_run(self):
+        stubborn = "trap '' TERM; echo $$ >pid; sleep 60 & wait; wait"
+        with one(task("a", command=stubborn, grace_s=60), **{"finally": {"command": "true"}}) as project:
+            process = self.start_script(project, self.script(project))
+            pid = int(wait_for(lambda: os.path.exists(project.at("pid")) and project.read("pid"), "the task"))
             process.terminate()
-            self.assertEqual(process.wait(30), 143)
-            wait_for(lambda: not alive(pid), "the end of the task")
+            with self.assertRaises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            process.terminate()
+            code, table, _ = self.end_of_script(process)
+            self.assertEqual((code, table), (143, {"a": ("cancelled", 1), "finally": ("cancelled", 0)}))
+            self.assertFalse(alive(pid))
 
-    def test_what_bash_cant_express_is_named_and_refused(self):
-        with one(task("a"), task("b", "a", args={"x": "${{ tasks.a.outputs.x }}"}),
-                 task("c", "a", stdin="${{ ctx.x }}")) as project:
-            code, out, err = project.main("export", "f", "--to", "bash")
-            self.assertEqual((code, out), (2, ""))
-            self.assertEqual(err.splitlines(), [
-                "task b: args.x: whether tasks.a.outputs.x is a flag shows at run time only, which bash "
-                "can't express; give args as an array",
-                "task c: stdin: ctx.x shows at run time only, which bash can't express; use args or env"])
-
-    def test_bad_output_and_missing_values_fail_the_task_in_the_script_too(self):
-        with one(task("a", command="echo '[1]' > $MINIFLOW_OUTPUT"), task("b", command="true"),
-                 task("c", "b", args=["${{ tasks.b.outputs.gone }}"], max_retries=2),
-                 task("d", command=["no-such-command"], max_retries=2)) as project:
+    def test_handlers_of_a_script_whose_time_is_over_run_except_on_success(self):
+        handlers = {name: {"command": "true"} for name in mf.HANDLERS}
+        with one(task("a", command="sleep 60"), task("b", "a"), timeout_s=0.4, **handlers) as project:
             run = project.run()
             code, table, _ = self.run_script(project, self.script(project))
-            self.assertEqual(table, {name: (t.status, len(t.attempts)) for name, t in run.tasks.items()})
-            self.assertEqual((code, table["a"], table["c"], table["d"]), (1, *[("failed", 1)] * 3))
+            self.assertEqual((code, table), (1, self.table(run)))
+            self.assertEqual(self.reasons, {name: t.reason or "" for name, t in run.tasks.items()})
+            self.assertEqual((table["a"], table["on_success"], table["on_failure"], table["finally"]),
+                             (("cancelled", 1), ("cancelled", 0), ("success", 1), ("success", 1)))
+
+    def test_pools_slots_and_the_rest_of_a_group_hold_in_the_script(self):
+        note = "echo + $MINIFLOW_TASK >>log; sleep 0.1; echo - $MINIFLOW_TASK >>log"
+        tasks = [task(f"{pool}{n}", command=note, **({} if pool == "z" else {"pool": pool}))
+                 for n in range(6) for pool in "xyz"]
+        with one(*tasks, pools={"x": 1, "y": 2}) as project:
+            code, _, _ = self.run_script(project, self.script(project), "-j", "5")
+            running, most = collections.Counter(), collections.Counter()
+            for mark, name in (line.split() for line in project.lines("log")):
+                for of in (name[0], "all"):
+                    running[of] += 1 if mark == "+" else -1
+                    most[of] = max(most[of], running[of])
+            self.assertEqual((code, most["x"], most["y"], most["all"]), (0, 1, 2, 5))
+        with one(task("a", command="sleep 60 & echo $! >pid", grace_s=9), task("b", "a")) as project:
+            began = time.monotonic()
+            code, table, _ = self.run_script(project, self.script(project))
+            self.assertEqual((code, table), (0, {"a": ("success", 1), "b": ("success", 1)}))
+            self.assertFalse(alive(int(project.read("pid"))))
+            self.assertLess(time.monotonic() - began, 8)
+
+    def test_a_retry_of_the_script_waits_without_a_slot_or_a_pool(self):
+        note = "echo $MINIFLOW_TASK >>log; "
+        with one(task("a", command=note + "[ $MINIFLOW_ATTEMPT = 2 ]", max_retries=1, backoff_s=0.7, priority=9,
+                      pool="p"), task("b", command=note, pool="p"), task("c", command=note), pools={"p": 1}) as project:
+            code, table, _ = self.run_script(project, self.script(project), "-j1")
+            self.assertEqual((code, table["a"], project.read("log").split()), (0, ("success", 2), list("abca")))
+
+    def test_bad_output_and_what_cant_start_fail_the_task_in_the_script_too(self):
+        with one(task("a", command="echo '[1]' > $MINIFLOW_OUTPUT", max_retries=1), task("b"),
+                 task("c", "b", args=["${{ tasks.b.outputs.gone }}"], max_retries=2),
+                 task("d", command=["no-such-command"], max_retries=2), task("e", cwd="nowhere", max_retries=2),
+                 task("f", command=["/etc/passwd"], max_retries=2, retry_on=[126]),
+                 task("g", "b", args=["${{ env.NOT_THERE }}"], max_retries=2),
+                 task("h", command="kill -9 $$", max_retries=1, retry_on=[137])) as project:
+            run = project.run()
+            code, table, _ = self.run_script(project, self.script(project))
+            self.assertEqual((code, table), (1, self.table(run)))
+            self.assertEqual(self.reasons["c"], 'tasks.b.outputs.gone: there is no "gone"')
+            self.assertEqual(self.reasons["d"], "cannot start: 'no-such-command' is not there")
 
 
 class T14cMake(unittest.TestCase):
