@@ -46,28 +46,28 @@ Contents
     10. SCHEDULER: given a run and the time, what should be done now?
     11. STATE: how is a run written down, and read back?
     12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
-  12.5. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
-    13. EXPORTERS: how does a plan look in other languages?
-    14. BASH: how does a flow run where there is no MiniFlow?
-    14.5. AIRFLOW: how does a flow run where there is Airflow?
-    14.6. ARGO: how does a flow run on Kubernetes?
-    14.7. MAKE: how does a flow run where there is make?
+    13. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
+    14. EXPORTERS: how does a plan look in other languages?
+    15. BASH: how does a flow run where there is no MiniFlow?
+    16. MAKE: how does a flow run where there is make?
+    17. AIRFLOW: how does a flow run where there is Airflow?
+    18. ARGO: how does a flow run on Kubernetes?
     --- the line: all above is pure ---
-    15. DISK: how does a byte get onto the disk, and stay there?
-    16. LOCKS: which one engine may work on a run?
-    17. STORE: where do runs live, and how do they survive?
-    18. SPAWN: how does a process begin with nothing of ours but what it is given?
-    19. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
-    20. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
-    21. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
-    22. PROCESSES: how are attempts started, watched and ended?
-  22.5. SLURM: how do attempts run as jobs of a cluster?
-    23. FUNCTIONS: how are Python functions called, and what becomes of what they return?
-    24. RUNNER: how is one run driven to its end?
-    25. REPORTING: how is it told to a person?
-    26. LIBRARY: what does a Python program use?
-    26.5. BUNDLE: how does a flow travel, with all that it needs, in one file?
-    27. COMMAND LINE: what can be typed?
+    19. DISK: how does a byte get onto the disk, and stay there?
+    20. LOCKS: which one engine may work on a run?
+    21. STORE: where do runs live, and how do they survive?
+    22. SPAWN: how does a process begin with nothing of ours but what it is given?
+    23. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+    24. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
+    25. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
+    26. PROCESSES: how are attempts started, watched and ended?
+    27. SLURM: how do attempts run as jobs of a cluster?
+    28. FUNCTIONS: how are Python functions called, and what becomes of what they return?
+    29. RUNNER: how is one run driven to its end?
+    30. REPORTING: how is it told to a person?
+    31. LIBRARY: what does a Python program use?
+    32. BUNDLE: how does a flow travel, with all that it needs, in one file?
+    33. COMMAND LINE: what can be typed?
 
 
 Licence (MIT)
@@ -169,9 +169,9 @@ __all__ = [
     "Run", "TaskRun", "Attempt",
     # 10. SCHEDULER
     "due", "next_wake", "drive",
-    # 26. LIBRARY
+    # 31. LIBRARY
     "MiniFlow", "Workflow", "StateStore", "JSONStateStore", "MemoryStateStore",
-    # 27. COMMAND LINE
+    # 33. COMMAND LINE
     "main",
 ]
 
@@ -4919,7 +4919,7 @@ def attempt_unstartable(run: Run, task_id: str, now: float, reason: str, code: O
 
 
 # ============================================================================
-# == 12.5. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
+# == 13. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
 # ============================================================================
 # An attempt that is a job has three files beside each other on the disk that all machines share: what is to
 # be executed (.job), who executes it (.began), and how it ended (.end), which comes by a rename, as the last
@@ -5172,7 +5172,7 @@ def job_lost(run: Run, task_id: str, now: float, job: Optional[str], state: Opti
 
 
 # ============================================================================
-# == 13. EXPORTERS: how does a plan look in other languages?
+# == 14. EXPORTERS: how does a plan look in other languages?
 # ============================================================================
 # An exporter turns a plan into text in one pass; nobody edits the text afterwards.  What a language can't
 # express is named and refused, never dropped in silence.
@@ -5249,7 +5249,7 @@ def to_text_graph(plan: Plan) -> str:
 
 
 # ============================================================================
-# == 14. BASH: how does a flow run where there is no MiniFlow?
+# == 15. BASH: how does a flow run where there is no MiniFlow?
 # ============================================================================
 # A script is four parts: a head, the flow as arrays by the number of the task, a function a task that says
 # what is executed, and an engine that is the same for all flows: due(), apply() and judge() once more, in
@@ -6281,7 +6281,7 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
 
 
 # ============================================================================
-# == 14.7. MAKE: how does a flow run where there is make?
+# == 16. MAKE: how does a flow run where there is make?
 # ============================================================================
 # A task is done when its stamp is there, so another make goes on where the last one stopped.  A stamp holds a
 # digest of what was executed, and `given` all that concerns every task: where they are not what the Makefile
@@ -6847,7 +6847,7 @@ def to_make(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
 
 
 # ============================================================================
-# == 14.5. AIRFLOW: how does a flow run where there is Airflow?
+# == 17. AIRFLOW: how does a flow run where there is Airflow?
 # ============================================================================
 # A DAG file is a head that is the same for all flows and a call for each task, in which all that comes from
 # the flow is a Python literal.  The head holds an operator that starts what the task executes as MiniFlow
@@ -7353,7 +7353,7 @@ def to_airflow(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exporte
 
 
 # ============================================================================
-# == 14.6. ARGO: how does a flow run on Kubernetes?
+# == 18. ARGO: how does a flow run on Kubernetes?
 # ============================================================================
 # A manifest is a Workflow of Argo's in JSON: a DAG, and a template for each task, whose container executes a
 # script of sh.  Two substitutions go over its text, Argo's of {{ }} and that of Kubernetes, of $(NAME) and
@@ -7778,7 +7778,7 @@ def to_argo(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
 
 
 # ============================================================================
-# == 15. DISK: how does a byte get onto the disk, and stay there?
+# == 19. DISK: how does a byte get onto the disk, and stay there?
 # ============================================================================
 # All state is written through the few calls of Disk, so that a test can put a fault at each of them, and
 # rebuild what a power cut may leave behind.  A file is replaced by writing a new one beside it and renaming
@@ -7929,7 +7929,7 @@ def read_file(path: str, limit: int = -1, follow: bool = True) -> bytes:
 
 
 # ============================================================================
-# == 16. LOCKS: which one engine may work on a run?
+# == 20. LOCKS: which one engine may work on a run?
 # ============================================================================
 # The engine that works on a run holds the system's lock on RUN.lock (flock; on Windows that of a byte), which
 # dies with it however it dies, so that there are no stale locks.  What the file says of its owner is for
@@ -8188,7 +8188,7 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
 
 
 # ============================================================================
-# == 17. STORE: where do runs live, and how do they survive?
+# == 21. STORE: where do runs live, and how do they survive?
 # ============================================================================
 # The engine that holds the lock of a run appends to its journal RUN.jsonl, and now and then rewrites the view
 # RUN.json.  The protocol:
@@ -8779,7 +8779,7 @@ def open_journal(store: Store, run_id: str, durability: str, force: bool) -> Uni
 
 
 # ============================================================================
-# == 18. SPAWN: how does a process begin with nothing of ours but what it is given?
+# == 22. SPAWN: how does a process begin with nothing of ours but what it is given?
 # ============================================================================
 # posix_spawn starts a process three times as fast as Popen does on Python 3.9, which forks, and still saves
 # the engine half of its work where Popen uses vfork.  It can't do everything: another directory, a system
@@ -8909,7 +8909,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], cwd: str, files: Tuple[in
 
 
 # ============================================================================
-# == 19. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+# == 23. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
 # ============================================================================
 # Three signs tell that something of an attempt runs: its log is locked (whoever inherited it holds the lock),
 # its process is there with the start time that was recorded, or some process carries the attempt's cookie in
@@ -9187,7 +9187,7 @@ class Watchdog:
 
 
 # ============================================================================
-# == 20. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
+# == 24. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
 # ============================================================================
 # A start of Python costs ten to twenty milliseconds before the first line of a script runs; a fork of one
 # that has started costs two.  So one process for each interpreter does nothing but fork: it imports what most
@@ -9842,7 +9842,7 @@ def end_unseen(token: str, cookies: Collection[str]) -> Set[str]:
 
 
 # ============================================================================
-# == 21. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
+# == 25. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
 # ============================================================================
 # A task with `inputs` or `outputs` is made of its script, arguments, environment, directory, params, what its
 # upstream hands on, and the content of its inputs.  What that was when it last succeeded is recorded; sizes
@@ -10133,7 +10133,7 @@ class Freshness:
 
 
 # ============================================================================
-# == 22. PROCESSES: how are attempts started, watched and ended?
+# == 26. PROCESSES: how are attempts started, watched and ended?
 # ============================================================================
 # Every attempt is a process group (and session) of its own whose output goes straight into its log, so
 # nothing of it passes through the engine.  The end of the group's leader is seen by its pidfd where there is
@@ -10701,7 +10701,7 @@ class Processes:
 
 
 # ============================================================================
-# == 22.5. SLURM: how do attempts run as jobs of a cluster?
+# == 27. SLURM: how do attempts run as jobs of a cluster?
 # ============================================================================
 # The engine decides, and one attempt is one job: retries, order and limits are as everywhere else.  How an
 # attempt has ended is in the file that its job leaves; squeue is asked only whether the job is still there.
@@ -11316,7 +11316,7 @@ class Cluster(Processes):
 
 
 # ============================================================================
-# == 23. FUNCTIONS: how are Python functions called, and what becomes of what they return?
+# == 28. FUNCTIONS: how are Python functions called, and what becomes of what they return?
 # ============================================================================
 # The World of a Python flow.  Async functions run on the loop of whoever started the run, plain ones in
 # threads of daemons, and those with process=True as processes like any other, whose answer is JSON.  All that
@@ -11936,7 +11936,7 @@ class Functions:
 
 
 # ============================================================================
-# == 24. RUNNER: how is one run driven to its end?
+# == 29. RUNNER: how is one run driven to its end?
 # ============================================================================
 # Here the pure half and the world meet.  work() is the loop around drive(): it waits for the world, keeps the
 # journal's promises while it waits, and lets a Watcher tell of it.  open_new() and open_again() differ in
@@ -12360,7 +12360,7 @@ def run_to_end(opened: Opened, store: Store, source: Optional[Source], order: Or
 
 
 # ============================================================================
-# == 25. REPORTING: how is it told to a person?
+# == 30. REPORTING: how is it told to a person?
 # ============================================================================
 # Talk goes to stderr, results to stdout.  Text that came from a flow or a task is shown with its control
 # characters escaped, so that it can't drive the terminal.
@@ -12850,7 +12850,7 @@ def format_plan(plan: Plan, slots: int) -> str:
 
 
 # ============================================================================
-# == 26. LIBRARY: what does a Python program use?
+# == 31. LIBRARY: what does a Python program use?
 # ============================================================================
 # A flow is known by the stem of its file, so looking one up reads one file and lists no directory.  Scripts
 # are checked when a flow is loaded: a run whose last script is missing should not find out after three hours.
@@ -13359,7 +13359,7 @@ class MiniFlow:
 
 
 # ============================================================================
-# == 26.5. BUNDLE: how does a flow travel, with all that it needs, in one file?
+# == 32. BUNDLE: how does a flow travel, with all that it needs, in one file?
 # ============================================================================
 # A bundle is a zip file that Python executes.  It holds the engine, a flow and those within it, and the whole
 # tasks directory where any of them has a script: what a script imports or reads beside itself nobody can
@@ -13611,7 +13611,7 @@ def write_bundle(path: str, content: bytes) -> None:
 
 
 # ============================================================================
-# == 27. COMMAND LINE: what can be typed?
+# == 33. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
 # its arguments.  Global options are parsed twice, before the command and after it, and the later one wins.

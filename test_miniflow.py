@@ -2146,7 +2146,7 @@ HOSTILE = ["", " ", "a b", "'", '"', "\\", "\\\\'", "$HOME", "$(touch PWN)", "`t
            "a\\", "${HOME}", "$'x'", "\u2028"]
 
 
-class T12bJobs(unittest.TestCase):
+class T13Jobs(unittest.TestCase):
 
     def plan(self, **fields):
         """Return a run whose task a has started."""
@@ -2278,7 +2278,7 @@ class T12bJobs(unittest.TestCase):
         self.assertEqual((ends(again)["a"], again.tasks["a"].attempts[0].status), ("pending", "interrupted"))
 
 
-class T13Exporters(unittest.TestCase):
+class T14Exporters(unittest.TestCase):
 
     def test_the_text_graph_shows_levels_rules_and_what_each_task_waits_for(self):
         flow = make(task("a"), task("b", "a", script="x.py"),
@@ -2288,7 +2288,7 @@ class T13Exporters(unittest.TestCase):
             "   c  command true  [all_done, allow_failure]  <- a, b"])
 
 
-class T14Bash(unittest.TestCase):
+class T15Bash(unittest.TestCase):
 
     def script(self, project, name="f", *args):
         code, out, err = project.main("run", name, "--dry-run", *args)
@@ -2692,7 +2692,7 @@ class T14Bash(unittest.TestCase):
             self.assertEqual(self.reasons["d"], "cannot start: 'no-such-command' is not there")
 
 
-class T14cMake(unittest.TestCase):
+class T16Make(unittest.TestCase):
 
     def export(self, project, *args):
         code, _, err = project.main("export", "f", "--to", "make", "-o", "f.mk", *args)
@@ -3025,7 +3025,7 @@ FAKE_AIRFLOW = {
         """}
 
 
-class T14bAirflow(unittest.TestCase):
+class T17Airflow(unittest.TestCase):
 
     def dag(self, project, *args):
         code, _, err = project.main("export", "f", "--to", "airflow", "-o", project.at("dag.py"), *args)
@@ -3210,7 +3210,7 @@ class ArgoWorld:
             attempt += 1
 
 
-class T14cArgo(unittest.TestCase):
+class T18Argo(unittest.TestCase):
 
     def manifest(self, project, *args):
         code, out, err = project.main("export", "f", "--to", "argo", *args)
@@ -3432,7 +3432,7 @@ class RecordingDisk(mf.Disk):
         return content
 
 
-class T15Disk(unittest.TestCase):
+class T19Disk(unittest.TestCase):
 
     def setUp(self):
         self.path = os.path.realpath(tempfile.mkdtemp(prefix="miniflow-test-"))
@@ -3499,7 +3499,7 @@ class T15Disk(unittest.TestCase):
         self.assertEqual(os.listdir(self.path), [])
 
 
-class T16Locks(unittest.TestCase):
+class T20Locks(unittest.TestCase):
     """Every test is made with the system's locks and, as on some network file systems, without."""
 
     WITHOUT = """
@@ -3670,7 +3670,7 @@ class T16Locks(unittest.TestCase):
         self.assertEqual(calls, [(2**30, 2, 1)] * 2)
 
 
-class T17Store(unittest.TestCase):
+class T21Store(unittest.TestCase):
 
     FLOW = make(task("a"), task("b", "a"))
 
@@ -4335,7 +4335,7 @@ def children(pid):
 
 
 @unittest.skipUnless(LINUX, "posix_spawn is used on Linux")
-class T18Spawn(unittest.TestCase):
+class T22Spawn(unittest.TestCase):
     """Each test is made both ways: by posix_spawn, and by Popen, which another directory asks for."""
 
     def both(self, *argv, keep=(), env=None):
@@ -4416,7 +4416,7 @@ class T18Spawn(unittest.TestCase):
 
 
 @unittest.skipUnless(LINUX, "without /proc nobody can tell whose a process is")
-class T19Orphans(unittest.TestCase):
+class T23Orphans(unittest.TestCase):
 
     STUBBORN = """
         import os, signal, subprocess, sys, time
@@ -5316,7 +5316,7 @@ IMPORTS = {
 
 
 @unittest.skipUnless(LINUX, "scripts are forked on Linux alone")
-class T20TemplateInterpreter(unittest.TestCase):
+class T24TemplateInterpreter(unittest.TestCase):
 
     #: The environment of all, which has something that no flow can set.
     ENV = {**{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
@@ -5691,7 +5691,7 @@ class T20TemplateInterpreter(unittest.TestCase):
         return engine, self.template_of(engine.pid), [int(line) for line in project.lines("pids")]
 
     def stubborn(self):
-        return self.several("", first=T19Orphans.STUBBORN.replace("len(sys.argv) == 1", "sys.argv[1] == '0'"))
+        return self.several("", first=T23Orphans.STUBBORN.replace("len(sys.argv) == 1", "sys.argv[1] == '0'"))
 
     def test_a_cancelled_run_leaves_neither_template_nor_scripts_nor_what_left_their_group(self):
         with self.stubborn() as project:
@@ -5755,7 +5755,7 @@ class T20TemplateInterpreter(unittest.TestCase):
             self.assertEqual({inner.split("/")[1] for _, inner in cookies}, {f"i{n}" * 30 for n in range(6)})
 
 
-class T21Freshness(unittest.TestCase):
+class T25Freshness(unittest.TestCase):
 
     def test_a_task_runs_only_where_something_has_changed_and_says_what(self):
         """The rules are doit's: it has not succeeded, what it reads has changed, was added or has gone, what it
@@ -5948,7 +5948,7 @@ class T21Freshness(unittest.TestCase):
             self.assertIn('cannot start: tasks.b.outputs.no: there is no "no"', state["c"]["reason"])
 
 
-class T22Processes(unittest.TestCase):
+class T26Processes(unittest.TestCase):
 
     def test_the_end_of_a_task_is_its_exit_code(self):
         with one(task("ok"), task("bad", command="exit 3"), task("killed", command="kill -9 $$"),
@@ -6599,7 +6599,7 @@ class FakeCluster(Project):
 
 
 @unittest.skipUnless(LINUX, "Slurm runs on Linux")
-class T22bSlurm(unittest.TestCase):
+class T27Slurm(unittest.TestCase):
 
     def setUp(self):
         """So long tasks sleep that are to be ended, and nobody else on the machine."""
@@ -6952,7 +6952,7 @@ def running(part):
     return found
 
 
-class T23Functions(unittest.TestCase):
+class T28Functions(unittest.TestCase):
 
     def program(self, text, *args, **options):
         """Run a Python program beside miniflow.py, in a directory of its own; return its CompletedProcess."""
@@ -7919,7 +7919,7 @@ class T23Functions(unittest.TestCase):
             self.assertEqual(ctx.read, set("abcd"), way)
 
 
-class T24Runner(unittest.TestCase):
+class T29Runner(unittest.TestCase):
 
     def test_a_failed_run_is_resumed_and_repeats_nothing_that_succeeded(self):
         with one(task("a", command="echo a >> ran"), task("b", "a", command="echo b >> ran; test -e ready"),
@@ -8164,7 +8164,7 @@ class T24Runner(unittest.TestCase):
             self.assertIn("mf_order='1 2'", project.read(out.strip()))
 
 
-class T25Reporting(unittest.TestCase):
+class T30Reporting(unittest.TestCase):
 
     def test_control_characters_cannot_drive_the_terminal(self):
         for text, shown in [("\x1b]0;pwn\x07", "\\x1b]0;pwn\\x07"), ("\x1b[2J", "\\x1b[2J"),
@@ -8270,7 +8270,7 @@ class T25Reporting(unittest.TestCase):
             self.assertEqual(project.state("r")["status"], "success")
 
 
-class T26Library(unittest.TestCase):
+class T31Library(unittest.TestCase):
 
     def test_a_store_lists_finds_and_removes_runs(self):
         def step(ctx):
@@ -8365,7 +8365,265 @@ class T26Library(unittest.TestCase):
             self.assertIn("is not a file", check("sub"))
 
 
-class T27CommandLine(unittest.TestCase):
+class T32Bundle(unittest.TestCase):
+
+    def project(self, **fields):
+        """Return a Project whose flow f has a script with a neighbour, data, a package, and a flow within it."""
+        project = Project({
+            "f": flow_json(task("a", script="in/a.py", args=["${{ params.p }}"]), task("b", "a", flow="g"),
+                           params={"p": "x"}, **fields),
+            "g": {"name": "g", "tasks": [task("c", command="echo '{\"c\": 1}' > $MINIFLOW_OUTPUT"),
+                                         task("d", "c", script="top.py")]},
+            "other": flow_json(task("z"))}, {
+            "in/a.py": """
+                import json, os, sys
+                import near
+                from pack import deep
+                here = os.path.dirname(os.path.abspath(__file__))
+                assert sys.path[0] == here, sys.path
+                with open(os.path.join(here, "..", "data.txt")) as file, open("seen.json", "w") as seen:
+                    json.dump([near.N, deep.N, file.read(), sys.argv[1:]], seen)
+                if not os.path.exists("go"): sys.exit(3)
+                """,
+            "in/near.py": "N = 1", "in/pack/__init__.py": "", "in/pack/deep.py": "N = 2", "data.txt": "d\n",
+            "top.py": "import os; open('top', 'w').close()", ".env": "PASSWORD=x", ".git/config": "",
+            "__pycache__/x.pyc": ""})
+        return project
+
+    def bundle(self, project, name="f"):
+        code, out, err = project.main("bundle", name)
+        self.assertEqual((code, out), (0, name + ".pyz\n"), err)
+        return err
+
+    def start(self, project, *args, file="f.pyz", cwd="", python=("-I",), **env):
+        """Start a bundle with next to no environment; return its Popen."""
+        os.makedirs(project.at(cwd), exist_ok=True)
+        env = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": project.at("cache"), **env}
+        return subprocess.Popen([sys.executable, *python, project.at(file), *args], cwd=project.at(cwd), env=env,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def ended(self, process):
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out.decode(), err.decode()
+
+    def go(self, project, *args, **options):
+        """Run a bundle; return exit code, stdout and stderr."""
+        return self.ended(self.start(project, *args, **options))
+
+    def unpacked(self, project):
+        """Return the directory to which a bundle was unpacked."""
+        (name,) = os.listdir(project.at("cache/miniflow"))
+        return project.at("cache/miniflow", name)
+
+    def test_the_same_flow_gives_the_same_bytes_also_from_within_a_bundle(self):
+        with self.project() as project:
+            err = self.bundle(project)
+            with open(project.at("f.pyz"), "rb") as file:
+                content = file.read()
+            self.assertIn("left out, as their names begin with a dot: .env, .git\n9 files, ", err)
+            os.utime(project.at("tasks/top.py"), (1, 1))
+            self.bundle(project)
+            self.assertEqual(self.go(project, "bundle", "-o", "again.pyz")[:2], (0, "again.pyz\n"))
+            for name in ("f.pyz", "again.pyz"):
+                with open(project.at(name), "rb") as file:
+                    self.assertEqual(file.read(), content)
+            self.assertEqual(os.stat(project.at("f.pyz")).st_mode & 0o777, 0o755)
+            with zipfile.ZipFile(project.at("f.pyz")) as archive:
+                self.assertEqual(archive.namelist(), sorted(archive.namelist()))
+                self.assertNotIn("flows/other.json", archive.namelist())
+                self.assertIsNone(archive.testzip())
+
+    def test_a_bundle_runs_where_there_is_nothing_but_python(self):
+        with self.project() as project:
+            self.bundle(project)
+            os.mkdir(project.at("ro"))
+            os.rename(project.at("f.pyz"), project.at("ro/f.pyz"))
+            os.chmod(project.at("ro"), 0o555)
+            shutil.rmtree(project.at("flows"))
+            shutil.rmtree(project.at("tasks"))
+            project.write("empty/go", "")
+            for args in ((), ("-o", "out"), ("--no-fork",)):
+                code, out, err = self.go(project, "run", *args, "--param", "p=a b", file="ro/f.pyz", cwd="empty")
+                self.assertEqual(code, 0, err)
+                self.assertEqual(json.loads(project.read("empty/seen.json")), [1, 2, "d\n", ["a b"]])
+                os.unlink(project.at("empty/top"))
+            self.assertEqual(sorted(os.listdir(project.at("empty"))), ["go", "miniflow_output", "out", "seen.json"])
+            self.assertEqual(os.listdir(project.at("ro")), ["f.pyz"])
+            for args, said in ((["list"], "f "), (["validate"], "g.json: ok"), (["graph"], "a  script in/a.py"),
+                               (["show", "last"], "of flow f"), (["logs", "last"], "==> c"), (["runs"], "success"),
+                               (["export", "g", "--to", "bash"], "#!/usr"), (["run", "g"], "g-"), (["--help"], None),
+                               (["--version"], f"miniflow {mf.__version__}"), (["run", "h"], None)):
+                code, out, err = self.go(project, *args, file="ro/f.pyz", cwd="empty")
+                self.assertEqual(code, 3 if args == ["run", "h"] else 0, err)
+                self.assertIn(said or "", out, args)
+
+    def test_a_run_goes_on_where_the_directory_is_gone_and_with_a_newer_bundle(self):
+        with self.project() as project:
+            self.bundle(project)
+            self.assertEqual(self.go(project, "run", "--run-id", "r", cwd="e")[0], 1)
+            shutil.rmtree(project.at("cache"))
+            code, _, err = self.go(project, "resume", "r", cwd="e")
+            self.assertEqual(code, 1, err)
+            self.assertNotIn("gone", err)
+            flow = json.loads(project.read("flows/f.json"))
+            project.write("flows/f.json", json.dumps({**flow, "tasks": [*flow["tasks"], task("new", "b")]}))
+            project.write("tasks/in/near.py", "N = 5")
+            project.write("e/go", "")
+            self.bundle(project)
+            code, _, err = self.go(project, "resume", "last", cwd="e")
+            self.assertEqual(code, 0, err)
+            self.assertIn("task new was added", err)
+            self.assertEqual(json.loads(project.read("e/seen.json"))[0], 5)
+
+    def test_several_starts_at_once_and_one_that_is_killed_do_no_harm(self):
+        kill = ("import os, runpy, signal, sys\n"
+                "left, real = [int(sys.argv[2])], os.replace\n"
+                "def replace(*names):\n"
+                "    left[0] -= 1\n"
+                "    left[0] < 0 and os.kill(os.getpid(), signal.SIGKILL)\n"
+                "    real(*names)\n"
+                "os.replace, sys.argv = replace, [sys.argv[1], 'list']\n"
+                "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+        with self.project() as project:
+            self.bundle(project)
+            for n in (0, 1, 3, 4):             # of what is lacking yet
+                done = subprocess.run([sys.executable, "-c", kill, project.at("f.pyz"), str(n)],
+                                      env={"XDG_CACHE_HOME": project.at("cache")}, stderr=subprocess.PIPE)
+                self.assertEqual(done.returncode, -signal.SIGKILL, done.stderr)
+            self.assertEqual(self.go(project, "validate", cwd="e")[0], 0)
+            shutil.rmtree(project.at("cache"))
+            project.write("e/go", "")
+            for process in [self.start(project, "run", cwd="e") for _ in range(4)]:
+                code, _, err = self.ended(process)
+                self.assertEqual(code, 0, err)
+            self.assertEqual(len(os.listdir(self.unpacked(project))), 4)     # the parts are gone; __pycache__
+
+    def test_what_is_not_as_it_should_be_is_put_anew(self):
+        with self.project() as project:
+            self.bundle(project)
+            self.go(project, "list")
+            folder = self.unpacked(project)
+            script = os.path.join(folder, "tasks", "top.py")
+            self.assertEqual({os.stat(os.path.join(place, name)).st_mode & 0o077
+                              for place, folders, files in os.walk(project.at("cache/miniflow/"))
+                              for name in files if "__pycache__" not in place}, {0})
+            before = project.read("tasks/top.py")
+            for change in (lambda: os.unlink(script), lambda: project.write(script, "x"), lambda: project.write(
+                    script, ""), lambda: (os.unlink(script), os.symlink(project.at("tasks/top.py"), script))):
+                change()
+                self.assertEqual(self.go(project, "list")[0], 0)
+                self.assertFalse(os.path.islink(script))
+                self.assertEqual(project.read(script), before)
+
+    def test_a_directory_that_others_may_change_is_not_used(self):
+        with self.project() as project:
+            self.bundle(project)
+
+            def spoil(name, mode):
+                os.makedirs(project.at(name), exist_ok=True)
+                os.chmod(project.at(name), mode)
+            for n, (spoilt, mode) in enumerate((("place", 0o777), ("place", 0o770), (".", 0o777), ("place", None),
+                                                (self.key(project), 0o702))):
+                place = project.at(f"{n}/place")
+                os.mkdir(project.at(str(n)))
+                if mode:
+                    spoil(os.path.join(str(n), spoilt), mode)
+                else:
+                    os.symlink(project.at("tasks"), place)
+                with self.subTest(spoilt=spoilt, mode=mode):
+                    code, out, err = self.go(project, "list", MINIFLOW_BUNDLE_DIR=place)
+                    self.assertEqual((code, out), (74, ""))
+                    self.assertIn("it is no directory" if mode is None else "others may change what is there", err)
+                    self.assertIn("f.pyz can't be unpacked; name a directory of yours by MINIFLOW_BUNDLE_DIR\n", err)
+            os.mkdir(project.at("sticky"))
+            os.chmod(project.at("sticky"), 0o1777)
+            for env in ({"MINIFLOW_BUNDLE_DIR": project.at("sticky/mine")},
+                        {"XDG_CACHE_HOME": project.at("f.pyz"), "TMPDIR": project.at("sticky")}):
+                self.assertEqual(self.go(project, "list", **env, python=())[0], 0)
+            self.assertEqual(len(os.listdir(project.at("sticky"))), 2)
+
+    def key(self, project):
+        """Return where a bundle will be unpacked below its place."""
+        self.go(project, "list")
+        return "place/" + os.path.basename(self.unpacked(project))
+
+    def test_a_damaged_bundle_and_one_with_names_that_lead_elsewhere_are_refused(self):
+        with self.project() as project:
+            self.bundle(project)
+            with open(project.at("f.pyz"), "rb") as file:
+                content = file.read()
+            project.write("f.pyz", content.replace(b"PASSWORD", b"PASSW0RD").replace(b"N = 2", b"N = 3"))
+            self.assertEqual(self.go(project, "list")[::2], (
+                1, f"{project.at('f.pyz')}: damaged at tasks/in/pack/deep.py; copy it again\n"))
+            for name in ("../x", "/x", "a//x", "a/./x", "c:x", "a\\x", "a\0x", ""):
+                program = f"{mf.BUNDLE_PROGRAM}start('k', 'f', [({name!a}, 0o644, 0)])\n"
+                project.write("f.pyz", mf._zipped({"__main__.py": (program.encode(), 0o644)}))
+                code, _, err = self.go(project, "list")
+                self.assertEqual((code, err), (
+                    1, f"{project.at('f.pyz')}: holds {name!r}, which is no name for a file of a bundle\n"))
+
+    def test_what_cant_travel_is_refused_and_named_all_at_once(self):
+        with self.project() as project:
+            os.symlink("/etc/passwd", project.at("tasks/out"))
+            os.symlink("in", project.at("tasks/link"))
+            os.symlink("top.py", project.at("tasks/inner.py"))
+            os.symlink("nowhere", project.at("tasks/broken"))
+            project.write("tasks/a:b", "")
+            os.mkfifo(project.at("tasks/pipe"))
+            code, out, err = project.main("bundle", "f")
+            self.assertEqual((code, out), (2, ""))
+            for name, what in (("out", "a symbolic link to \"/etc/passwd\""), ("link", "a symbolic link to "),
+                               ("a:b", "not every system can have"), ("pipe", "it is not a regular file"),
+                               ("broken", "can't be read")):
+                self.assertRegex(err, f'(?m)^"{re.escape(project.at("tasks", name))}": .*{what}')
+                os.unlink(project.at("tasks", name))
+            self.bundle(project)
+            code, _, err = project.main("bundle", "f", "-o", "tasks/f.pyz")
+            self.assertEqual((code, err), (2, f'-o "tasks/f.pyz": lies in {project.at("tasks")}, which goes into the '
+                                              "bundle; put it elsewhere\n"))
+            self.assertEqual(project.main("bundle", "f", "-o", "no/f.pyz")[0], 2)
+            self.assertEqual(project.main("bundle", "nothing")[0], 3)
+            with open(project.at("tasks/large"), "wb") as file:
+                file.truncate(mf.MAX_BUNDLE)
+            self.assertIn("large\": with it the bundle has more than 100 MB", project.main("bundle", "f")[2])
+            project.write("flows/f.json", json.dumps(flow_json(task("a"))))
+            self.assertIn("2 files, ", self.bundle(project))    # no script, so no tasks directory
+
+    def test_what_has_not_changed_need_not_run_in_a_newer_bundle(self):
+        with one(task("a", script="a.py", inputs=["in"]), task("b", script="b.py", inputs=["in"]),
+                 scripts={"a.py": "", "b.py": ""}) as project:
+            for name, ends in (("", ["success", "success"]), ("pass", ["cached", "success"])):
+                project.write("tasks/b.py", name)
+                self.bundle(project)
+                self.assertEqual(self.go(project, "run", "--run-id", "r" + name, cwd="e")[0], 0)
+                tasks = json.loads(project.read(f"e/miniflow_output/runs/r{name}.json"))["tasks"]
+                self.assertEqual([tasks["a"]["status"], tasks["b"]["status"]], ends)
+
+    @unittest.skipUnless(LINUX, "process=True is known to work in a bundle on Linux")
+    def test_a_flow_in_python_brings_its_neighbours(self):
+        with Project() as project:
+            project.write("flows/py.py", textwrap.dedent("""
+                from miniflow import Workflow, task
+                import _near
+
+                @task(process=True)
+                def a(ctx):
+                    return {"n": _near.N + 1}
+
+                @task
+                async def b(ctx):
+                    return {"m": ctx["n"] + 1}
+                a >> b
+                workflow = Workflow([a, b])
+                """))
+            project.write("flows/_near.py", "N = 1")
+            self.bundle(project, "py")
+            code, _, err = self.go(project, "run", "--run-id", "r", file="py.pyz", cwd="e", python=())
+            self.assertEqual(code, 0, err)
+            self.assertEqual(json.loads(project.read("e/miniflow_output/runs/r.json"))["ctx"], {"n": 2, "m": 3})
+
+
+class T33CommandLine(unittest.TestCase):
 
     def test_every_promise_of_an_exit_code(self):
         with Project({"good": flow_json(task("a")), "red": flow_json(task("a", command="exit 1")),
@@ -9510,264 +9768,6 @@ class T27CommandLine(unittest.TestCase):
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(project.state("r")["ctx"]["mean"], {"harbour": 7.5, "hill": 4.5})
             self.assertIn("mean temperatures: {'harbour': 7.5, 'hill': 4.5}", done.stdout)
-
-
-class T27bBundle(unittest.TestCase):
-
-    def project(self, **fields):
-        """Return a Project whose flow f has a script with a neighbour, data, a package, and a flow within it."""
-        project = Project({
-            "f": flow_json(task("a", script="in/a.py", args=["${{ params.p }}"]), task("b", "a", flow="g"),
-                           params={"p": "x"}, **fields),
-            "g": {"name": "g", "tasks": [task("c", command="echo '{\"c\": 1}' > $MINIFLOW_OUTPUT"),
-                                         task("d", "c", script="top.py")]},
-            "other": flow_json(task("z"))}, {
-            "in/a.py": """
-                import json, os, sys
-                import near
-                from pack import deep
-                here = os.path.dirname(os.path.abspath(__file__))
-                assert sys.path[0] == here, sys.path
-                with open(os.path.join(here, "..", "data.txt")) as file, open("seen.json", "w") as seen:
-                    json.dump([near.N, deep.N, file.read(), sys.argv[1:]], seen)
-                if not os.path.exists("go"): sys.exit(3)
-                """,
-            "in/near.py": "N = 1", "in/pack/__init__.py": "", "in/pack/deep.py": "N = 2", "data.txt": "d\n",
-            "top.py": "import os; open('top', 'w').close()", ".env": "PASSWORD=x", ".git/config": "",
-            "__pycache__/x.pyc": ""})
-        return project
-
-    def bundle(self, project, name="f"):
-        code, out, err = project.main("bundle", name)
-        self.assertEqual((code, out), (0, name + ".pyz\n"), err)
-        return err
-
-    def start(self, project, *args, file="f.pyz", cwd="", python=("-I",), **env):
-        """Start a bundle with next to no environment; return its Popen."""
-        os.makedirs(project.at(cwd), exist_ok=True)
-        env = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": project.at("cache"), **env}
-        return subprocess.Popen([sys.executable, *python, project.at(file), *args], cwd=project.at(cwd), env=env,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def ended(self, process):
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out.decode(), err.decode()
-
-    def go(self, project, *args, **options):
-        """Run a bundle; return exit code, stdout and stderr."""
-        return self.ended(self.start(project, *args, **options))
-
-    def unpacked(self, project):
-        """Return the directory to which a bundle was unpacked."""
-        (name,) = os.listdir(project.at("cache/miniflow"))
-        return project.at("cache/miniflow", name)
-
-    def test_the_same_flow_gives_the_same_bytes_also_from_within_a_bundle(self):
-        with self.project() as project:
-            err = self.bundle(project)
-            with open(project.at("f.pyz"), "rb") as file:
-                content = file.read()
-            self.assertIn("left out, as their names begin with a dot: .env, .git\n9 files, ", err)
-            os.utime(project.at("tasks/top.py"), (1, 1))
-            self.bundle(project)
-            self.assertEqual(self.go(project, "bundle", "-o", "again.pyz")[:2], (0, "again.pyz\n"))
-            for name in ("f.pyz", "again.pyz"):
-                with open(project.at(name), "rb") as file:
-                    self.assertEqual(file.read(), content)
-            self.assertEqual(os.stat(project.at("f.pyz")).st_mode & 0o777, 0o755)
-            with zipfile.ZipFile(project.at("f.pyz")) as archive:
-                self.assertEqual(archive.namelist(), sorted(archive.namelist()))
-                self.assertNotIn("flows/other.json", archive.namelist())
-                self.assertIsNone(archive.testzip())
-
-    def test_a_bundle_runs_where_there_is_nothing_but_python(self):
-        with self.project() as project:
-            self.bundle(project)
-            os.mkdir(project.at("ro"))
-            os.rename(project.at("f.pyz"), project.at("ro/f.pyz"))
-            os.chmod(project.at("ro"), 0o555)
-            shutil.rmtree(project.at("flows"))
-            shutil.rmtree(project.at("tasks"))
-            project.write("empty/go", "")
-            for args in ((), ("-o", "out"), ("--no-fork",)):
-                code, out, err = self.go(project, "run", *args, "--param", "p=a b", file="ro/f.pyz", cwd="empty")
-                self.assertEqual(code, 0, err)
-                self.assertEqual(json.loads(project.read("empty/seen.json")), [1, 2, "d\n", ["a b"]])
-                os.unlink(project.at("empty/top"))
-            self.assertEqual(sorted(os.listdir(project.at("empty"))), ["go", "miniflow_output", "out", "seen.json"])
-            self.assertEqual(os.listdir(project.at("ro")), ["f.pyz"])
-            for args, said in ((["list"], "f "), (["validate"], "g.json: ok"), (["graph"], "a  script in/a.py"),
-                               (["show", "last"], "of flow f"), (["logs", "last"], "==> c"), (["runs"], "success"),
-                               (["export", "g", "--to", "bash"], "#!/usr"), (["run", "g"], "g-"), (["--help"], None),
-                               (["--version"], f"miniflow {mf.__version__}"), (["run", "h"], None)):
-                code, out, err = self.go(project, *args, file="ro/f.pyz", cwd="empty")
-                self.assertEqual(code, 3 if args == ["run", "h"] else 0, err)
-                self.assertIn(said or "", out, args)
-
-    def test_a_run_goes_on_where_the_directory_is_gone_and_with_a_newer_bundle(self):
-        with self.project() as project:
-            self.bundle(project)
-            self.assertEqual(self.go(project, "run", "--run-id", "r", cwd="e")[0], 1)
-            shutil.rmtree(project.at("cache"))
-            code, _, err = self.go(project, "resume", "r", cwd="e")
-            self.assertEqual(code, 1, err)
-            self.assertNotIn("gone", err)
-            flow = json.loads(project.read("flows/f.json"))
-            project.write("flows/f.json", json.dumps({**flow, "tasks": [*flow["tasks"], task("new", "b")]}))
-            project.write("tasks/in/near.py", "N = 5")
-            project.write("e/go", "")
-            self.bundle(project)
-            code, _, err = self.go(project, "resume", "last", cwd="e")
-            self.assertEqual(code, 0, err)
-            self.assertIn("task new was added", err)
-            self.assertEqual(json.loads(project.read("e/seen.json"))[0], 5)
-
-    def test_several_starts_at_once_and_one_that_is_killed_do_no_harm(self):
-        kill = ("import os, runpy, signal, sys\n"
-                "left, real = [int(sys.argv[2])], os.replace\n"
-                "def replace(*names):\n"
-                "    left[0] -= 1\n"
-                "    left[0] < 0 and os.kill(os.getpid(), signal.SIGKILL)\n"
-                "    real(*names)\n"
-                "os.replace, sys.argv = replace, [sys.argv[1], 'list']\n"
-                "runpy.run_path(sys.argv[0], run_name='__main__')\n")
-        with self.project() as project:
-            self.bundle(project)
-            for n in (0, 1, 3, 4):             # of what is lacking yet
-                done = subprocess.run([sys.executable, "-c", kill, project.at("f.pyz"), str(n)],
-                                      env={"XDG_CACHE_HOME": project.at("cache")}, stderr=subprocess.PIPE)
-                self.assertEqual(done.returncode, -signal.SIGKILL, done.stderr)
-            self.assertEqual(self.go(project, "validate", cwd="e")[0], 0)
-            shutil.rmtree(project.at("cache"))
-            project.write("e/go", "")
-            for process in [self.start(project, "run", cwd="e") for _ in range(4)]:
-                code, _, err = self.ended(process)
-                self.assertEqual(code, 0, err)
-            self.assertEqual(len(os.listdir(self.unpacked(project))), 4)     # the parts are gone; __pycache__
-
-    def test_what_is_not_as_it_should_be_is_put_anew(self):
-        with self.project() as project:
-            self.bundle(project)
-            self.go(project, "list")
-            folder = self.unpacked(project)
-            script = os.path.join(folder, "tasks", "top.py")
-            self.assertEqual({os.stat(os.path.join(place, name)).st_mode & 0o077
-                              for place, folders, files in os.walk(project.at("cache/miniflow/"))
-                              for name in files if "__pycache__" not in place}, {0})
-            before = project.read("tasks/top.py")
-            for change in (lambda: os.unlink(script), lambda: project.write(script, "x"), lambda: project.write(
-                    script, ""), lambda: (os.unlink(script), os.symlink(project.at("tasks/top.py"), script))):
-                change()
-                self.assertEqual(self.go(project, "list")[0], 0)
-                self.assertFalse(os.path.islink(script))
-                self.assertEqual(project.read(script), before)
-
-    def test_a_directory_that_others_may_change_is_not_used(self):
-        with self.project() as project:
-            self.bundle(project)
-
-            def spoil(name, mode):
-                os.makedirs(project.at(name), exist_ok=True)
-                os.chmod(project.at(name), mode)
-            for n, (spoilt, mode) in enumerate((("place", 0o777), ("place", 0o770), (".", 0o777), ("place", None),
-                                                (self.key(project), 0o702))):
-                place = project.at(f"{n}/place")
-                os.mkdir(project.at(str(n)))
-                if mode:
-                    spoil(os.path.join(str(n), spoilt), mode)
-                else:
-                    os.symlink(project.at("tasks"), place)
-                with self.subTest(spoilt=spoilt, mode=mode):
-                    code, out, err = self.go(project, "list", MINIFLOW_BUNDLE_DIR=place)
-                    self.assertEqual((code, out), (74, ""))
-                    self.assertIn("it is no directory" if mode is None else "others may change what is there", err)
-                    self.assertIn("f.pyz can't be unpacked; name a directory of yours by MINIFLOW_BUNDLE_DIR\n", err)
-            os.mkdir(project.at("sticky"))
-            os.chmod(project.at("sticky"), 0o1777)
-            for env in ({"MINIFLOW_BUNDLE_DIR": project.at("sticky/mine")},
-                        {"XDG_CACHE_HOME": project.at("f.pyz"), "TMPDIR": project.at("sticky")}):
-                self.assertEqual(self.go(project, "list", **env, python=())[0], 0)
-            self.assertEqual(len(os.listdir(project.at("sticky"))), 2)
-
-    def key(self, project):
-        """Return where a bundle will be unpacked below its place."""
-        self.go(project, "list")
-        return "place/" + os.path.basename(self.unpacked(project))
-
-    def test_a_damaged_bundle_and_one_with_names_that_lead_elsewhere_are_refused(self):
-        with self.project() as project:
-            self.bundle(project)
-            with open(project.at("f.pyz"), "rb") as file:
-                content = file.read()
-            project.write("f.pyz", content.replace(b"PASSWORD", b"PASSW0RD").replace(b"N = 2", b"N = 3"))
-            self.assertEqual(self.go(project, "list")[::2], (
-                1, f"{project.at('f.pyz')}: damaged at tasks/in/pack/deep.py; copy it again\n"))
-            for name in ("../x", "/x", "a//x", "a/./x", "c:x", "a\\x", "a\0x", ""):
-                program = f"{mf.BUNDLE_PROGRAM}start('k', 'f', [({name!a}, 0o644, 0)])\n"
-                project.write("f.pyz", mf._zipped({"__main__.py": (program.encode(), 0o644)}))
-                code, _, err = self.go(project, "list")
-                self.assertEqual((code, err), (
-                    1, f"{project.at('f.pyz')}: holds {name!r}, which is no name for a file of a bundle\n"))
-
-    def test_what_cant_travel_is_refused_and_named_all_at_once(self):
-        with self.project() as project:
-            os.symlink("/etc/passwd", project.at("tasks/out"))
-            os.symlink("in", project.at("tasks/link"))
-            os.symlink("top.py", project.at("tasks/inner.py"))
-            os.symlink("nowhere", project.at("tasks/broken"))
-            project.write("tasks/a:b", "")
-            os.mkfifo(project.at("tasks/pipe"))
-            code, out, err = project.main("bundle", "f")
-            self.assertEqual((code, out), (2, ""))
-            for name, what in (("out", "a symbolic link to \"/etc/passwd\""), ("link", "a symbolic link to "),
-                               ("a:b", "not every system can have"), ("pipe", "it is not a regular file"),
-                               ("broken", "can't be read")):
-                self.assertRegex(err, f'(?m)^"{re.escape(project.at("tasks", name))}": .*{what}')
-                os.unlink(project.at("tasks", name))
-            self.bundle(project)
-            code, _, err = project.main("bundle", "f", "-o", "tasks/f.pyz")
-            self.assertEqual((code, err), (2, f'-o "tasks/f.pyz": lies in {project.at("tasks")}, which goes into the '
-                                              "bundle; put it elsewhere\n"))
-            self.assertEqual(project.main("bundle", "f", "-o", "no/f.pyz")[0], 2)
-            self.assertEqual(project.main("bundle", "nothing")[0], 3)
-            with open(project.at("tasks/large"), "wb") as file:
-                file.truncate(mf.MAX_BUNDLE)
-            self.assertIn("large\": with it the bundle has more than 100 MB", project.main("bundle", "f")[2])
-            project.write("flows/f.json", json.dumps(flow_json(task("a"))))
-            self.assertIn("2 files, ", self.bundle(project))    # no script, so no tasks directory
-
-    def test_what_has_not_changed_need_not_run_in_a_newer_bundle(self):
-        with one(task("a", script="a.py", inputs=["in"]), task("b", script="b.py", inputs=["in"]),
-                 scripts={"a.py": "", "b.py": ""}) as project:
-            for name, ends in (("", ["success", "success"]), ("pass", ["cached", "success"])):
-                project.write("tasks/b.py", name)
-                self.bundle(project)
-                self.assertEqual(self.go(project, "run", "--run-id", "r" + name, cwd="e")[0], 0)
-                tasks = json.loads(project.read(f"e/miniflow_output/runs/r{name}.json"))["tasks"]
-                self.assertEqual([tasks["a"]["status"], tasks["b"]["status"]], ends)
-
-    @unittest.skipUnless(LINUX, "process=True is known to work in a bundle on Linux")
-    def test_a_flow_in_python_brings_its_neighbours(self):
-        with Project() as project:
-            project.write("flows/py.py", textwrap.dedent("""
-                from miniflow import Workflow, task
-                import _near
-
-                @task(process=True)
-                def a(ctx):
-                    return {"n": _near.N + 1}
-
-                @task
-                async def b(ctx):
-                    return {"m": ctx["n"] + 1}
-                a >> b
-                workflow = Workflow([a, b])
-                """))
-            project.write("flows/_near.py", "N = 1")
-            self.bundle(project, "py")
-            code, _, err = self.go(project, "run", "--run-id", "r", file="py.pyz", cwd="e", python=())
-            self.assertEqual(code, 0, err)
-            self.assertEqual(json.loads(project.read("e/miniflow_output/runs/r.json"))["ctx"], {"n": 2, "m": 3})
 
 
 class T99HouseRules(unittest.TestCase):
