@@ -4290,8 +4290,8 @@ def _owner(schedules: Sequence[Schedule], at: int) -> Optional[int]:
 
 
 def due_runs(flow: str, schedules: Sequence[Schedule], ledger: Ledger, now: int, is_busy: Callable[[], bool],
-             is_made: Callable[[int], bool]) -> Decision:
-    """Return what to start of a flow at `now`, at most MAX_STARTS runs.
+             is_made: Callable[[int], bool], only_queued: bool = False) -> Decision:
+    """Return what to start of a flow at `now`, at most MAX_STARTS runs; `only_queued`: what has waited.
 
     `is_busy` tells whether a run of the flow goes on, `is_made` whether the run of a scheduled time is there.
     """
@@ -4313,7 +4313,7 @@ def due_runs(flow: str, schedules: Sequence[Schedule], ledger: Ledger, now: int,
         for start, at in islice(rest, 1):      # what comes now goes before what was missed
             heapq.heappush(heads, (now - start > LATE_S, start, number, at, rest))
 
-    for number, schedule in enumerate(schedules):
+    for number, schedule in enumerate(() if only_queued else schedules):
         go_on(number, _owed(flow, schedule, seen[keys[number]], now))
     while heads and len(due) < MAX_STARTS:
         is_late, start, number, at, rest = heapq.heappop(heads)
@@ -10735,8 +10735,7 @@ class MiniFlow:
 #   later                            the Ledger says that it has been seen to
 #
 # An engine is a process of its own in a session of its own, which outlives the daemon; what it says goes to
-# engine.log beside the logs of its tasks.  When its run has ended it takes a turn for its flow itself, so
-# that what waits for that end does not wait for a tick.
+# engine.log beside the logs of its tasks.  When its run has ended it starts itself what has waited for that.
 
 START_S = 30.0                                 # how long an engine may take until its run is there
 HELD_S = 60.0                                  # how long another daemon's turn is waited for
@@ -10792,8 +10791,8 @@ class Scheduler:
     """Starts the runs that are due of the flows of `mini`; `note` is told what a user should know."""
 
     def __init__(self, mini: MiniFlow, clock: Callable[[], float] = time.time,
-                 note: Callable[[str], None] = say, only: Optional[str] = None) -> None:
-        self._mini, self._store, self._clock, self._note, self._only = mini, mini.store, clock, note, only
+                 note: Callable[[str], None] = say) -> None:
+        self._mini, self._store, self._clock, self._note = mini, mini.store, clock, note
         self._known: Dict[str, Tuple[Any, Tuple[Schedule, ...]]] = {}  # by path, while the file is the same
         self._told: Dict[str, str] = {}
         self._engines: List[Any] = []          # children of ours, which have to be waited for
@@ -10804,15 +10803,19 @@ class Scheduler:
         return [scheduled_id(flow, start.time) for flow, _, decision in self._decide(ledgers, now)
                 for start in decision.starts]
 
-    def turn(self) -> ScheduleTurn:
-        """Start what is due, once; raise StateError, or RunLocked if another daemon's turn does not end."""
+    def turn(self, ended: Optional[str] = None) -> ScheduleTurn:
+        """Start what is due, once; raise StateError, or RunLocked if another daemon's turn does not end.
+
+        With `ended` it is the end of a run of that flow, which starts what has waited for it and no more: a
+        daemon that was stopped is not to go on in the runs that it has left.
+        """
         self._engines = [engine for engine in self._engines if engine.poll() is None]
         self._store.prepare("runs", durable=True)
         lock = self._lock()
         try:
             before, now = self._read(), int(self._clock())
             ledgers, wakes, starting = dict(before), [], []    # type: Dict[str, Ledger], List[int], List[Any]
-            for flow, path, decision in self._decide(before, now):
+            for flow, path, decision in self._decide(before, now, ended):
                 ledgers[flow] = decision.ledger
                 starting += [self._start(flow, path, start) for start in decision.starts]
                 wakes += [decision.wake] if decision.wake is not None else []
@@ -10829,10 +10832,14 @@ class Scheduler:
         return ScheduleTurn(tuple(each.run_id for each in starting if each.run_id not in lost),
                             tuple(sorted(lost)), min(wakes, default=None))
 
-    def _decide(self, ledgers: Mapping[str, Ledger], now: int) -> Iterator[Tuple[str, str, Decision]]:
+    def _decide(self, ledgers: Mapping[str, Ledger], now: int, ended: Optional[str] = None
+                ) -> Iterator[Tuple[str, str, Decision]]:
         """Yield each flow that has been read, its path, and what is to be done about it."""
         live: List[Set[str]] = []
-        for flow, path in self._files().items():
+        for flow, path in flow_files(self._mini.flows_dir).items():
+            if ended not in (None, flow):
+                continue
+
             def is_live(name: str = flow) -> bool:
                 if not live:                   # asked once a turn, and only if something is due
                     live.append(self._live())
@@ -10844,12 +10851,7 @@ class Scheduler:
             schedules = self._schedules(flow, path)
             if schedules is not None:
                 ledger = ledgers.get(flow, Ledger())
-                yield flow, path, due_runs(flow, schedules, ledger, now, is_live, is_made)
-
-    def _files(self) -> Dict[str, str]:
-        """Return the flow files: stem to path."""
-        files = flow_files(self._mini.flows_dir)
-        return {stem: path for stem, path in files.items() if self._only in (None, stem)}
+                yield flow, path, due_runs(flow, schedules, ledger, now, is_live, is_made, ended is not None)
 
     def _schedules(self, flow: str, path: str) -> Optional[Tuple[Schedule, ...]]:
         """Return the schedules of a flow file; None, and once a note, if it can't be read.
@@ -11685,12 +11687,12 @@ def _add_tick(parser: Any) -> None:
          "* * * * *  cd /srv/etl && miniflow tick", _add_tick)
 def run_tick(options: Any) -> int:
     """Start what is due; the ids of the runs are the result."""
-    scheduler = Scheduler(_miniflow(options), only=getattr(options, "only_flow", None))
+    scheduler = Scheduler(_miniflow(options))
     if options.dry_run:
         for run_id in scheduler.due():
             print_result(run_id)
         return 0
-    turn = scheduler.turn()
+    turn = scheduler.turn(getattr(options, "ended", None))
     for run_id in turn.started:
         print_result(run_id)
     return 1 if turn.failed else 0
@@ -11963,9 +11965,9 @@ def run_scheduled() -> int:
     """Make the run of a scheduled time, as sys.argv says; then start what has waited for its end."""
     at, argv = int(sys.argv[2]), sys.argv[3:]
     code = answer(argv, {"scheduled_time": at})
-    if code not in SIGNAL_EXITS.values():      # whoever ends us may want an end of all
+    if code in (0, 1):                         # the run has ended, and not by somebody who wants an end
         flow = re.sub(r"\.(json|py)$", "", os.path.basename(argv[argv.index("run") + 1]))
-        answer([*argv[:6], "tick"], {"only_flow": flow})
+        answer([*argv[:6], "tick"], {"ended": flow})
     return code
 
 

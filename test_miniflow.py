@@ -10,6 +10,7 @@ import collections
 import contextlib
 import datetime
 import errno
+import glob
 import heapq
 import http.server
 import io
@@ -7230,6 +7231,216 @@ class T26Library(unittest.TestCase):
                 self.assertIn("outside the tasks directory", check(path))
             self.assertIn("did you mean ok.py?", check("okk.py"))
             self.assertIn("is not a file", check("sub"))
+
+
+class DyingDisk(mf.Disk):
+    """A Disk that kills its process at call number `at`, and counts a look for a run as a call, too."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def call(self):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+for _name in ("open", "write", "sync", "sync_dir", "replace", "unlink", "truncate", "make_dir", "close"):
+    def _dying(self, *args, _call=getattr(mf.Disk, _name), **options):
+        self.call()
+        return _call(self, *args, **options)
+    setattr(DyingDisk, _name, _dying)
+
+
+class T26bDaemon(unittest.TestCase):
+    RAN = task("x", command="echo $MINIFLOW_RUN_ID >> ran")
+
+    @contextlib.contextmanager
+    def scheduled(self, *tasks, flows=None, **fields):
+        """Give a project with a flow f, its Scheduler, its notes, and a clock that stands an hour ago."""
+        with Project({"f": flow_json(*(tasks or [self.RAN]), **fields), **(flows or {})}) as project:
+            before, clock, notes = os.getcwd(), [int(time.time()) // 3600 * 3600 - 3600], []
+            os.chdir(project.path)
+            try:
+                yield project, mf.Scheduler(mf.MiniFlow(), lambda: clock[0], notes.append), notes, clock
+            finally:
+                os.chdir(before)
+                locks = project.at("miniflow_output", "runs", "*.lock")
+                wait_for(lambda: not any(map(os.path.isfile, glob.glob(locks))), "the ends of the runs")
+
+    @staticmethod
+    def ended(project, run_id):
+        """Wait for the end of a run and return its state."""
+        def state():
+            with contextlib.suppress(OSError, ValueError):
+                found = project.state(run_id)
+                return found if found["status"] != "running" else None
+        return wait_for(state, f"the end of {run_id}")
+
+    def test_ten_ticks_at_once_start_one_run_for_a_time_that_is_due(self):
+        due = int(time.time()) + 3
+        with one(self.RAN, params={"n": 1}, schedule={"at": mf.scheduled_text(due), "params": {"n": 2}}) as project:
+            self.assertEqual(project.cli("tick").stdout, "")   # seen for the first time
+            wait_for(lambda: time.time() >= due, "the time")
+            ticks = [project.start("tick") for _ in range(10)]
+            done = [tick.communicate(timeout=60) + (tick.returncode,) for tick in ticks]
+            run_id = f"f-{re.sub('[-:]', '', mf.scheduled_text(due))}"
+            self.assertEqual(sorted(done), sorted([(b"", b"", 0)] * 9 + [(f"{run_id}\n".encode(), b"", 0)]))
+            state = self.ended(project, run_id)
+            self.assertEqual((state["status"], state["params"], state["scheduled_time"]),
+                             ("success", {"n": 2}, mf.format_time(due)))
+            self.assertEqual(project.lines("ran"), [run_id])
+            self.assertIn(f"run {run_id}: success", project.read(f"miniflow_output/logs/{run_id}/engine.log"))
+            self.assertEqual(os.listdir(project.at("miniflow_output", "runs")), [f"{run_id}.json"])
+
+    def test_a_tick_killed_at_any_point_leaves_what_the_next_one_finishes_and_no_run_comes_twice(self):
+        with self.scheduled(schedule={"every_s": 60, "overlap": "allow"}) as (project, scheduler, _, clock):
+            scheduler.turn()
+            expected, died, point = [], True, 0
+            while died:
+                point += 1
+                clock[0] += 60
+                expected.append(mf.scheduled_id("f", clock[0]))
+                pid = os.fork()
+                if not pid:
+                    with contextlib.suppress(BaseException):
+                        store = mf.Store("miniflow_output", DyingDisk(point))
+                        exists = store.exists
+                        store.exists = lambda run_id: store.disk.call() or exists(run_id)
+                        mini = mf.MiniFlow()
+                        mini.store = store
+                        mf.Scheduler(mini, lambda: clock[0]).turn()
+                        os._exit(0)
+                    os._exit(1)
+                status = os.waitpid(pid, 0)[1]
+                self.assertIn(status, (0, signal.SIGKILL))
+                died = status != 0
+                scheduler.turn()
+                self.assertEqual(scheduler.due(), [])
+            self.assertGreater(point, 15)
+            for run_id in expected:
+                self.assertEqual(self.ended(project, run_id)["status"], "success")
+            wait_for(lambda: not glob.glob("miniflow_output/runs/*.lock"), "the ends of the engines")
+            self.assertEqual(sorted(project.lines("ran")), expected)
+
+    def test_an_engine_for_a_run_that_is_there_does_nothing_even_if_that_has_failed(self):
+        with one(task("x", command="echo >> ran; exit 3")) as project:
+            words = [sys.executable, "-c", mf.SCHEDULED_PROGRAM, ENGINE, "1795219200", "-f", "flows", "-t", "tasks",
+                     "-o", "miniflow_output", "run", project.at("flows/f.json"), "--run-id", "r"]
+            codes = [subprocess.run(words, cwd=project.path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                     for _ in range(2)]
+            self.assertEqual([done.returncode for done in codes], [1, 2])
+            self.assertEqual(codes[1].stderr, b"run r has been started already\n")
+            self.assertEqual(len(project.lines("ran")), 1)
+            self.assertEqual(project.state("r")["scheduled_time"], "2026-11-21T00:00:00.000000Z")
+
+    def test_a_broken_flow_is_named_once_and_stops_no_other(self):
+        broken = {"name": "g", "schedule": "61 * * * *", "tasks": [task("a")]}
+        with self.scheduled(schedule={"every_s": 60, "overlap": "allow"}, flows={"broken": broken, "other": '{"name": '}) as (
+                project, scheduler, notes, clock):
+            for _ in range(3):
+                started = scheduler.turn().started
+                clock[0] += 60
+            self.assertEqual(len(started), 1)
+            self.assertEqual(notes, ['flow broken can\'t be scheduled: flows/broken.json:3:2: schedule: "61" at column 1 '
+                                     "is no minute; give 0 to 59"])
+            project.write("flows/broken.json", json.dumps({**broken, "schedule": {"every_s": 60}}))
+            scheduler.turn()
+            clock[0] += 60
+            self.assertEqual([run_id.partition("-")[0] for run_id in scheduler.turn().started], ["broken", "f"])
+
+    def test_what_waits_is_started_by_the_end_of_the_run_and_goes_on_no_further(self):
+        with self.scheduled(task("x", command="until [ -e go ]; do sleep 0.02; done"),
+                            schedule={"every_s": 60, "overlap": "queue"}) as (project, scheduler, _, clock):
+            started = []
+            for _ in range(5):
+                started += scheduler.turn().started
+                clock[0] += 60
+            self.assertEqual(len(started), 1)
+            waits = mf.scheduled_id("f", clock[0] - 60)
+            self.assertEqual(scheduler.due(), [])
+            self.assertFalse(os.path.exists(f"miniflow_output/runs/{waits}.json"))
+            project.write("go", "")
+            self.assertEqual(self.ended(project, waits)["status"], "success")
+            wait_for(lambda: not glob.glob("miniflow_output/runs/*.lock"), "the end of the engine")
+            self.assertEqual(sorted(row["id"] for row in json.loads(project.cli("runs", "--json").stdout)),
+                             sorted([*started, waits]))
+
+    def test_a_run_that_cannot_be_made_is_told_and_tried_again(self):
+        with self.scheduled(schedule={"every_s": 60}) as (project, scheduler, notes, clock):
+            scheduler.turn()
+            clock[0] += 60
+            run_id = mf.scheduled_id("f", clock[0])
+            os.mkdir(f"miniflow_output/runs/{run_id}.lock")
+            self.assertEqual(scheduler.turn()[:2], ((), (run_id,)))
+            self.assertEqual(notes, [f"run {run_id} is not there: its engine ended with exit code 74; see "
+                                     + project.at("miniflow_output", "logs", run_id, "engine.log")])
+            os.rmdir(f"miniflow_output/runs/{run_id}.lock")
+            self.assertEqual(scheduler.turn()[:2], ((run_id,), ()))
+
+    def test_a_damaged_record_starts_nothing_and_is_left_as_it_is(self):
+        with one(self.RAN, schedule="* * * * *") as project:
+            for content in ("", "{", "[]", '{"format": 2, "flows": {}}', '{"format": 1, "flows": {"f": {"seen": {"a": "?"}}}}'):
+                project.write("miniflow_output/schedule.json", content)
+                done = project.cli("tick")
+                self.assertEqual((done.returncode, done.stdout), (74, ""))
+                self.assertRegex(done.stderr, r"schedule.json: it is damaged \(.*\); nothing was started; restore it")
+                self.assertEqual(project.read("miniflow_output/schedule.json"), content)
+
+    def test_asking_what_is_due_starts_nothing_and_list_tells_what_comes(self):
+        with self.scheduled(schedule={"cron": "@hourly", "catchup": "latest"}) as (project, scheduler, _, clock):
+            scheduler.turn()
+            clock[0] += 3700
+            expected = [mf.scheduled_id("f", clock[0] - 100)]
+            record = project.read("miniflow_output/schedule.json")
+            self.assertEqual((scheduler.due(), scheduler.due()), (expected, expected))
+            now = time.time()
+            code, out, _ = project.main("tick", "--dry-run")
+            self.assertEqual((code, out), (0, f"{mf.scheduled_id('f', int(now) // 3600 * 3600)}\n"))
+            self.assertEqual(project.read("miniflow_output/schedule.json"), record)
+            self.assertEqual(os.listdir("miniflow_output/runs"), [])
+            row, = json.loads(project.main("list", "--json")[1])
+            hours = [mf.scheduled_text(int(now) // 3600 * 3600 + 3600 * n) for n in range(1, 6)]
+            self.assertEqual((row["schedule"], row["next"]), ({"cron": "@hourly", "catchup": "latest"}, hours))
+            self.assertIn(hours[0], project.main("list")[1])
+
+    def test_ids_are_those_of_one_flow_and_time_and_can_be_ids(self):
+        ids = [mf.scheduled_id(flow, 0) for flow in ("etl", "a.b", "a_b", "x" * 128, "x" * 127 + "y")]
+        self.assertEqual(ids[0], "etl-19700101T000000Z")
+        self.assertEqual(len(set(ids)), 5)
+        for run_id in ids:
+            mf.check_run_id(run_id)
+
+    def test_a_loop_takes_turns_until_it_is_told_to_stop_and_says_once_what_is_wrong(self):
+        with self.scheduled(schedule={"every_s": 5}) as (project, scheduler, notes, clock):
+            clock[0] += 3595
+            waits = []
+
+            def rest(seconds):
+                waits.append(seconds)
+                clock[0] += int(seconds)
+                if len(waits) == 2:
+                    project.write("miniflow_output/schedule.json", "{")
+                if len(waits) == 4:
+                    os.remove("miniflow_output/schedule.json")
+                return len(waits) == 6
+
+            mf.schedule_loop(scheduler, rest, lambda: clock[0], notes.append)
+            self.assertEqual(waits, [5, 5, mf.LOOK_S, mf.LOOK_S, 5, 5])
+            self.assertEqual(len([note for note in notes if "it is damaged" in note]), 1)
+            self.assertGreaterEqual(len(glob.glob("miniflow_output/runs/*.json")), 1)
+
+    def test_a_flow_in_python_may_have_a_schedule(self):
+        with self.scheduled() as (project, scheduler, notes, clock):
+            project.write("flows/p.py", "from miniflow import Workflow, task\n@task\ndef a(ctx): pass\n"
+                          "workflow = Workflow([a], schedule=[{'every_s': 60}, '0 6 * * *'])\n")
+            scheduler.turn()
+            clock[0] += 60
+            run_id, = scheduler.turn().started
+            self.assertEqual(self.ended(project, run_id)["status"], "success", notes)
+        with self.assertRaises(mf.FlowError) as caught:
+            mf.Workflow([mf.task(lambda ctx: None, name="a")], name="w", schedule="0 25 * * *")
+        self.assertEqual(str(caught.exception), 'workflow w: schedule.cron: "25" at column 3 is no hour; give 0 to 23')
 
 
 class T27CommandLine(unittest.TestCase):
