@@ -1655,9 +1655,9 @@ def complete_params(flow: Flow, given: Mapping[str, Any], way: str = "--param {}
 #   two day fields                 both have to fit if one of them begins with a star, else one of them
 #
 # Time is not gone through minute by minute.  Dates that fit are found by month and day; on most of them what
-# the wall shows becomes a time by arithmetic, and where clocks change the minutes of an hour or two are looked
-# up one by one.  So no line takes longer than some milliseconds, and one that names no date that ever comes
-# is found out from its fields alone.
+# the wall shows becomes a time by arithmetic, and where clocks change the minutes of an hour or two are
+# looked up one by one.  So no line takes longer than some milliseconds, and one that names no date that ever
+# comes is found out from its fields alone.
 #
 # Time zones are read from the disk by zoneinfo, which this side of the line could not do by itself.  They are
 # taken for what they are: tables that come with the system as those of unicodedata come with Python, the same
@@ -11684,7 +11684,7 @@ def _add_tick(parser: Any) -> None:
 
 
 @command("tick", "start what is due by the flows' schedules, once; for cron and systemd timers",
-         "* * * * *  cd /srv/etl && miniflow tick", _add_tick)
+         "miniflow tick   # in crontab: * * * * * cd /srv/etl && miniflow tick", _add_tick)
 def run_tick(options: Any) -> int:
     """Start what is due; the ids of the runs are the result."""
     scheduler = Scheduler(_miniflow(options))
