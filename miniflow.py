@@ -10891,7 +10891,7 @@ class Scheduler:
         argv = ["-f", self._mini.flows_dir, "-t", self._mini.tasks_dir, "-o", store.path,
                 "run", os.path.abspath(path), "--run-id", run_id]
         argv += ["--params", json.dumps(due.params)] if due.params else []
-        env = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
+        env = {name: value for name, value in os.environ.items() if not _is_own_variable(name)}
         fds = [-1, -1]
         try:
             fds[0] = os.open(os.devnull, os.O_RDONLY)
@@ -10900,7 +10900,7 @@ class Scheduler:
             process = spawn([sys.executable or "python3", "-c", SCHEDULED_PROGRAM, os.path.abspath(__file__),
                              str(due.time), *argv], env, os.getcwd(), (fds[0], fds[1], fds[1]))
             self._engines.append(process)
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, StateError) as exc:
             self._note(f"run {run_id} can't be started: {exc}")
             process = None
         finally:
@@ -10964,7 +10964,8 @@ def schedule_loop(scheduler: Scheduler, rest: Callable[[float], bool], clock: Ca
                   note: Callable[[str], None] = say) -> None:
     """Take turn after turn; in between `rest` waits so many seconds and tells whether to stop.
 
-    What goes wrong with a turn is told once, and the next one tries again.
+    The wait of a threading.Event is such a `rest`.  What goes wrong with a turn is told once, and the next
+    one tries again.
     """
     told = ""
     while True:
@@ -10974,7 +10975,7 @@ def schedule_loop(scheduler: Scheduler, rest: Callable[[float], bool], clock: Ca
             told = ""
             if wake is not None:
                 wait = min(LOOK_S, max(0.05, wake - clock()))
-        except MiniFlowError as exc:
+        except (MiniFlowError, OSError) as exc:
             if str(exc) != told:
                 note(f"the schedule waits: {safe(exc)}")
             told = str(exc)
