@@ -7620,7 +7620,7 @@ class T27CommandLine(unittest.TestCase):
             code, out, _ = project.main("list")
             self.assertEqual(code, 0)
             self.assertRegex(
-                out, r"(?m)^bad +- +- +broken: flows/bad\.json:1:1: tasks is missing.* \(and 1 more\)$")
+                out, r"(?m)^bad +- +- +- +broken: flows/bad\.json:1:1: tasks is missing.* \(and 1 more\)$")
             self.assertRegex(out, r"(?m)^good \(f\) +1 +- +fine$")
             rows = json.loads(project.main("list", "--json")[1])
             self.assertEqual([row["name"] for row in rows], ["bad", "good"])
@@ -8348,7 +8348,8 @@ class T27CommandLine(unittest.TestCase):
         self.assertEqual({field.name for field in mf.TASK_FIELDS} - used, {
             "script", "tags", "env", "cwd", "python", "stdin", "max_backoff_s", "jitter", "timeout_s", "grace_s"})
         self.assertEqual({field.name for field in mf.FLOW_FIELDS} - tour.keys(), {
-            "$schema", "version", "tags", "max_parallel", "fail_fast", "preload", "secrets", "on_success"})
+            "$schema", "version", "tags", "max_parallel", "fail_fast", "preload", "secrets", "on_success",
+            "schedule"})                       # it runs when somebody asks for it
 
     def test_the_sample_flow_makes_a_real_report(self):
         with Project() as project:
@@ -8437,7 +8438,7 @@ class T27CommandLine(unittest.TestCase):
         self.assertEqual(state["definition"]["tasks"][1],
                          {"id": "b", "function": "py:b", "depends_on": ["a"], "kind": "process"})
         for command, expected in (
-                (("list",), "py    3      failed 2026"), (("validate", "py"), "py.py: ok, 3 tasks"),
+                (("list",), "py    3      -     failed 2026"), (("validate", "py"), "py.py: ok, 3 tasks"),
                 (("graph", "py"), "function py:b  <- a"), (("runs", "py"), "r    py    failed"),
                 (("show", "r"), "c     failed   1"), (("logs", "r"), "==> b, attempt 1 <==\nin b 5\n"),
                 (("logs", "r", "b"), "in b 5\n")):
