@@ -38,12 +38,14 @@ Contents
      2. MODEL: what did the author write?
      3. JSON TEXT: what does this text say, and where exactly is it wrong?
      4. VALUES: what do params and ${{ templates }} stand for?
+   4.5. CRON: given a schedule and a time, when next?
      5. CHECKING: what is wrong with the meaning of a flow?
      6. JSON FRONT END: how does a flow become JSON, and JSON a flow?
      7. PYTHON FRONT END: how do functions become a flow?
      8. PLAN: in which order will what happen?
      9. EVENTS AND RUN: what has happened, and what does it add up to?
     10. SCHEDULER: given a run and the time, what should be done now?
+  10.5. DUE RUNS: given schedules and the time, which runs should start?
     11. STATE: how is a run written down, and read back?
     12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
     13. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
@@ -156,7 +158,7 @@ __all__ = [
     "MiniFlowError", "UsageError", "FlowError", "NotFound", "FlowNotFound", "FlowFailed", "RunLocked",
     "StateError", "RetryError", "NoRetry",
     # 2. MODEL
-    "Flow", "Task", "Script", "Command", "Function", "Retry", "Param",
+    "Flow", "Task", "Schedule", "Script", "Command", "Function", "Retry", "Param",
     # 5. CHECKING
     "check_flow",
     # 6. JSON FRONT END
@@ -488,6 +490,27 @@ def instance_id(task_id: str, number: int) -> str:
     return f"{task_id}[{number}]"
 
 
+#: The fields of a schedule that say when, of which it has one.
+WHEN_FIELDS = ("cron", "every_s", "at")
+
+
+class Schedule(NamedTuple):
+    """When a flow is run by itself, with which params, and what is done about times that were missed."""
+
+    cron: Optional[str] = None
+    every_s: Optional[int] = None
+    at: Optional[str] = None
+    timezone: Optional[str] = None             # None: UTC
+    catchup: str = "none"
+    overlap: str = "skip"
+    params: Mapping[str, Any] = {}
+    jitter_s: float = 0
+
+
+#: What becomes of scheduled times that were missed, and of those that come while the flow runs.
+CATCHUPS, OVERLAPS = ("none", "latest", "all"), ("skip", "queue", "allow")
+
+
 class Flow(NamedTuple):
     """A definition: tasks and how they hang together.  `params` is None where any param is taken."""
 
@@ -504,6 +527,7 @@ class Flow(NamedTuple):
     timeout_s: Optional[float] = None
     secrets: Tuple[str, ...] = ()              # environment variables whose values are never shown
     preload: Tuple[str, ...] = ()              # modules that Python scripts find imported already
+    schedule: Tuple[Schedule, ...] = ()
     executor: Optional[str] = None             # of a run: where tasks run that don't say; in no flow file
 
 
@@ -1581,7 +1605,7 @@ def parse_param(name: str, text: str, param: Param) -> Any:
     return value
 
 
-def _unset_params(flow: Flow, params: Mapping[str, Any]) -> List[str]:
+def _unset_params(flow: Flow, params: Mapping[str, Any], way: str) -> List[str]:
     """Return a message for each param that a template needs and that has no value."""
     missing: Dict[str, str] = {}
     sources = [("env", refs(text)) for text in flow.env.values()]
@@ -1591,7 +1615,7 @@ def _unset_params(flow: Flow, params: Mapping[str, Any]) -> List[str]:
             required = flow.params is not None and name in flow.params and flow.params[name].required
             if name not in params and not required:
                 missing.setdefault(name, place)
-    return [f"params.{name}: {place} needs it and nobody gave it; give --param {name}=VALUE"
+    return [f"params.{name}: {place} needs it and nobody gave it; give {way.format(name)}"
             for name, place in missing.items()]
 
 
@@ -1624,8 +1648,11 @@ def _unfit_values(given: Any) -> List[str]:
     return problems
 
 
-def complete_params(flow: Flow, given: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return the params of a run: `given` and the defaults; raise UsageError with all that does not fit."""
+def complete_params(flow: Flow, given: Mapping[str, Any], way: str = "--param {}=VALUE") -> Dict[str, Any]:
+    """Return the params of a run: `given` and the defaults; raise UsageError with all that does not fit.
+
+    `way` is how a param that lacks can be given.
+    """
     problems = _unfit_values(given)
     if problems:
         raise UsageError("\n".join(problems))
@@ -1641,19 +1668,343 @@ def complete_params(flow: Flow, given: Mapping[str, Any]) -> Dict[str, Any]:
         value = given.get(name, param.default)
         if value is MISSING:
             if param.required:
-                problems.append(f"params.{name}: is required; give --param {name}=VALUE")
+                problems.append(f"params.{name}: is required; give {way.format(name)}")
             continue
         found: List[Problem] = []
         check_schema(param_schema(param), value, ("params", name), found)
         problems += [f"{format_path(p.path)}: {p.what}" for p in found]
         result[name] = value
-    problems += _unset_params(flow, result)
+    problems += _unset_params(flow, result, way)
     for first, second in _clashing(result):
         problems.append(f"params.{second}: {first} is MINIFLOW_PARAM_{param_variable(first)} as well; "
                         "rename one")
     if problems:
         raise UsageError("\n".join(problems))
     return result
+
+
+# ============================================================================
+# == 4.5. CRON: given a schedule and a time, when next?
+# ============================================================================
+# A time is whole seconds since 1970.  A cron line is matched against what a clock on the wall shows in its
+# time zone, and what the wall shows becomes a time by these rules, which are Vixie cron's where it has any:
+#
+#   an hour that the wall skips    counts once, at the moment that it is skipped; not for a line that names
+#                                  all hours, which runs in the next one anyway
+#   an hour that it shows twice    counts once, the first time; twice for a line with a star or a step in its
+#                                  minutes or hours
+#   two day fields                 both have to fit if one of them begins with a star, else one of them
+#
+# Time is not gone through minute by minute.  Dates that fit are found by month and day; on most of them what
+# the wall shows becomes a time by arithmetic, and where clocks change the minutes of an hour or two are
+# looked up one by one.  So no line takes longer than some milliseconds, and one that names no date that ever
+# comes is found out from its fields alone.
+#
+# Time zones are read from the disk by zoneinfo, which this side of the line could not do by itself.  They are
+# taken for what they are: tables that come with the system as those of unicodedata come with Python, the same
+# at every look.  To hand them in from below would put a parameter on all that reads a flow, for nothing.
+
+LATE_S = 60                                    # what starts later than this has been missed
+MAX_CRON = 1000                                # characters
+_LAST_YEAR = 9990
+_MONDAY = 345600                               # 1970-01-05, from which every_s counts
+
+
+class CronField(NamedTuple):
+    """One of the five fields of a cron line: `largest` is the largest number that it takes."""
+
+    name: str
+    low: int
+    high: int
+    largest: int
+    names: Mapping[str, int] = {}
+
+    @property
+    def takes(self) -> str:
+        """What can be written in it, in words."""
+        names = list(self.names)
+        return f"{self.low} to {self.largest}" + (f", or {names[0]} to {names[-1]}" if names else "")
+
+
+_CRON_FIELDS = (
+    CronField("minute", 0, 59, 59), CronField("hour", 0, 23, 23), CronField("day of month", 1, 31, 31),
+    CronField("month", 1, 12, 12, {name: n for n, name in enumerate(
+        "jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}),
+    CronField("day of week", 0, 6, 7, {name: n for n, name in enumerate(
+        "sun mon tue wed thu fri sat".split())}))
+CRON_WORDS = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
+              "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *",
+              "@annually": "0 0 1 1 *"}
+_DAYS_OF = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+
+
+class Cron(NamedTuple):
+    """A cron line that has been read; weekdays count from 0, Sunday."""
+
+    minutes: Tuple[int, ...]
+    hours: Tuple[int, ...]
+    days: FrozenSet[int]
+    months: FrozenSet[int]
+    weekdays: FrozenSet[int]
+    either: bool                               # one of the two day fields is enough
+    repeats: bool                              # it counts twice what the wall shows twice
+
+    def has_date(self, day: datetime.date) -> bool:
+        """Tell whether it names a date."""
+        fits = day.day in self.days, day.isoweekday() % 7 in self.weekdays
+        return day.month in self.months and (any(fits) if self.either else all(fits))
+
+    def dates(self, day: datetime.date) -> Iterator[datetime.date]:
+        """Yield the dates that it names, from `day` on."""
+        one = datetime.timedelta(days=1)
+        while day.year < _LAST_YEAR:
+            if day.month not in self.months:
+                day = (day.replace(day=28) + 4 * one).replace(day=1)
+                continue
+            if self.has_date(day):
+                yield day
+            day += one
+
+
+def _cron_number(text: str, field: CronField, at: int) -> int:
+    """Return the number that `text`, at column `at` of a cron line, stands for; raise ValueError."""
+    name = text.lower()
+    number = field.names.get(name, int(text) if re.fullmatch("[0-9]{1,9}", text) else -1)
+    if not field.low <= number <= field.largest:
+        raise ValueError(f"{shown(text)} at column {at} is no {field.name}; give {field.takes}")
+    return number
+
+
+def _cron_part(part: str, field: CronField, at: int) -> range:
+    """Return what one part of a field's list names: *, a, a-b, and each with /n; raise ValueError."""
+    body, slash, step = part.partition("/")
+    first, dash, last = body.partition("-")
+    start, end = field.low, field.high
+    if body != "*":
+        start = _cron_number(first, field, at)
+        if dash:
+            end = _cron_number(last, field, at + len(first) + 1)
+            if last.lower() == "sun" and start:
+                end = 7                        # fri-sun: by its name, Sunday ends a week as well
+            if end < start:
+                raise ValueError(f"{shown(body)} at column {at} runs backwards; " + (
+                    f"as the end of a week, Sunday is 7: {first}-7" if field.largest > field.high and not end
+                    else f"give two ranges: {first}-{field.high},{field.low}-{last}"))
+        else:
+            end = max(start, field.high) if slash else start
+    if not slash:
+        return range(start, end + 1)
+    at += len(body) + 1
+    if not re.fullmatch("[0-9]{1,9}", step) or int(step) < 1:
+        raise ValueError(f"{shown(step)} at column {at} is no step; give a number from 1")
+    if int(step) > field.largest:
+        raise ValueError(f"a step of {step} at column {at} is more than any {field.name} and would leave "
+                         f"{start} alone; write {start}, or give every_s instead of cron")
+    return range(start, end + 1, int(step))
+
+
+def _cron_field(text: str, field: CronField, at: int) -> FrozenSet[int]:
+    """Return the numbers that a field names; raise ValueError."""
+    found: Set[int] = set()
+    for part in text.split(","):
+        if not part:
+            raise ValueError(f"nothing stands beside a comma at column {at}, in the field for {field.name}; "
+                             f"give {field.takes}")
+        found.update(_cron_part(part, field, at))
+        at += len(part) + 1
+    return frozenset(n % 7 for n in found) if field.largest > field.high else frozenset(found)
+
+
+def _cron_fields(line: str) -> List[Tuple[str, int]]:
+    """Return the five fields of a line, each with its column from 1; raise ValueError."""
+    text = line.strip(" \t")
+    if len(line) > MAX_CRON:
+        raise ValueError(f"{shown(line)} has {len(line)} characters, more than {MAX_CRON}; "
+                         "give ranges and steps")
+    if text.startswith("@"):
+        word = text.lower()
+        if word not in CRON_WORDS:
+            raise ValueError(f"{shown(text)} " + (
+                "names no time; start the flow where the system starts its services" if word == "@reboot" else
+                "is no cron line; give every_s, in seconds, instead of cron" if word.startswith("@every") else
+                "is no cron line" + (near(word, CRON_WORDS) or f"; there are {', '.join(CRON_WORDS)}")))
+        line = CRON_WORDS[word]
+    fields = [(match[0], match.start() + 1) for match in re.finditer(r"[^ \t]+", line)]
+    if len(fields) != 5:
+        raise ValueError(f"{shown(line)} has {len(fields)} fields; "
+                         "give five: minute, hour, day of month, month, day of week")
+    return fields
+
+
+@_remembering
+def parse_cron(line: str) -> Cron:
+    """Read a cron line; raise ValueError with all that is wrong with it, a line each."""
+    fields, found, problems = _cron_fields(line), [], []
+    for (text, at), field in zip(fields, _CRON_FIELDS):
+        try:
+            found.append(_cron_field(text, field, at))
+        except ValueError as exc:
+            problems.append(str(exc))
+    if problems:
+        raise ValueError("\n".join(problems))
+    minutes, hours, days, months, weekdays = found
+    either = not any(fields[n][0].startswith("*") for n in (2, 4))
+    if not either and min(days) > max(_DAYS_OF[month - 1] for month in months):
+        raise ValueError(f"{shown(line)} names a date that never comes: day {fields[2][0]} of month "
+                         f"{fields[3][0]}; give another day or month")
+    return Cron(tuple(sorted(minutes)), tuple(sorted(hours)), days, months, weekdays, either,
+                any(sign in fields[n][0] for sign in "*/" for n in (0, 1)))
+
+
+@_remembering
+def find_zone(name: Optional[str]) -> datetime.tzinfo:
+    """Return the time zone of that name, UTC for None; raise ValueError."""
+    if name in (None, "UTC"):
+        return datetime.timezone.utc           # needs no data
+    import zoneinfo
+    try:
+        return zoneinfo.ZoneInfo(str(name))
+    except (ValueError, LookupError, OSError):
+        known = zoneinfo.available_timezones()
+    if not known:
+        raise ValueError(f"{shown(name)} is not known, as this system has no time zones (looked for in "
+                         f"{', '.join(zoneinfo.TZPATH) or 'no directory'}); install tzdata, or give UTC")
+    raise ValueError(f"no time zone {shown(name)}"
+                     + (near(str(name), known) or "; give one like Europe/Berlin, or UTC"))
+
+
+def _moment(wall: datetime.datetime) -> int:
+    """Return the time at which a clock on the wall shows this."""
+    return round(wall.timestamp())
+
+
+def _change(low: int, high: int, zone: datetime.tzinfo) -> int:
+    """Return when, after `low` and not after `high`, the clocks changed to what they are at `high`."""
+    def offset(at: int) -> Any:
+        return datetime.datetime.fromtimestamp(at, zone).utcoffset()
+
+    late = offset(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if offset(middle) == late else (middle, high)
+    return high
+
+
+def _both(wall: datetime.datetime) -> Tuple[int, int]:
+    """Return when a clock on the wall shows this for the first and for the second time.
+
+    They are the same but where clocks change; what is skipped has the second before the first.
+    """
+    return _moment(wall), _moment(wall.replace(fold=1))
+
+
+def _moments(wall: datetime.datetime, repeats: bool, makes_up: bool) -> Tuple[int, ...]:
+    """Return when a wall clock shows this: once, twice, or never, for which the clocks' change stands in."""
+    first, second = _both(wall)
+    if first == second:
+        return (first,)
+    if first < second:
+        return (first, second) if repeats else (first,)
+    assert wall.tzinfo
+    return (_change(second, first, wall.tzinfo),) if makes_up else ()
+
+
+def _has_change(day: datetime.date, zone: datetime.tzinfo) -> bool:
+    """Tell whether the clocks may change on a date, or with its end."""
+    start = datetime.datetime(day.year, day.month, day.day, tzinfo=zone)
+    return start.utcoffset() != (start + datetime.timedelta(days=1)).replace(fold=1).utcoffset()
+
+
+def _first_on(day: datetime.date, cron: Cron, zone: datetime.tzinfo, after: int) -> Optional[int]:
+    """Return the first time later than `after` that a line names on a date that it names."""
+    if not _has_change(day, zone):
+        midnight = _moment(datetime.datetime(day.year, day.month, day.day, tzinfo=zone))
+        hours = (midnight + hour * 3600 for hour in cron.hours)
+        return next((at for hour_at in hours if hour_at + 3540 > after
+                     for at in (hour_at + minute * 60 for minute in cron.minutes) if at > after), None)
+    found, makes_up = None, len(cron.hours) < 24    # type: Optional[int], bool
+    for hour in cron.hours:
+        wall = datetime.datetime(day.year, day.month, day.day, hour, tzinfo=zone)
+        if max(_both(wall.replace(minute=59))) <= after:
+            continue
+        if found is not None and min(_both(wall)) > found:
+            break                              # so is all that the wall shows later
+        times = [at for minute in cron.minutes
+                 for at in _moments(wall.replace(minute=minute), cron.repeats, makes_up) if at > after]
+        found = min(times + ([] if found is None else [found]), default=None)
+    return found
+
+
+def next_cron(cron: Cron, zone: datetime.tzinfo, after: int) -> Optional[int]:
+    """Return the first time later than `after` that a line names in a time zone; None: it never comes.
+
+    Where clocks go back over midnight, a date begins before the one before it is over for good: so the day
+    before is looked at, too, and the two after one with a change.
+    """
+    yesterday = datetime.datetime.fromtimestamp(after, zone).date() - datetime.timedelta(days=1)
+    found, until = None, None                  # type: Optional[int], Optional[datetime.date]
+    for day in cron.dates(yesterday):
+        if until and day > until:
+            break
+        at = _first_on(day, cron, zone, after)
+        if at is not None:
+            found = at if found is None else min(at, found)
+            until = until or day + datetime.timedelta(days=2 * _has_change(day, zone))
+    return found
+
+
+_AT = r"([0-9]{4})-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}(:[0-9]{2})?(Z|[+-][0-9]{2}:?[0-5][0-9])?"
+
+
+def has_own_zone(text: str) -> bool:
+    """Tell whether a time in ISO 8601 says in which zone it is."""
+    match = re.fullmatch(_AT, text.upper().replace(" ", "T"))
+    return bool(match and match[3])
+
+
+def parse_at(text: str, zone: datetime.tzinfo) -> int:
+    """Return a time in ISO 8601, which is one in `zone` unless it says another; raise ValueError."""
+    iso = text.upper().replace(" ", "T")
+    match = re.fullmatch(_AT, iso)
+    try:
+        if not match or not 1970 <= int(match[1]) < _LAST_YEAR:
+            raise ValueError(text)
+        own = (match[3] or "").replace("Z", "+00:00").replace(":", "")
+        wall = datetime.datetime.fromisoformat(iso[:match.start(3)] if own else iso)
+        if own:                                # which Python 3.9 reads in one form only
+            sign, hours, minutes = int(own[0] + "1"), int(own[1:3]), int(own[3:])
+            zone = datetime.timezone(sign * datetime.timedelta(hours=hours, minutes=minutes))
+    except ValueError:
+        raise ValueError(f"{shown(text)} is no time; give one like 2027-01-31T06:00:00, "
+                         "with Z or +01:00 behind it or a timezone beside it") from None
+    return _moments(wall.replace(tzinfo=zone), False, True)[0]
+
+
+def next_time(schedule: Schedule, after: int) -> Optional[int]:
+    """Return the first scheduled time later than `after`, or None; the schedule has been checked."""
+    if schedule.cron is not None:
+        return next_cron(parse_cron(schedule.cron), find_zone(schedule.timezone), after)
+    if schedule.every_s is not None:
+        return after + schedule.every_s - (after - _MONDAY) % schedule.every_s
+    assert schedule.at is not None
+    at = parse_at(schedule.at, find_zone(schedule.timezone))
+    return at if at > after else None
+
+
+def upcoming(schedules: Iterable[Schedule], after: int) -> Iterator[int]:
+    """Yield the scheduled times later than `after`, each once, in order."""
+    each = list(schedules)
+    while True:
+        times = [at for at in (next_time(schedule, after) for schedule in each) if at is not None]
+        if not times:
+            return
+        after = min(times)
+        yield after
+
+
+def scheduled_text(at: int) -> str:
+    """Return a scheduled time as 2026-11-21T06:00:00Z."""
+    return datetime.datetime.fromtimestamp(at, datetime.timezone.utc).isoformat()[:19] + "Z"
 
 
 # ============================================================================
@@ -1956,6 +2307,48 @@ def _check_params(params: Mapping[str, Param]) -> Iterator[Problem]:
                           "rename one")
 
 
+def _check_times(schedule: Schedule) -> Iterator[Problem]:
+    """Yield what is wrong with when a schedule says, at a path within it."""
+    given = [name for name in WHEN_FIELDS if getattr(schedule, name) is not None]
+    if len(given) != 1:
+        yield Problem((), f"give one of {', '.join(WHEN_FIELDS)}, "
+                          f"not {' and '.join(given) or 'none of them'}")
+    own = schedule.at is not None and has_own_zone(schedule.at)
+    if schedule.timezone is not None and (own or given == ["every_s"]):
+        yield Problem(("timezone",), "at says its zone itself; remove one of them" if own else
+                      "goes with cron and at only; remove it")
+    readers: Tuple[Tuple[str, Callable[[], Any]], ...] = (
+        ("timezone", lambda: find_zone(schedule.timezone)),
+        ("cron", lambda: parse_cron(schedule.cron) if schedule.cron is not None else None),
+        ("at", lambda: parse_at(schedule.at, find_zone(None)) if schedule.at is not None else None))
+    for name, reader in readers:
+        try:
+            reader()
+        except ValueError as exc:
+            yield from (Problem((name,), line) for line in str(exc).split("\n"))
+    if schedule.every_s is not None and schedule.jitter_s > schedule.every_s:
+        yield Problem(("jitter_s",), f"{shown(schedule.jitter_s)} is more than every_s, {schedule.every_s}")
+
+
+def _check_schedules(flow: Flow) -> Iterator[Problem]:
+    """Yield what is wrong with the schedules of a flow, and with what they give to its params."""
+    first: Dict[Tuple[Any, ...], int] = {}
+    for n, schedule in enumerate(flow.schedule):
+        place: Path = ("schedule", n) if len(flow.schedule) > 1 else ("schedule",)
+        yield from (Problem(place + found.path, found.what) for found in _check_times(schedule))
+        when = schedule[:4]                    # what WHEN_FIELDS say, and the time zone
+        if first.setdefault(when, n) != n:
+            yield Problem(place, f"the same times as schedule[{first[when]}], whose runs they are; remove it")
+        try:
+            complete_params(flow, schedule.params, "{} in the schedule's params")
+        except UsageError as exc:
+            for line in str(exc).split("\n"):
+                name, _, what = line[len("params."):].partition(": ")
+                yield Problem(place + ("params", name), what)
+        except ValueError:
+            pass                               # a template that can't be read, reported as what it is
+
+
 def check_flow(flow: Flow) -> List[Problem]:
     """Return all that is wrong with the meaning of `flow`; an empty list means that it can run."""
     problems = list(_check_params(flow.params or {}))
@@ -1968,6 +2361,7 @@ def check_flow(flow: Flow) -> List[Problem]:
     problems += _check_graph(flow)
     problems += _check_pools(flow)
     problems += _check_templates(flow)
+    problems += _check_schedules(flow)
     return problems
 
 
@@ -2077,6 +2471,20 @@ ACTION_FIELDS = (
     Field("wait_for", object_schema(WAIT_FIELDS), "something to wait for"),
     Field("flow", _NAME, "another flow of the directory, as a run of its own"),
 )
+SCHEDULE_FIELDS = (
+    Field("cron", _TEXT, "five fields: minute, hour, day of month, month, day of week; or a word, as @daily"),
+    Field("every_s", {"type": "integer", "minimum": 1, "maximum": 315360000},
+          "so many seconds apart, counted from Monday, 1970-01-05T00:00:00Z"),
+    Field("at", _TEXT, "one time, as 2027-01-31T06:00:00"),
+    Field("timezone", _TEXT, "where the clocks of cron and at hang, as Europe/Berlin; default: UTC"),
+    Field("catchup", {"type": "string", "enum": list(CATCHUPS)},
+          "which of the times that were missed are made up for; default: none"),
+    Field("overlap", {"type": "string", "enum": list(OVERLAPS)},
+          "what becomes of a time that comes while the flow runs; default: skip"),
+    Field("params", {"type": "object"}, "params of its runs"),
+    Field("jitter_s", {"type": "number", "minimum": 0, "maximum": 3600},
+          "a run starts up to so many seconds after its time"),
+)
 
 RESOURCE_FIELDS = (
     Field("cpus", {"type": "integer", "minimum": 1, "maximum": 1000000}, "CPUs for the task"),
@@ -2128,6 +2536,8 @@ _NOT_INHERITED = frozenset(["id", "depends_on", "foreach", "matrix", "max_parall
 _FOR_ACTION = {"python": ("script",), "args": ("script", "command"), "stdin": ("script", "command"),
                "executor": ("script", "command"), "resources": ("script", "command"),
                "params": ("flow",), **dict.fromkeys(["inputs", "outputs"], ("script", "command", "http"))}
+#: Members of Flow that are made of their fields, not these themselves.
+_MADE_MEMBERS = ("params", "tasks", "schedule")
 #: Fields that are members of Task as they stand.
 _PLAIN_FIELDS = frozenset(Task._fields) - {"action", "retry", "handler"}
 #: Members of Task whose field has a name that Python keeps for itself.
@@ -2141,6 +2551,10 @@ _TASK_SCHEMA = object_schema(TASK_FIELDS)
 _DEFAULTS_SCHEMA = object_schema(TASK_FIELDS, _NOT_INHERITED)
 _HANDLER_SCHEMA = {**object_schema(TASK_FIELDS, ["depends_on", "trigger_rule"]), "required": [],
                    "title": "a task: an object"}
+_SCHEDULE: Schema = {"anyOf": [_TEXT, object_schema(SCHEDULE_FIELDS)], "title": "a cron line or an object"}
+_SCHEDULES: Schema = {
+    "anyOf": [*_SCHEDULE["anyOf"], {"type": "array", "items": _SCHEDULE, "minItems": 1, "maxItems": 100}],
+    "title": "a cron line, an object, or an array of up to 100 of these"}
 
 FLOW_FIELDS = (
     Field("$schema", {}, "ignored; for editors"),
@@ -2162,6 +2576,7 @@ FLOW_FIELDS = (
                       "title": "an array of names of Python modules"},
           "Python modules that are imported once for all Python scripts"),
     Field("timeout_s", _LIMIT, "seconds that the whole run may take"),
+    Field("schedule", _SCHEDULES, "when it is run by itself: a cron line, an object, or an array of these"),
     Field("secrets", {"type": "array", "items": {"type": "string", "pattern": r"^[A-Za-z_][A-Za-z0-9_]*$",
                                                  "title": "the name of an environment variable"},
                       "title": "an array of names of environment variables"},
@@ -2181,6 +2596,9 @@ def flow_schema() -> Schema:
     schema = object_schema(FLOW_FIELDS)
     long_form = {"type": "object", "anyOf": [{"required": [word]} for word in _LONG_FORM]}
     schema["properties"]["params"]["additionalProperties"] = {"if": long_form, "then": _PARAM_SCHEMA}
+    when = {**_SCHEDULE["anyOf"][1], "oneOf": [{"required": [word]} for word in WHEN_FIELDS]}
+    each = {**_SCHEDULE, "anyOf": [_TEXT, when]}
+    schema["properties"]["schedule"]["anyOf"] = [*each["anyOf"], {**_SCHEDULES["anyOf"][2], "items": each}]
     task = schema["properties"]["tasks"]["items"] = dict(_TASK_SCHEMA)
     task["oneOf"] = [{"required": [field.name]} for field in ACTION_FIELDS]
     task["dependentSchemas"] = {name: {"anyOf": [{"required": [action]} for action in actions]}
@@ -2211,6 +2629,31 @@ def _make_params(raw: Any, problems: List[Problem]) -> Optional[Dict[str, Param]
         else:
             params[name] = Param(default=value)
     return params
+
+
+def make_schedules(raw: Any) -> Tuple[Schedule, ...]:
+    """Return the schedules of the sound field `schedule`."""
+    return tuple(Schedule(cron=each) if isinstance(each, str) else Schedule(**each)
+                 for each in (raw if isinstance(raw, (list, tuple)) else [raw]))
+
+
+def _read_schedules(raw: Any, problems: List[Problem]) -> Tuple[Schedule, ...]:
+    """Return what is sound of the raw `schedule`; what is wrong with its shape goes to `problems`."""
+    found: List[Problem] = []
+    check_schema(_SCHEDULES, raw, ("schedule",), found)
+    problems += found
+    bad = {problem.path for problem in found}
+    if ("schedule",) in bad:
+        return ()
+    schedules = []
+    for n, each in enumerate(raw if isinstance(raw, list) else [raw]):
+        place: Path = ("schedule", n) if isinstance(raw, list) else ("schedule",)
+        members: Dict[str, Any] = {} if place in bad else {"cron": each} if isinstance(each, str) else each
+        sound = {name: value for name, value in members.items() if place + (name,) not in bad}
+        if not sound.keys() & set(WHEN_FIELDS) and (place in bad or members.keys() & set(WHEN_FIELDS)):
+            sound["at"] = f"9000-01-01T00:{n // 60:02}:{n % 60:02}"        # stands in for what was reported
+        schedules.append(Schedule(**sound))
+    return tuple(schedules)
 
 
 def _frozen(value: Any) -> Any:
@@ -2288,7 +2731,7 @@ def read_flow(raw: Any, problems: List[Problem]) -> Optional[Flow]:
     whole = {**_FLOW_SCHEMA, "properties": {**_FLOW_SCHEMA["properties"], "tasks": {
         "type": "array", "minItems": 1, "items": {"type": "object", "title": "a task: an object"},
         "title": "a non-empty array of tasks"},
-        **dict.fromkeys(HANDLERS, {"type": "object", "title": "a task: an object"})}}
+        "schedule": {}, **dict.fromkeys(HANDLERS, {"type": "object", "title": "a task: an object"})}}
     fields = _sound(whole, raw, (), problems)
     given = raw.get("defaults")
     defaults = _sound(_DEFAULTS_SCHEMA, given, ("defaults",), []) if isinstance(given, dict) else {}
@@ -2299,13 +2742,15 @@ def read_flow(raw: Any, problems: List[Problem]) -> Optional[Flow]:
         blank = Task("", Command("exit 70"))
         tasks = [task or blank._replace(id=f" {n}") for n, task in enumerate(tasks)]
     simple = {name: _frozen(fields[name]) for name in Flow._fields
-              if name in fields and name not in ("params", "tasks")}
+              if name in fields and name not in _MADE_MEMBERS}
     simple.setdefault("name", "unnamed")
     handlers = {name: _read_task({"id": name, **fields[name]}, (name,), defaults, problems, _HANDLER_SCHEMA)
                 for name in HANDLERS if name in fields}
     return Flow(tasks=add_handlers([task for task in tasks if task],
                                    {name: task for name, task in handlers.items() if task}),
-                params=_make_params(fields.get("params"), problems), **simple)
+                params=_make_params(fields.get("params"), problems),
+                schedule=_read_schedules(fields["schedule"], problems) if "schedule" in fields else (),
+                **simple)
 
 
 def parse_flow(content: Union[bytes, str], where: str,
@@ -2351,12 +2796,20 @@ def task_to_json(task: Task) -> Dict[str, Any]:
             **_unusual(task.retry)}
 
 
+def schedules_to_json(schedules: Sequence[Schedule]) -> Any:
+    """Return the field `schedule` in its shortest form: a cron line alone, an object, or an array."""
+    found = [members["cron"] if [*members] == ["cron"] else members for members in map(_unusual, schedules)]
+    return found[0] if len(found) == 1 else found
+
+
 def flow_to_json(flow: Flow) -> Dict[str, Any]:
     """Return `flow` as the JSON value of a flow file, with defaults spread over the tasks."""
     members = _unusual(flow)
     if flow.params is not None:
         members["params"] = {name: _unusual(param) or {"required": False}
                              for name, param in flow.params.items()}
+    if flow.schedule:
+        members["schedule"] = schedules_to_json(flow.schedule)
     for task in flow.tasks:
         if task.handler:
             fields = task_to_json(task)
@@ -2370,10 +2823,11 @@ def flow_to_json(flow: Flow) -> Dict[str, Any]:
 def recorded_flow(value: Mapping[str, Any]) -> Flow:
     """Return the Flow that flow_to_json wrote down; nothing is checked again."""
     simple = {name: _frozen(value[name]) for name in Flow._fields
-              if name in value and name not in ("params", "tasks")}
+              if name in value and name not in _MADE_MEMBERS}
     params = _make_params(value.get("params"), [])
     handlers = {name: make_task(value[name]) for name in HANDLERS if name in value}
-    return Flow(tasks=add_handlers(list(map(make_task, value["tasks"])), handlers), params=params, **simple)
+    return Flow(tasks=add_handlers(list(map(make_task, value["tasks"])), handlers), params=params,
+                schedule=make_schedules(value["schedule"]) if "schedule" in value else (), **simple)
 
 
 # ============================================================================
@@ -2578,7 +3032,7 @@ def task(function: Optional[Callable[..., Any]] = None, *, name: Optional[str] =
 def make_flow(name: str, tasks: Sequence[FunctionTask], **fields: Any) -> Flow:
     """Return the checked Flow of `tasks`; raise FlowError with all that is wrong.
 
-    `fields` are those of a Flow: description, version, tags, max_parallel, pools, fail_fast.
+    `fields` are those of a Flow: description, version, tags, max_parallel, pools, fail_fast, schedule.
     """
     ours, problems = set(tasks), []
     for item in tasks:
@@ -2593,6 +3047,8 @@ def make_flow(name: str, tasks: Sequence[FunctionTask], **fields: Any) -> Flow:
             check_schema(schemas[field], list(value) if isinstance(value, tuple) else value, (field,), found)
     members = {field: _frozen(value) for field, value in fields.items() if value is not None}
     upstream = [tuple(up.name for up in item.upstream if up in ours) for item in tasks]
+    if "schedule" in members:
+        members["schedule"] = make_schedules(members["schedule"]) if not found else ()
     flow = Flow(name, tuple(item.task._replace(depends_on=names) if names else item.task
                             for item, names in zip(tasks, upstream)), **members)
     if not found:
@@ -3831,6 +4287,157 @@ def drive(run: Run, world: Any, record: Callable[[List[Event], int], None], slot
 
 
 # ============================================================================
+# == 10.5. DUE RUNS: given schedules and the time, which runs should start?
+# ============================================================================
+# A scheduled time starts one run, a while later if the schedule has a jitter.  The Ledger of a flow says for
+# each of its schedules up to which start all has been seen to: started, skipped, or missed for good.  What
+# lies between that and now is owed.  due_runs() reads it and returns what is to be started and the next
+# Ledger; it is told which runs are there already, so that asking again after any crash starts nothing twice.
+#
+#   catchup   none     what was missed, by more than LATE_S, is dropped
+#             latest   if all that is owed was missed, the last of it is started
+#             all      everything that is owed is started, the oldest first
+#   overlap   skip     what comes while the flow runs is dropped
+#             queue    it waits for the end of that run; of several the last one does
+#             allow    it is started all the same
+#
+# What was missed is never skipped for a run that goes on: it waits, or `all` would make up for one time of
+# many.  That takes no list of times: the Ledger stays where it is.
+#
+# The Ledger is kept by what a schedule says, not by its place: a schedule that was changed is a new one and
+# owes nothing older.  Where the clock was set back behind the Ledger, that goes back, too: runs that were
+# made by the wrong clock are there and are not made again.
+
+MAX_STARTS = 16                                # of one flow in one turn, where runs may overlap
+BUSY_LOOK_S = 1                                # how often to see whether the run that others wait for is over
+
+
+class Ledger(NamedTuple):
+    """What has been seen to of one flow: by schedule the last start, and a scheduled time that waits."""
+
+    seen: Mapping[str, int] = {}
+    queued: Optional[int] = None
+
+
+class DueRun(NamedTuple):
+    """A run that is to be started: its scheduled time and its params."""
+
+    time: int
+    params: Mapping[str, Any]
+
+
+class Decision(NamedTuple):
+    """What to start now, the Ledger once that is done, and when to ask again (None: no time will come)."""
+
+    starts: Tuple[DueRun, ...]
+    ledger: Ledger
+    wake: Optional[int]
+
+
+def schedule_key(schedule: Schedule) -> str:
+    """Return what a schedule is known by: the times that it names."""
+    word, value = next((name, getattr(schedule, name)) for name in WHEN_FIELDS
+                       if getattr(schedule, name) is not None)
+    return f"{word} {value}" + (f" {schedule.timezone}" if schedule.timezone else "")
+
+
+def starts(flow: str, schedule: Schedule, after: int) -> Iterator[Tuple[int, int]]:
+    """Yield (start, scheduled time) in the order of the starts, those later than `after`.
+
+    How long after its scheduled time a run starts is drawn from that and the flow, so that everybody who asks
+    gets the same.
+    """
+    waiting: List[Tuple[int, int]] = []
+    at = next_time(schedule, after - int(schedule.jitter_s) - 1)
+    while waiting or at is not None:
+        if at is None or waiting and waiting[0][0] <= at:
+            found = heapq.heappop(waiting)
+            if found[0] > after:
+                yield found
+        else:
+            heapq.heappush(waiting, (at + int(chance(flow, at) * schedule.jitter_s), at))
+            at = next_time(schedule, at)
+
+
+def _latest(flow: str, schedule: Schedule, after: int, now: int) -> Iterator[Tuple[int, int]]:
+    """Yield the last start that is later than `after` and not later than `now`, if there is one."""
+    found, back = None, 3600                   # looked for further and further back
+    while found is None:
+        since = max(after, now - back)
+        for start in starts(flow, schedule, since):
+            if start[0] > now:
+                break
+            found = start
+        if since == after:
+            break
+        back *= 4
+    if found:
+        yield found
+
+
+def _owed(flow: str, schedule: Schedule, seen: int, now: int) -> Iterator[Tuple[int, int]]:
+    """Yield (start, scheduled time) of what is owed, in order."""
+    fresh = max(seen, now - LATE_S - 1)
+    if schedule.catchup == "latest" and next(starts(flow, schedule, fresh), (now + 1, 0))[0] > now:
+        yield from _latest(flow, schedule, seen, now)
+        return
+    for start in starts(flow, schedule, seen if schedule.catchup == "all" else fresh):
+        if start[0] > now:
+            return
+        yield start
+
+
+def _owner(schedules: Sequence[Schedule], at: int) -> Optional[int]:
+    """Return the number of the first schedule that names a time."""
+    return next((n for n, schedule in enumerate(schedules) if next_time(schedule, at - 1) == at), None)
+
+
+def due_runs(flow: str, schedules: Sequence[Schedule], ledger: Ledger, now: int, is_busy: Callable[[], bool],
+             is_made: Callable[[int], bool], only_queued: bool = False) -> Decision:
+    """Return what to start of a flow at `now`, at most MAX_STARTS runs; `only_queued`: what has waited.
+
+    `is_busy` tells whether a run of the flow goes on, `is_made` whether the run of a scheduled time is there.
+    """
+    keys = [schedule_key(schedule) for schedule in schedules]
+    seen = {key: now if ledger.seen.get(key, now) > now + LATE_S else ledger.seen.get(key, now)
+            for key in keys}
+    due: List[DueRun] = []
+    queued, waits = ledger.queued, False
+    if queued is not None:
+        number = _owner(schedules, queued)
+        if number is None or queued > now + LATE_S or is_made(queued):
+            queued = None                      # its schedule has gone, or a killed daemon started it
+        elif not is_busy():
+            due.append(DueRun(queued, schedules[number].params))
+            queued = None
+    heads: List[Tuple[bool, int, int, int, Iterator[Tuple[int, int]]]] = []
+
+    def go_on(number: int, rest: Iterator[Tuple[int, int]]) -> None:
+        for start, at in islice(rest, 1):      # what comes now goes before what was missed
+            heapq.heappush(heads, (now - start > LATE_S, start, number, at, rest))
+
+    for number, schedule in enumerate(() if only_queued else schedules):
+        go_on(number, _owed(flow, schedule, seen[keys[number]], now))
+    while heads and len(due) < MAX_STARTS:
+        is_late, start, number, at, rest = heapq.heappop(heads)
+        schedule = schedules[number]
+        if _owner(schedules, at) == number and not is_made(at):
+            if schedule.overlap == "allow" or not due and not is_busy():
+                due.append(DueRun(at, schedule.params))
+            elif is_late:
+                waits = True
+                continue                       # and so does all that comes after it
+            elif schedule.overlap == "queue":
+                queued = at
+        seen[keys[number]] = start
+        go_on(number, rest)
+    later = [start[0] for schedule in schedules for start in islice(starts(flow, schedule, now), 1)]
+    if waits or heads or queued is not None:
+        later.append(now + BUSY_LOOK_S)
+    return Decision(tuple(due), Ledger(seen, queued), min(later, default=None))
+
+
+# ============================================================================
 # == 11. STATE: how is a run written down, and read back?
 # ============================================================================
 # The state of a run (RUN.json) is one JSON object: a first line that says how the run stands, then its parts,
@@ -4534,14 +5141,17 @@ if found:
 """
 
 
-#: What the process of a task that is a flow executes.
-SUBFLOW_PROGRAM = """
+#: What a process of ours executes that is to begin with one function of the engine at sys.argv[1].
+_ENGINE_PROGRAM = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("miniflow", sys.argv[1])
 miniflow = sys.modules["miniflow"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(miniflow)
-sys.exit(miniflow.run_subflow())
+sys.exit(miniflow.%s())
 """
+#: What the process of a task that is a flow executes, and that of a run that is due.
+SUBFLOW_PROGRAM = _ENGINE_PROGRAM % "run_subflow"
+SCHEDULED_PROGRAM = _ENGINE_PROGRAM % "run_scheduled"
 
 
 def subflow_id(run: Run, task_id: str, params: Mapping[str, Any]) -> str:
@@ -12036,6 +12646,7 @@ class Order(NamedTuple):
     parent: Optional[Mapping[str, str]] = None # run and task that it is a part of
     executor: Optional[str] = None             # where tasks run that don't say; None: as the run did before
     cancel: bool = False                       # what runs is only ended
+    scheduled_time: Optional[float] = None     # of a run that the schedule starts, and nobody has before
 
     def options(self) -> Dict[str, Any]:
         """Return the options of the command line that a flow within this one is run with as well."""
@@ -12199,6 +12810,8 @@ def open_new(store: Store, source: Source, params: Optional[Mapping[str, Any]], 
     path = os.path.abspath(source.path) if source.path else ""
     run = Run(plan, run_id, values, now, source.stem, path)
     run.secrets, run.parent = secrets, order.parent
+    if order.scheduled_time is not None:
+        run.scheduled_time = order.scheduled_time
     return Opened(run, journal, clock)
 
 
@@ -12343,6 +12956,8 @@ def open_run(store: Store, source: Source, params: Optional[Mapping[str, Any]], 
             return open_new(store, source, params, order, selection, run_id)
         except RunExists:
             assert run_id
+    if order.scheduled_time is not None:
+        raise RunExists(f"run {run_id} has been started already")
     if any(selection):
         raise UsageError(f"run {run_id} exists and keeps its own selection of tasks; give none, or another "
                          "run id")
@@ -12985,12 +13600,14 @@ class Workflow:
     def __init__(self, tasks: Sequence[FunctionTask], name: str = "",
                  max_concurrent_tasks: Optional[int] = None, *, description: str = "", version: str = "",
                  tags: Sequence[str] = (),
-                 pools: Optional[Mapping[str, int]] = None, fail_fast: bool = False) -> None:
+                 pools: Optional[Mapping[str, int]] = None, fail_fast: bool = False,
+                 schedule: Any = None) -> None:
         found = each_task(tasks if isinstance(tasks, FunctionTask) else list(tasks))
         self.tasks: Tuple[FunctionTask, ...] = tuple(found)
         self.name, self.max_concurrent_tasks = name, max_concurrent_tasks
         self._fields: Dict[str, Any] = {"description": description, "version": version, "tags": tags,
-                                        "pools": pools if pools is not None else {}, "fail_fast": fail_fast}
+                                        "pools": pools if pools is not None else {}, "fail_fast": fail_fast,
+                                        "schedule": schedule}
         self._made_of: Any = None
         self._flow = self.flow                 # is it sound?
 
@@ -13356,6 +13973,268 @@ class MiniFlow:
             if not run.ok:
                 raise FlowFailed(format_verdict(run), run)
         return script
+
+
+# ============================================================================
+# == 26.5. DAEMON: how is what is due started, exactly once?
+# ============================================================================
+# Any number of daemons and ticks may work on one output directory.  A turn takes schedule.lock, asks
+# due_runs() for every flow, starts the runs, waits until they are there, and only then writes the Ledgers to
+# schedule.json.  A run's id is made of its flow and its scheduled time, and the engine that is started for it
+# makes a new run or nothing.  So whatever dies, and wherever:
+#
+#   before the engine is started     the next turn starts it
+#   before its run is there          the next turn starts another; one of the two makes the run
+#   before the Ledger is written     the next turn finds the run there
+#   later                            the Ledger says that it has been seen to
+#
+# An engine is a process of its own in a session of its own, which outlives the daemon; what it says goes to
+# engine.log beside the logs of its tasks.  When its run has ended it starts itself what has waited for that.
+
+START_S = 30.0                                 # how long an engine may take until its run is there
+HELD_S = 60.0                                  # how long another daemon's turn is waited for
+LOOK_S = 10.0                                  # how often to see if a flow has changed, or the clock
+_LEDGERS_FORMAT = 1
+
+
+def scheduled_id(flow: str, at: int) -> str:
+    """Return the id of the run of a flow for a scheduled time; no two flows have the same."""
+    stem = _id_stem(flow)
+    mark = "" if stem == flow else f"-{zlib.crc32(flow.encode()):08x}"
+    return f"{stem}{mark}-{re.sub('[-:]', '', scheduled_text(at))}"
+
+
+def encode_ledgers(ledgers: Mapping[str, Ledger]) -> bytes:
+    """Return the content of schedule.json."""
+    flows = {flow: {"seen": {key: scheduled_text(at) for key, at in ledger.seen.items()},
+                    "queued": None if ledger.queued is None else scheduled_text(ledger.queued)}
+             for flow, ledger in sorted(ledgers.items())}
+    return json.dumps({"format": _LEDGERS_FORMAT, "flows": flows}, indent=1).encode() + b"\n"
+
+
+def decode_ledgers(content: bytes) -> Dict[str, Ledger]:
+    """Return what encode_ledgers() wrote; raise ValueError or the like for anything else."""
+    def time_of(text: Any) -> int:
+        return parse_at(str(text), datetime.timezone.utc)
+
+    value = json.loads(content)
+    if value["format"] != _LEDGERS_FORMAT:
+        raise ValueError(f"it has format {shown(value['format'])}, not {_LEDGERS_FORMAT}")
+    return {flow: Ledger({key: time_of(at) for key, at in members["seen"].items()},
+                         None if members["queued"] is None else time_of(members["queued"]))
+            for flow, members in value["flows"].items()}
+
+
+class ScheduleTurn(NamedTuple):
+    """What a turn has come to: ids of runs, and when the next one may have something to do (None: never)."""
+
+    started: Tuple[str, ...] = ()
+    failed: Tuple[str, ...] = ()               # not there, though they are due; the next turn tries again
+    wake: Optional[float] = None
+
+
+class Starting(NamedTuple):
+    """An engine that has been started for a flow, and of which the run is awaited."""
+
+    flow: str
+    run_id: str
+    process: Any
+
+
+class Scheduler:
+    """Starts the runs that are due of the flows of `mini`; `note` is told what a user should know."""
+
+    def __init__(self, mini: MiniFlow, clock: Callable[[], float] = time.time,
+                 note: Callable[[str], None] = say) -> None:
+        self._mini, self._store, self._clock, self._note = mini, mini.store, clock, note
+        self._known: Dict[str, Tuple[Any, Tuple[Schedule, ...]]] = {}  # by path, while the file is the same
+        self._told: Dict[str, str] = {}
+        self._engines: List[Any] = []          # children of ours, which have to be waited for
+
+    def due(self) -> List[str]:
+        """Return the ids of the runs that a turn would start now; nothing is started or written."""
+        ledgers, now = self._read(), int(self._clock())
+        return [scheduled_id(flow, start.time) for flow, _, decision in self._decide(ledgers, now)
+                for start in decision.starts]
+
+    def turn(self, ended: Optional[str] = None) -> ScheduleTurn:
+        """Start what is due, once; raise StateError, or RunLocked if another daemon's turn does not end.
+
+        With `ended` it is the end of a run of that flow, which starts what has waited for it and no more: a
+        daemon that was stopped is not to go on in the runs that it has left.
+        """
+        self._engines = [engine for engine in self._engines if engine.poll() is None]
+        self._store.prepare("runs", durable=True)
+        lock = self._lock()
+        try:
+            before, now = self._read(), int(self._clock())
+            ledgers, wakes, starting = dict(before), [], []    # type: Dict[str, Ledger], List[int], List[Any]
+            for flow, path, decision in self._decide(before, now, ended):
+                ledgers[flow] = decision.ledger
+                starting += [self._start(flow, path, start) for start in decision.starts]
+                wakes += [decision.wake] if decision.wake is not None else []
+            failed = [each for each in starting if not self._await(each)]
+            for each in failed:                # its flow is asked for again
+                ledgers[each.flow] = before.get(each.flow, Ledger())
+                wakes.append(now + 5)
+            ledgers = {flow: ledger for flow, ledger in ledgers.items() if ledger.seen}
+            if ledgers != before:
+                self._write(ledgers)
+        finally:
+            lock.release(remove=True)
+        lost = {each.run_id for each in failed}
+        return ScheduleTurn(tuple(each.run_id for each in starting if each.run_id not in lost),
+                            tuple(sorted(lost)), min(wakes, default=None))
+
+    def _decide(self, ledgers: Mapping[str, Ledger], now: int, ended: Optional[str] = None
+                ) -> Iterator[Tuple[str, str, Decision]]:
+        """Yield each flow that has been read, its path, and what is to be done about it."""
+        live: List[Set[str]] = []
+        for flow, path in flow_files(self._mini.flows_dir).items():
+            if ended not in (None, flow):
+                continue
+
+            def is_live(name: str = flow) -> bool:
+                if not live:                   # asked once a turn, and only if something is due
+                    live.append(self._live())
+                return name in live[0]
+
+            def is_made(at: int, name: str = flow) -> bool:
+                return self._store.exists(scheduled_id(name, at))
+
+            schedules = self._schedules(flow, path)
+            if schedules is not None:
+                ledger = ledgers.get(flow, Ledger())
+                yield flow, path, due_runs(flow, schedules, ledger, now, is_live, is_made, ended is not None)
+
+    def _schedules(self, flow: str, path: str) -> Optional[Tuple[Schedule, ...]]:
+        """Return the schedules of a flow file; None, and once a note, if it can't be read.
+
+        A file without the word is not even parsed: what is no concern of the schedule's can't disturb it.
+        """
+        try:
+            found = os.stat(path)
+            stamp = found.st_mtime_ns, found.st_size, found.st_ino
+            if path not in self._known or self._known[path][0] != stamp:
+                has_some = b"schedule" in read_file(path, MAX_BYTES + 1)
+                made = load_flow(path, flow, self._mini.tasks_dir).flow.schedule if has_some else ()
+                self._known[path] = stamp, made
+            self._told.pop(path, None)
+            return self._known[path][1]
+        except (MiniFlowError, OSError) as exc:
+            what = exc.problems[0] if isinstance(exc, FlowError) else str(exc)
+            if self._told.get(path) != what:
+                self._note(f"flow {safe(flow)} can't be scheduled: {safe(what)}")
+            self._told[path] = what
+            self._known.pop(path, None)
+            return None
+
+    def _live(self) -> Set[str]:
+        """Return the flows of which a run goes on."""
+        try:
+            names = os.listdir(self._store.runs)
+        except FileNotFoundError:
+            return set()
+        ids = {name.rpartition(".")[0] for name in names if name.endswith((".lock", ".owner"))}
+        return {str(self._store.summary(run_id)["flow"]) for run_id in ids if re.fullmatch(_RUN_ID, run_id)
+                and self._store.owner(run_id) is not None and self._store.exists(run_id)}
+
+    def _start(self, flow: str, path: str, due: DueRun) -> Starting:
+        """Start an engine that makes a run; what it says goes to its log."""
+        run_id, store = scheduled_id(flow, due.time), self._store
+        argv = ["-f", self._mini.flows_dir, "-t", self._mini.tasks_dir, "-o", store.path,
+                "run", os.path.abspath(path), "--run-id", run_id]
+        argv += ["--params", json.dumps(due.params)] if due.params else []
+        env = {name: value for name, value in os.environ.items() if not _is_own_variable(name)}
+        fds = [-1, -1]
+        try:
+            fds[0] = os.open(os.devnull, os.O_RDONLY)
+            log = os.path.join(store.prepare("logs", run_id), "engine.log")
+            fds[1] = store.disk.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            process = spawn([sys.executable or "python3", "-c", SCHEDULED_PROGRAM, os.path.abspath(__file__),
+                             str(due.time), *argv], env, os.getcwd(), (fds[0], fds[1], fds[1]))
+            self._engines.append(process)
+        except (OSError, ValueError, StateError) as exc:
+            self._note(f"run {run_id} can't be started: {exc}")
+            process = None
+        finally:
+            for fd in fds:
+                if fd >= 0:
+                    os.close(fd)
+        return Starting(flow, run_id, process)
+
+    def _await(self, starting: Starting) -> bool:
+        """Wait until a run is there; tell whether it is."""
+        end, process = time.monotonic() + START_S, starting.process
+        if process is None:
+            return False
+        while True:
+            code = process.poll()              # asked first: at its end the run is there, or never will be
+            if self._store.exists(starting.run_id):
+                return True
+            if code is not None or time.monotonic() > end:
+                what = f"after {START_S:g} s" if code is None else f"its engine ended with exit code {code}"
+                log = os.path.join(self._store.path, "logs", starting.run_id, "engine.log")
+                self._note(f"run {starting.run_id} is not there: {what}; see {log}")
+                return False
+            time.sleep(0.01)
+
+    def _lock(self) -> Lock:
+        """Take hold of the schedule, as soon as the others let go of it."""
+        path, end = os.path.join(self._store.path, "schedule.lock"), time.monotonic() + HELD_S
+        while True:
+            try:
+                return take_lock(self._store.disk, path, this_engine(time.time()))
+            except RunLocked:
+                if time.monotonic() > end:
+                    raise RunLocked(f"{path}: another daemon has held it for {HELD_S:g} s; see what process "
+                                    f"{(lock_owner(path) or {}).get('pid', '?')} does") from None
+            except OSError as exc:
+                raise StateError(f"{path}: can't be locked: {exc.strerror}") from None
+
+    def _read(self) -> Dict[str, Ledger]:
+        """Return the Ledgers, by flow."""
+        path = os.path.join(self._store.path, "schedule.json")
+        try:
+            return decode_ledgers(read_file(path, follow=False))
+        except FileNotFoundError:
+            return {}
+        except OSError as exc:
+            raise StateError(f"{path}: can't be read: {exc.strerror}") from None
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as exc:
+            raise StateError(f"{path}: it is damaged ({exc}); nothing was started; restore it, or remove it "
+                             "and with it what is owed") from None
+
+    def _write(self, ledgers: Mapping[str, Ledger]) -> None:
+        """Write the Ledgers down."""
+        path = os.path.join(self._store.path, "schedule.json")
+        try:
+            self._store.disk.put(path, encode_ledgers(ledgers), True)
+        except OSError as exc:
+            raise StateError(f"{path}: can't be written: {exc.strerror}; the next turn tries again") from None
+
+
+def schedule_loop(scheduler: Scheduler, rest: Callable[[float], bool], clock: Callable[[], float] = time.time,
+                  note: Callable[[str], None] = say) -> None:
+    """Take turn after turn; in between `rest` waits so many seconds and tells whether to stop.
+
+    The wait of a threading.Event is such a `rest`.  What goes wrong with a turn is told once, and the next
+    one tries again.
+    """
+    told = ""
+    while True:
+        wait = LOOK_S
+        try:
+            wake = scheduler.turn().wake
+            told = ""
+            if wake is not None:
+                wait = min(LOOK_S, max(0.05, wake - clock()))
+        except (MiniFlowError, OSError) as exc:
+            if str(exc) != told:
+                note(f"the schedule waits: {safe(exc)}")
+            told = str(exc)
+        if rest(wait):
+            return
 
 
 # ============================================================================
@@ -13787,13 +14666,14 @@ def _list_row(row: Dict[str, Any]) -> Tuple[str, ...]:
             + (f" (and {len(row['error']) - 1} more)" if len(row["error"]) > 1 else "")
             if row["error"] else " ".join([row["description"]] + [f"#{tag}" for tag in row["tags"]]).strip())
     return (row["name"] + (f" ({row['flow_name']})" if named else ""), str(row["tasks"] or "-"),
+            row["next"][0] if row["next"] else "-",
             f"{last['status']} {(last['started'] or '')[:19]}" if last else "-", text)
 
 
 @command("list", "list the flows", "miniflow list --json", _add_json)
 def run_list(options: Any) -> int:
     """List all flows; a broken one is shown with its error and stops no other."""
-    mini = _miniflow(options)
+    mini, now = _miniflow(options), int(time.time())
     newest: Dict[str, Dict[str, Any]] = {}
     for head in mini.store.history():
         newest.setdefault(str(head["flow"]), head)
@@ -13803,15 +14683,17 @@ def run_list(options: Any) -> int:
         try:
             flow = load_flow(path, name, mini.tasks_dir).flow
             row.update(flow_name=flow.name, tasks=len(flow.tasks), description=flow.description,
-                       version=flow.version, tags=flow.tags, params=flow_to_json(flow).get("params"))
+                       version=flow.version, tags=flow.tags, params=flow_to_json(flow).get("params"),
+                       schedule=schedules_to_json(flow.schedule) if flow.schedule else None,
+                       next=[scheduled_text(at) for at in islice(upcoming(flow.schedule, now), 5)])
         except FlowError as exc:
             row.update(flow_name=None, tasks=None, description="", version="", tags=[], params=None,
-                       error=exc.problems)
+                       schedule=None, next=[], error=exc.problems)
         rows.append(row)
     if options.json:
         print_json(rows)
     elif rows:
-        print_result(format_table([("flow", "tasks", "last run", "description")]
+        print_result(format_table([("flow", "tasks", "next", "last run", "description")]
                                   + [_list_row(row) for row in rows]))
     else:
         say(f"no flows in {mini.flows_dir}; make an example: miniflow init")
@@ -13975,7 +14857,7 @@ def _order(options: Any) -> Order:
     """Return how the options want the run to be made."""
     return Order(options.tasks_dir, options.jobs, options.durability, options.on_orphan, options.force_host,
                  not options.no_fork, getattr(options, "force", False), getattr(options, "parent", None),
-                 options.executor)
+                 options.executor, scheduled_time=getattr(options, "scheduled_time", None))
 
 
 def _with_secrets(source: Source, *more: Iterable[str]) -> Source:
@@ -14355,6 +15237,25 @@ def _days(text: str) -> float:
 _count.__name__, _days.__name__ = "number", "number of days"
 
 
+def _add_tick(parser: Any) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started, start nothing")
+
+
+@command("tick", "start what is due by the flows' schedules, once; for cron and systemd timers",
+         "miniflow tick   # in crontab: * * * * * cd /srv/etl && miniflow tick", _add_tick)
+def run_tick(options: Any) -> int:
+    """Start what is due; the ids of the runs are the result."""
+    scheduler = Scheduler(_miniflow(options))
+    if options.dry_run:
+        for run_id in scheduler.due():
+            print_result(run_id)
+        return 0
+    turn = scheduler.turn(getattr(options, "ended", None))
+    for run_id in turn.started:
+        print_result(run_id)
+    return 1 if turn.failed else 0
+
+
 def _add_clean(parser: Any) -> None:
     parser.add_argument("--keep", type=_count, metavar="N", help="keep the newest N runs of each flow")
     parser.add_argument("--older-than", type=_days, metavar="DAYS",
@@ -14638,6 +15539,16 @@ def run_subflow() -> int:
         pass                                    # said already
     with open(output, "w", encoding="ascii") as file:
         json.dump(told, file)
+    return code
+
+
+def run_scheduled() -> int:
+    """Make the run of a scheduled time, as sys.argv says; then start what has waited for its end."""
+    at, argv = int(sys.argv[2]), sys.argv[3:]
+    code = answer(argv, {"scheduled_time": at})
+    if code in (0, 1):                         # the run has ended, and not by somebody who wants an end
+        flow = re.sub(r"\.(json|py)$", "", os.path.basename(argv[argv.index("run") + 1]))
+        answer([*argv[:6], "tick"], {"ended": flow})
     return code
 
 

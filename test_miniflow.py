@@ -5,9 +5,12 @@ One class a section, in the same order; nothing to install.  What needs a tool t
 """
 import ast
 import asyncio
+import bisect
 import collections
 import contextlib
+import datetime
 import errno
+import glob
 import heapq
 import http.server
 import io
@@ -787,6 +790,257 @@ class T04Values(unittest.TestCase):
         self.assertGreater(min(answers[True], answers[False]), 5, answers)
 
 
+def times_of(line, zone=None, after="2026-11-21T00:00:00Z", count=5):
+    """Return the next scheduled times of a cron line as text, without seconds."""
+    found = mf.upcoming([mf.Schedule(cron=line, timezone=zone)], mf.parse_at(after, None))
+    return [mf.scheduled_text(at)[:16] for at in itertools.islice(found, count)]
+
+
+def has_zones():
+    """Tell whether this system knows time zones."""
+    with contextlib.suppress(ValueError):
+        return bool(mf.find_zone("Europe/Berlin"))
+
+
+needs_zones = unittest.skipUnless(has_zones() or os.environ.get("MINIFLOW_TEST_ALL") == "1",
+                                  "this system has no time zone data")
+
+
+def walls(zone, start, minutes):
+    """Return each minute with what a clock on the wall shows, if for the second time, and what it has skipped."""
+    rows, one = [], datetime.timedelta(minutes=1)
+    before = datetime.datetime.fromtimestamp(start - 60, zone).replace(tzinfo=None, fold=0)
+    for moment in range(start, start + 60 * minutes, 60):
+        wall = datetime.datetime.fromtimestamp(moment, zone)
+        twice, wall = wall.fold, wall.replace(tzinfo=None, fold=0)
+        skipped = [before + n * one for n in range(1, (wall - before) // one)]
+        rows.append((moment, wall, twice, skipped))
+        before = wall
+    return rows
+
+
+class PlainCron:
+    """A second reading of cron lines, for going through time minute by minute."""
+
+    def __init__(self, line):
+        self.texts = line.split()
+        bounds = [(0, 59), (0, 23), (1, 31), (1, 12), (0, 6)]
+        self.fields = [{n for n in range(low, high + 1) if self.fits(text, n, low)}
+                       for text, (low, high) in zip(self.texts, bounds)]
+
+    @staticmethod
+    def fits(text, value, low):
+        for part in text.split(","):
+            span, _, step = part.partition("/")
+            first, _, last = span.partition("-")
+            start, end = (low, 60) if span == "*" else (int(first), int(last or (60 if step else first)))
+            if start <= value <= end and (value - start) % int(step or 1) == 0:
+                return True
+        return False
+
+    def shows(self, wall):
+        minute, hour, day, month, weekday = self.fields
+        if wall.minute not in minute or wall.hour not in hour or wall.month not in month:
+            return False
+        both = [wall.day in day, wall.isoweekday() % 7 in weekday]
+        return all(both) if self.texts[2][0] == "*" or self.texts[4][0] == "*" else any(both)
+
+    def times(self, rows):
+        once, named = not re.search(r"[*/]", self.texts[0] + self.texts[1]), len(self.fields[1]) < 24
+        return [time for time, wall, twice, skipped in rows if self.shows(wall) and not (twice and once)
+                or named and any(map(self.shows, skipped))]
+
+
+class T04bCron(unittest.TestCase):
+    #: Time zones, and dates in UTC of which clocks change within three days.
+    CHANGES = (("Europe/Berlin", "2026-03-28"), ("Europe/Berlin", "2026-10-24"), ("America/New_York", "2026-03-07"),
+               ("America/New_York", "2026-10-31"), ("Australia/Lord_Howe", "2026-04-03"),
+               ("Australia/Lord_Howe", "2026-10-02"), ("Africa/Casablanca", "2026-02-14"),
+               ("Africa/Casablanca", "2026-03-21"), ("America/Havana", "2026-10-31"), ("UTC", "2028-02-28"),
+               ("Pacific/Apia", "2011-12-29"), ("America/Goose_Bay", "2010-11-06"), ("Asia/Kolkata", "2026-12-30"))
+
+    @staticmethod
+    def random_line(chance):
+        def field(low, high, star):
+            if chance.random() < star:
+                return chance.choice(["*", "*", f"*/{chance.randint(1, high)}"])
+            first, last = sorted(chance.randint(low, high) for _ in range(2))
+            step = chance.randint(1, min(9, high))
+            return ",".join(chance.choice([str(first), f"{first}-{last}", f"{first}-{last}/{step}", f"{last}/{step}"])
+                            for _ in range(chance.randint(1, 2)))
+        return " ".join([field(0, 59, 0.4), field(0, 23, 0.4), field(1, 31, 0.7), field(1, 12, 0.9),
+                         field(0, 6, 0.7)])
+
+    @needs_zones
+    def test_it_agrees_with_going_through_time_minute_by_minute(self):
+        chance, asked = random.Random(9), 0
+        for zone, date in self.CHANGES:
+            start, zone = mf.parse_at(f"{date}T00:00:00Z", None), mf.find_zone(zone)
+            rows = walls(zone, start, 3 * 1440)
+            lines = ["* * * * *", "*/7 2 * * *", "30 2 * * *", "30 */2 * * *", "15,45 0-3 * * *", "0 0 * * *",
+                     "30 23 * * *", "5-59/10 * * * *"]
+            for line in lines + [self.random_line(chance) for _ in range(10)]:
+                times = PlainCron(line).times(rows)
+                if not times:
+                    continue
+                at = start - 1
+                for expected in times[:30]:
+                    at = mf.next_cron(mf.parse_cron(line), zone, at)
+                    self.assertEqual(mf.scheduled_text(at), mf.scheduled_text(expected), (line, zone))
+                for at in (chance.randint(start, times[-1] - 1) for _ in range(20)):
+                    expected = times[bisect.bisect(times, at)]
+                    self.assertEqual(mf.next_cron(mf.parse_cron(line), zone, at), expected, (line, zone, at))
+                    asked += 1
+        self.assertGreater(asked, 2000)
+
+    def test_lines_mean_what_crontab_says(self):
+        for line, first, second in (
+                ("0 6 * * 1-5", "2026-11-23T06:00", "2026-11-24T06:00"),
+                ("0 0 * * 5-7", "2026-11-22T00:00", "2026-11-27T00:00"),
+                ("0 0 * * fri-sun", "2026-11-22T00:00", "2026-11-27T00:00"),
+                ("0 0 * * FRI-SUN", "2026-11-22T00:00", "2026-11-27T00:00"),
+                ("0 0 * * sun-mon", "2026-11-22T00:00", "2026-11-23T00:00"),
+                ("0 0 * * 0", "2026-11-22T00:00", "2026-11-29T00:00"),
+                ("0 0 * * 7", "2026-11-22T00:00", "2026-11-29T00:00"),
+                ("0 0 * * */2", "2026-11-22T00:00", "2026-11-24T00:00"),         # Sunday, Tuesday, …
+                ("0 0 13 * 5", "2026-11-27T00:00", "2026-12-04T00:00"),          # Fridays, and every 13th
+                ("0 0 */13 * 2", "2026-12-01T00:00", "2027-04-27T00:00"),        # a star: 1, 14, 27 on Tuesdays
+                ("0 0 29 2 *", "2028-02-29T00:00", "2032-02-29T00:00"),
+                ("0 0 29 2 */7", "2032-02-29T00:00", "2060-02-29T00:00"),
+                ("0 0 30 2 1", "2027-02-01T00:00", "2027-02-08T00:00"),
+                ("0 0 31 * *", "2026-12-31T00:00", "2027-01-31T00:00"),
+                ("20/15 * * * *", "2026-11-21T00:20", "2026-11-21T00:35"),
+                ("5,1-3/2 0 1 JAN *", "2027-01-01T00:01", "2027-01-01T00:03"),
+                ("  0\t0  1 * * ", "2026-12-01T00:00", "2027-01-01T00:00"),
+                ("@hourly", "2026-11-21T01:00", "2026-11-21T02:00"),
+                ("@daily", "2026-11-22T00:00", "2026-11-23T00:00"),
+                ("@Midnight", "2026-11-22T00:00", "2026-11-23T00:00"),
+                ("@weekly", "2026-11-22T00:00", "2026-11-29T00:00"),
+                ("@monthly", "2026-12-01T00:00", "2027-01-01T00:00"),
+                ("@yearly", "2027-01-01T00:00", "2028-01-01T00:00"),
+                ("@annually", "2027-01-01T00:00", "2028-01-01T00:00")):
+            with self.subTest(line):
+                self.assertEqual(times_of(line, count=2), [first, second])
+
+    @needs_zones
+    def test_an_hour_that_is_skipped_runs_once_and_one_that_is_repeated_as_often_as_it_says(self):
+        for line, after, expected in (
+                ("30 2 * * *", "2026-03-28T12:00Z", ["29T01:00", "30T00:30"]),
+                ("*/20 2 * * *", "2026-03-28T12:00Z", ["29T01:00", "30T00:00"]),
+                ("0 2,3 * * *", "2026-03-28T12:00Z", ["29T01:00", "30T00:00"]),
+                ("30 * * * *", "2026-03-29T00:00Z", ["29T00:30", "29T01:30"]),
+                ("30 2 * * *", "2026-10-24T12:00Z", ["25T00:30", "26T01:30"]),
+                ("30 */2 * * *", "2026-10-25T00:00Z", ["25T00:30", "25T01:30"]),
+                ("30 * * * *", "2026-10-25T00:00Z", ["25T00:30", "25T01:30"]),
+                ("*/30 2 * * *", "2026-10-25T00:00Z", ["25T00:30", "25T01:00"])):
+            with self.subTest(line, after=after):
+                self.assertEqual([text[8:] for text in times_of(line, "Europe/Berlin", after, 2)], expected)
+
+    def test_a_line_that_is_wrong_says_what_where_and_what_is_right(self):
+        for line, *expected in (
+                ("60 * * * *", '"60" at column 1 is no minute; give 0 to 59'),
+                ("0 24,25 * 13 8", '"24" at column 3 is no hour; give 0 to 23',
+                 '"13" at column 11 is no month; give 1 to 12, or jan to dec',
+                 '"8" at column 14 is no day of week; give 0 to 7, or sun to sat'),
+                ("0 0 0 * *", '"0" at column 5 is no day of month; give 1 to 31'),
+                ("0 0 1,,2 * *", "nothing stands beside a comma at column 7, in the field for day of month; "
+                 "give 1 to 31"),
+                ("*/0 * * * *", '"0" at column 3 is no step; give a number from 1'),
+                ("*/x * * * *", '"x" at column 3 is no step; give a number from 1'),
+                ("0 */90 * * *", "a step of 90 at column 5 is more than any hour and would leave 0 alone; write 0, "
+                 "or give every_s instead of cron"),
+                ("5-1 * * * *", '"5-1" at column 1 runs backwards; give two ranges: 5-59,0-1'),
+                ("0 0 * * 5-0", '"5-0" at column 9 runs backwards; as the end of a week, Sunday is 7: 5-7'),
+                ("0 0 * * sat-mon", '"sat-mon" at column 9 runs backwards; give two ranges: sat-6,0-mon'),
+                ("-5 * * * *", '"" at column 1 is no minute; give 0 to 59'),
+                ("٣ * * * *", '"\\u0663" at column 1 is no minute; give 0 to 59'),
+                ("0 0 L * *", '"L" at column 5 is no day of month; give 1 to 31'),
+                ("0 0 ? * 1", '"?" at column 5 is no day of month; give 1 to 31'),
+                ("0 0 30 2 *", '"0 0 30 2 *" names a date that never comes: day 30 of month 2; give another day or '
+                 "month"),
+                ("0 0 31 4,jun */2", '"0 0 31 4,jun */2" names a date that never comes: day 31 of month 4,jun; give '
+                 "another day or month"),
+                ("* * * *", '"* * * *" has 4 fields; give five: minute, hour, day of month, month, day of week'),
+                ("", '"" has 0 fields; give five: minute, hour, day of month, month, day of week'),
+                ("@reboot", '"@reboot" names no time; start the flow where the system starts its services'),
+                ("@every 5m", '"@every 5m" is no cron line; give every_s, in seconds, instead of cron'),
+                ("@dayly", '"@dayly" is no cron line, did you mean @daily?'),
+                ("0," * 600, f'"{"0," * 29}… has 1200 characters, more than 1000; give ranges and steps')):
+            with self.subTest(line):
+                with self.assertRaises(ValueError) as caught:
+                    mf.parse_cron(line)
+                self.assertEqual(str(caught.exception).split("\n"), expected)
+
+    def test_no_line_takes_long(self):
+        lines = ["*/0 * * * *", "0 0 30 2 *", "0 0 31 4 *", "0 0 29 2 1", "0 0 29 2 */7", "1-99999999 * * * *",
+                 "*" * 5000, "5-1 * * * *", "60 * * * *", "@every 0s", "٣ * * * *", "59 23 31 12 *", "* * * * *",
+                 "1/59 1/23 29 2 */7", ",".join(["*"] * 200) + " * * * *", "0-59 0-23 1-31 1-12 0-6"]
+        slow = []
+        for line, zone, date in itertools.product(lines, ["Europe/Berlin"] if has_zones() else [None],
+                                                  ["2026-03-28T23:00Z", "2026-07-01T00:00Z"]):
+            times = []
+            for _ in range(3):                  # the machine may have had something else to do
+                began = time.perf_counter()
+                with contextlib.suppress(ValueError):
+                    times_of(line, zone, date, 1)
+                times.append(time.perf_counter() - began)
+            slow += [(line, date, min(times))] if min(times) > 0.05 else []
+        self.assertEqual(slow, [])
+
+    @needs_zones
+    def test_one_time_may_be_written_in_several_ways(self):
+        for text, zone, expected in (
+                ("2026-11-21T06:00", None, "2026-11-21T06:00:00Z"),
+                ("2026-11-21 06:00:30Z", None, "2026-11-21T06:00:30Z"),
+                ("2026-11-21t06:00z", "Asia/Kolkata", "2026-11-21T06:00:00Z"),
+                ("2026-11-21T06:00:00+0530", None, "2026-11-21T00:30:00Z"),
+                ("2026-11-21T06:00-01:00", None, "2026-11-21T07:00:00Z"),
+                ("2026-11-21T06:00", "Europe/Berlin", "2026-11-21T05:00:00Z"),
+                ("2026-03-29T02:30", "Europe/Berlin", "2026-03-29T01:00:00Z"),       # it is skipped
+                ("2026-10-25T02:30", "Europe/Berlin", "2026-10-25T00:30:00Z")):      # it comes twice
+            with self.subTest(text, zone=zone):
+                self.assertEqual(mf.scheduled_text(mf.parse_at(text, mf.find_zone(zone))), expected)
+        for text in ("", "06:00", "2026-11-21", "2026-02-30T06:00", "2026-11-21T25:00", "2026-11-21T06:00+99:00",
+                     "2026-11-21T06:00:00.5Z", "1969-12-31T23:59Z", "9999-01-01T00:00", "٢026-11-21T06:00", "now"):
+            with self.subTest(text):
+                self.assertRaisesRegex(ValueError, "is no time; give one like 2027-01-31T06:00:00",
+                                       mf.parse_at, text, mf.find_zone(None))
+
+    def test_seconds_apart_are_the_same_for_everybody(self):
+        for every_s, expected in ((3600, ["21T01:00:00Z", "21T02:00:00Z"]), (90, ["21T00:01:30Z", "21T00:03:00Z"]),
+                                  (86400, ["22T00:00:00Z", "23T00:00:00Z"]),
+                                  (7 * 86400, ["23T00:00:00Z", "30T00:00:00Z"])):              # Mondays
+            found = mf.upcoming([mf.Schedule(every_s=every_s)], mf.parse_at("2026-11-21T00:00:00Z", None))
+            self.assertEqual([mf.scheduled_text(at)[8:] for at in itertools.islice(found, 2)], expected)
+
+    def test_times_of_several_schedules_come_in_order_and_once(self):
+        found = mf.upcoming([mf.Schedule(cron="0 * * * *"), mf.Schedule(every_s=1800),
+                             mf.Schedule(at="2026-11-21T00:10:00Z")], mf.parse_at("2026-11-21T00:00:00Z", None))
+        self.assertEqual([mf.scheduled_text(at)[11:16] for at in itertools.islice(found, 5)],
+                         ["00:10", "00:30", "01:00", "01:30", "02:00"])
+        self.assertEqual([*mf.upcoming([mf.Schedule(at="2026-11-21T00:10:00Z")], 2**32)], [])
+
+    def test_an_unknown_zone_is_named_and_where_there_are_none_that_is_said(self):
+        code = (f"import sys; sys.path.insert(0, {HERE!r}); import miniflow\n"
+                "try: miniflow.find_zone(sys.argv[1])\nexcept ValueError as exc: print(exc)")
+
+        def said(zone, **env):
+            return subprocess.run([sys.executable, "-S", "-c", code, zone], env={**os.environ, **env},
+                                  stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+
+        self.assertEqual(said("Europe/Berlin", PYTHONTZPATH=""),
+                         '"Europe/Berlin" is not known, as this system has no time zones (looked for in no '
+                         "directory); install tzdata, or give UTC")
+        self.assertEqual(said("UTC", PYTHONTZPATH=""), "")
+        if has_zones():
+            self.assertEqual(said("Europe/berlin"), 'no time zone "Europe/berlin", did you mean Europe/Berlin?')
+            for zone in ("Nowhere", "../../etc/passwd", "/etc/passwd", "a\nb", "x" * 400, "Europe"):
+                with self.assertRaises(ValueError) as caught:
+                    mf.find_zone(zone)
+                self.assertRegex(str(caught.exception),
+                                 '^no time zone ".*(give one like Europe/Berlin, or UTC|did you mean)')
+
+
 class T05Checking(unittest.TestCase):
     """Every message is read: a flow that is wrong in one way gives just that line."""
 
@@ -1049,7 +1303,7 @@ class T06JsonFrontEnd(unittest.TestCase):
                 self.assertTrue(errors_of({**flow_json(task("a")), "name": name}))
 
     def test_fields_that_do_not_exist_yet_are_unknown(self):
-        for field in ("schedule", "executor"):
+        for field in ("executor",):
             self.assertEqual(errors_of(flow_json(task("a"), **{field: {}}))[0][:len(field) + 15],
                              f"{field}: unknown field")
 
@@ -1081,6 +1335,53 @@ class T06JsonFrontEnd(unittest.TestCase):
             readme = file.read()
         for field in mf.FLOW_FIELDS + mf.TASK_FIELDS + mf.PARAM_FIELDS:
             self.assertIn(f"`{field.name}`", readme)
+
+
+    def test_a_schedule_may_be_a_line_an_object_or_an_array_and_comes_back_as_short_as_it_can(self):
+        line, item = "0 6 * * 1-5", {"every_s": 60, "overlap": "queue"}
+        for given, expected in ((line, line), ({"cron": line}, line), ([line], line), (item, item),
+                                ([item, line], [item, line]), ({"at": "2027-01-01T06:00", "timezone": "UTC"},) * 2):
+            flow = make(task("a"), schedule=given)
+            self.assertEqual(mf.flow_to_json(flow)["schedule"], expected)
+            self.assertEqual(mf.recorded_flow(json.loads(json.dumps(mf.flow_to_json(flow)))), flow)
+        self.assertNotIn("schedule", mf.flow_to_json(make(task("a"))))
+
+    def test_all_that_is_wrong_with_schedules_is_said_at_once(self):
+        flow = flow_json(task("a", args=["${{ params.n }}"]), params={"n": {"type": "integer"}}, schedule=[
+            "0 25 * * *", {"cron": "* * 31 2 *", "params": {"n": "x", "m": 1}, "timezone": "Nowhere"},
+            {"every_s": 0, "overlap": "maybe", "timezone": "UTC", "params": {"n": 1}}, 7,
+            {"every_s": 10, "jitter_s": 60, "timezone": "UTC", "params": {"n": 1}},
+            {"at": "soon", "cron": "@daily", "params": {"n": 1}}, {"params": {"n": 1}, "jiter_s": 1},
+            {"at": "2027-01-01T00:00Z", "timezone": "UTC", "params": {"n": 1}},
+            {"every_s": 10, "params": {"n": 2}}, {"every_s": 10, "params": {"n": 3}}])
+        self.assertEqual(errors_of(flow), [
+            'schedule[0]: "25" at column 3 is no hour; give 0 to 23',
+            "schedule[0]: task a needs it and nobody gave it; give n in the schedule's params",
+            'schedule[1].cron: "* * 31 2 *" names a date that never comes: day 31 of month 2; give another day '
+            "or month",
+            'schedule[1].params.n: expected an integer, got "x"',
+            "schedule[1].params.m: flow f has no such param; it has n",
+            'schedule[1].timezone: no time zone "Nowhere"; give one like Europe/Berlin, or UTC',
+            "schedule[2].every_s: expected an integer from 1 to 315360000, got 0",
+            'schedule[2].overlap: expected one of "skip", "queue", "allow", got "maybe"',
+            "schedule[3]: expected a cron line or an object, got 7",
+            "schedule[3]: task a needs it and nobody gave it; give n in the schedule's params",
+            "schedule[4].jitter_s: 60 is more than every_s, 10",
+            "schedule[4].timezone: goes with cron and at only; remove it",
+            "schedule[5]: give one of cron, every_s, at, not cron and at",
+            'schedule[5].at: "soon" is no time; give one like 2027-01-31T06:00:00, with Z or +01:00 behind it or a '
+            "timezone beside it",
+            "schedule[6]: give one of cron, every_s, at, not none of them",
+            "schedule[6].jiter_s: unknown field, did you mean jitter_s?",
+            "schedule[7].timezone: at says its zone itself; remove one of them",
+            "schedule[9]: the same times as schedule[8], whose runs they are; remove it"])
+        for bad in (7, "", [], None, [[]], ["@daily"] * 101, {}, [{"cron": ["x"]}]):
+            self.assertEqual(len(errors_of(flow_json(task("a"), schedule=bad))), 1, bad)
+        with self.assertRaises(mf.FlowError) as caught:
+            mf.parse_flow('{"name": "f", "tasks": [{"id": "a", "command": "true"}],\n'
+                          ' "schedule": {"cron": "61 * * * *"}}', "f.json")
+        self.assertEqual(str(caught.exception),
+                         'f.json:2:15: schedule.cron: "61" at column 1 is no minute; give 0 to 59')
 
 
 class T07PythonFrontEnd(unittest.TestCase):
@@ -1862,6 +2163,167 @@ class T10Scheduler(unittest.TestCase):
 def state_text(run, seq):
     """Return the text of RUN.json for a run as it stands."""
     return b"".join(mf.encode_state(run, None, seq, mf.encode_definition(run.plan.flow)))
+
+
+def at(text):
+    """Return a time of a day in 2026, written as 06:00 or 06:00:30, in seconds since 1970."""
+    return mf.parse_at(f"2026-11-21T{text}Z", None)
+
+
+class SimDaemon:
+    """Takes turns on a clock of its own: of each run, how long it takes is known, and when it began."""
+
+    def __init__(self, *schedules, seconds=0, now="00:00", flow="f"):
+        self.schedules, self.seconds, self.flow = mf.make_schedules(list(schedules)), seconds, flow
+        self.ledger, self.runs, self.started = mf.Ledger(), {}, []
+        self.turn(now)
+
+    def turn(self, now, dies=False):
+        """Take a turn, which dies before it writes its Ledger down, or does not."""
+        now = at(now) if isinstance(now, str) else now
+        decision = mf.due_runs(self.flow, self.schedules, self.ledger, now,
+                               lambda: any(began <= now < began + self.seconds for began in self.runs.values()),
+                               self.runs.__contains__)
+        for run in decision.starts:
+            assert run.time not in self.runs, run
+            self.runs[run.time] = now
+            self.started.append(run)
+        if not dies:
+            self.ledger = decision.ledger
+        return decision.wake
+
+    def turns(self, first, last, step=60):
+        for now in range(at(first), at(last) + 1, step):
+            self.turn(now)
+        return self.times()
+
+    def times(self):
+        return [mf.scheduled_text(run.time)[11:16] for run in self.started]
+
+
+class T10bDueRuns(unittest.TestCase):
+    def test_a_flow_that_is_seen_for_the_first_time_owes_nothing_older(self):
+        for catchup in mf.CATCHUPS:
+            daemon = SimDaemon({"cron": "* * * * *", "catchup": catchup}, now="06:00:30")
+            self.assertEqual((daemon.times(), daemon.turn("06:00:59")), ([], at("06:01")))
+            daemon.turn("06:01")
+            self.assertEqual(daemon.times(), ["06:01"])
+
+    def test_what_was_missed_is_made_up_for_as_the_schedule_says(self):
+        for catchup, back, expected in (
+                ("none", "05:00:10", ["05:00"]), ("none", "05:01:00", ["05:00"]), ("none", "05:01:01", []),
+                ("latest", "05:00:10", ["05:00"]), ("latest", "05:50", ["05:00"]), ("latest", "00:59", []),
+                ("all", "05:00:10", ["01:00", "02:00", "03:00", "04:00", "05:00"]),
+                ("all", "05:59", ["01:00", "02:00", "03:00", "04:00", "05:00"])):
+            with self.subTest(catchup, back=back):
+                daemon = SimDaemon({"cron": "0 * * * *", "catchup": catchup, "overlap": "allow"})
+                daemon.turn(back)
+                daemon.turn(back)
+                self.assertEqual(daemon.times(), expected)
+                daemon.turn("06:00:01")
+                self.assertEqual(daemon.times(), expected + ["06:00"])
+
+    def test_what_is_made_up_for_waits_while_the_flow_runs_and_is_never_skipped(self):
+        for overlap in ("skip", "queue"):
+            daemon = SimDaemon({"cron": "0 * * * *", "catchup": "all", "overlap": overlap}, seconds=300)
+            self.assertEqual(daemon.turns("04:30", "04:59"), ["01:00", "02:00", "03:00", "04:00"])
+            self.assertEqual(sorted(daemon.runs.values()), [at(f"04:{n}") for n in (30, 35, 40, 45)])
+        daemon = SimDaemon({"cron": "0 * * * *", "catchup": "latest"}, {"every_s": 600}, seconds=420)
+        self.assertEqual(daemon.turns("02:10", "02:19"), ["02:10", "02:00"])
+
+    def test_a_time_that_comes_while_the_flow_runs_is_dealt_with_as_the_schedule_says(self):
+        for overlap, expected in (
+                ("skip", ["00:10", "00:40", "01:10"]), ("queue", ["00:10", "00:30", "00:50", "01:20"]),
+                ("allow", ["00:10", "00:20", "00:30", "00:40", "00:50", "01:00", "01:10", "01:20"])):
+            with self.subTest(overlap):
+                daemon = SimDaemon({"cron": "*/10 * * * *", "overlap": overlap}, seconds=1500)
+                self.assertEqual(daemon.turns("00:01", "01:29"), expected)
+                began = sorted(daemon.runs.values())
+                self.assertTrue(overlap == "allow" or all(b - a >= 1500 for a, b in zip(began, began[1:])))
+
+    def test_what_waits_is_asked_for_soon_and_dropped_with_its_schedule(self):
+        daemon = SimDaemon({"cron": "*/10 * * * *", "overlap": "queue"}, seconds=900)
+        daemon.turns("00:10", "00:20")
+        self.assertEqual((daemon.ledger.queued, daemon.turn("00:21")), (at("00:20"), at("00:21:01")))
+        daemon.schedules = mf.make_schedules("@hourly")
+        self.assertEqual((daemon.turn("00:30"), daemon.times()), (at("01:00"), ["00:10"]))
+
+    def test_the_first_of_two_schedules_due_at_once_gives_the_params(self):
+        daemon = SimDaemon({"cron": "0 * * * *", "params": {"n": 1}},
+                           {"cron": "*/30 * * * *", "params": {"n": 2}, "jitter_s": 20}, seconds=1)
+        daemon.turns("00:01", "02:05", 5)
+        self.assertEqual([(mf.scheduled_text(run.time)[11:16], run.params["n"]) for run in daemon.started],
+                         [("00:30", 2), ("01:00", 1), ("01:30", 2), ("02:00", 1)])
+
+    def test_a_schedule_that_was_changed_owes_nothing_older_and_one_that_stays_goes_on(self):
+        daemon = SimDaemon({"cron": "0 1 * * *", "catchup": "all"}, {"cron": "0 2 * * *", "catchup": "all"})
+        daemon.schedules = mf.make_schedules([{"cron": "0 2 * * *", "catchup": "latest"},
+                                              {"cron": "30 1 * * *", "catchup": "all"}])
+        daemon.turn("03:00")
+        self.assertEqual(daemon.times(), ["02:00"])
+
+    def test_a_clock_that_jumps_neither_repeats_nor_loses_what_comes(self):
+        for catchup, expected in (("none", ["01:00", "05:00"]), ("latest", ["01:00", "04:00", "05:00"])):
+            daemon = SimDaemon({"cron": "0 * * * *", "catchup": catchup})
+            daemon.turns("00:59", "01:05")
+            daemon.turns("04:30", "05:05")      # forward
+            self.assertEqual(daemon.times(), expected)
+        daemon.turns("02:30", "03:05")          # and back: what the wrong clock started is not started again
+        daemon.turns("03:50", "06:05")
+        self.assertEqual(daemon.times(), ["01:00", "04:00", "05:00", "03:00", "06:00"])
+        daemon = SimDaemon("*/10 * * * *")
+        daemon.turn(at("00:35") + 20 * 365 * 86400)
+        self.assertEqual(daemon.turns("00:09", "00:31"), ["00:10", "00:20", "00:30"])
+
+    def test_a_clock_that_is_set_back_a_little_skips_what_it_has_skipped(self):
+        daemon = SimDaemon("*/10 * * * *", seconds=601)
+        daemon.turns("00:10", "00:20")
+        daemon.turns("00:19:30", "00:21", 1)
+        self.assertEqual(daemon.times(), ["00:10"])
+
+    def test_a_jitter_is_the_same_for_everybody_and_keeps_the_scheduled_time(self):
+        schedule = mf.Schedule(cron="* * * * *", jitter_s=600)
+        found = [*itertools.islice(mf.starts("f", schedule, at("00:00")), 200)]
+        self.assertEqual(found, sorted(found))
+        self.assertEqual([*itertools.islice(mf.starts("f", schedule, found[99][0]), 50)], found[100:150])
+        late = [start - time for start, time in found]
+        self.assertTrue(min(late) >= 0 and max(late) < 600 and len(set(late)) > 100)
+        self.assertNotEqual([*itertools.islice(mf.starts("g", schedule, at("00:00")), 200)], found)
+        daemon = SimDaemon({"cron": "0 * * * *", "jitter_s": 1800})
+        start = next(start for start, time in mf.starts("f", daemon.schedules[0], at("00:30")) if time > at("00:00"))
+        daemon.turn(at("00:30"))
+        daemon.started.clear()
+        self.assertEqual((daemon.times(), daemon.turn(start - 1)), ([], start))
+        daemon.turn(start)
+        self.assertEqual(daemon.times(), ["01:00"])
+
+    def test_a_long_absence_costs_little_and_starts_few_at_once(self):
+        for schedule, count in (({"every_s": 1, "catchup": "latest"}, 1), ({"every_s": 1, "catchup": "all"}, 1),
+                                ({"every_s": 1}, 1), ({"cron": "0 0 1 1 *", "catchup": "latest"}, 1),
+                                ({"every_s": 60, "catchup": "all", "overlap": "allow"}, mf.MAX_STARTS)):
+            with self.subTest(schedule):
+                daemon = SimDaemon(schedule, seconds=10)
+                began = time.perf_counter()
+                daemon.turn(at("00:30") + 20 * 365 * 86400)
+                self.assertLess(time.perf_counter() - began, 1)
+                self.assertEqual(len(daemon.started), count)
+
+    def test_whatever_turns_are_taken_and_die_each_time_that_is_due_starts_one_run(self):
+        chance = random.Random(4)
+        for case in range(60):
+            schedules = [{"catchup": "all", "overlap": "allow", "jitter_s": chance.choice([0, 0, 100]), **when}
+                         for when in chance.sample([{"every_s": 120}, {"cron": "*/7 * * * *"}, {"cron": "0 * * * *"},
+                                                    {"at": "2026-11-21T00:47:11Z"}], chance.randint(1, 3))]
+            daemon, now = SimDaemon(*schedules, flow=f"f{case}"), at("00:00")
+            while now < at("02:00"):
+                daemon.turn(now, dies=chance.random() < 0.3)
+                now += chance.choice([1, 30, 60, 61, 900])
+            for _ in range(20):
+                daemon.turn("02:05")
+            expected = [*itertools.takewhile(lambda time: time <= at("02:00"),
+                                             mf.upcoming(daemon.schedules, at("00:00")))]
+            found = [time for time in sorted(daemon.runs) if at("00:00") < time <= at("02:00")]
+            self.assertEqual(found, expected, schedules)       # that it was started once SimDaemon sees itself
 
 
 class T11State(unittest.TestCase):
@@ -3329,6 +3791,11 @@ class T18Argo(unittest.TestCase):
             texts = re.findall(r"\{\{.*?\}\}", json.dumps(self.manifest(project)["spec"]["templates"]))
             self.assertEqual(set(texts), {"{{workflow.parameters.image}}", "{{workflow.parameters.p}}", "{{retries}}",
                                           "{{workflow.parameters.n}}", "{{workflow.name}}"})
+
+    def test_a_schedule_stays_behind_and_is_named(self):
+        exported = mf.EXPORTERS["bash"](mf.make_plan(make(task("a"), schedule="@daily")), {}, "/t")
+        self.assertEqual(exported.losses, ("schedule: the script runs once, when it is started",))
+        self.assertEqual(mf.EXPORTERS["bash"](mf.make_plan(make(task("a"))), {}, "/t")[:2], (exported.text, ()))
 
 
 class FaultyDisk(mf.Disk):
@@ -8365,6 +8832,247 @@ class T31Library(unittest.TestCase):
             self.assertIn("is not a file", check("sub"))
 
 
+class DyingDisk(mf.Disk):
+    """A Disk that kills its process at call number `at`."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def call(self):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+for _name in ("open", "write", "replace", "unlink", "truncate", "make_dir"):
+    def _dying(self, *args, _call=getattr(mf.Disk, _name), **options):
+        self.call()
+        return _call(self, *args, **options)
+    setattr(DyingDisk, _name, _dying)
+
+
+class DyingStore(mf.Store):
+    """A Store of a DyingDisk that may die of a look, too: so between the start of an engine and its run."""
+
+    looks = 0
+
+    def exists(self, run_id):
+        self.looks += 1
+        if self.looks <= 3:                    # how often it looks until the run is there differs
+            self.disk.call()
+        return super().exists(run_id)
+
+
+class T26bDaemon(unittest.TestCase):
+    RAN = task("x", command="echo $MINIFLOW_RUN_ID >> ran")
+
+    @contextlib.contextmanager
+    def scheduled(self, *tasks, flows=None, **fields):
+        """Give a project with a flow f, its Scheduler, its notes, and a clock that stands an hour ago."""
+        with Project({"f": flow_json(*(tasks or [self.RAN]), **fields), **(flows or {})}) as project:
+            before, clock, notes = os.getcwd(), [int(time.time()) // 3600 * 3600 - 3600], []
+            os.chdir(project.path)
+            try:
+                yield project, mf.Scheduler(mf.MiniFlow(), lambda: clock[0], notes.append), notes, clock
+            finally:
+                os.chdir(before)
+                locks = project.at("miniflow_output", "runs", "*.lock")
+                wait_for(lambda: not any(map(os.path.isfile, glob.glob(locks))), "the ends of the runs")
+
+    @staticmethod
+    def ended(project, run_id):
+        """Wait for the end of a run and return its state."""
+        def state():
+            with contextlib.suppress(OSError, ValueError):
+                found = project.state(run_id)
+                return found if found["status"] != "running" else None
+        return wait_for(state, f"the end of {run_id}")
+
+    def test_ten_ticks_at_once_start_one_run_for_a_time_that_is_due(self):
+        due = int(time.time()) + 3
+        with one(self.RAN, params={"n": 1}, schedule={"at": mf.scheduled_text(due), "params": {"n": 2}}) as project:
+            self.assertEqual(project.cli("tick").stdout, "")   # seen for the first time
+            wait_for(lambda: time.time() >= due, "the time")
+            ticks = [project.start("tick") for _ in range(10)]
+            done = [tick.communicate(timeout=60) + (tick.returncode,) for tick in ticks]
+            run_id = f"f-{re.sub('[-:]', '', mf.scheduled_text(due))}"
+            self.assertEqual(sorted(done), sorted([(b"", b"", 0)] * 9 + [(f"{run_id}\n".encode(), b"", 0)]))
+            state = self.ended(project, run_id)
+            self.assertEqual((state["status"], state["params"], state["scheduled_time"]),
+                             ("success", {"n": 2}, mf.format_time(due)))
+            self.assertEqual(project.lines("ran"), [run_id])
+            self.assertIn(f"run {run_id}: success", project.read(f"miniflow_output/logs/{run_id}/engine.log"))
+            self.assertEqual(os.listdir(project.at("miniflow_output", "runs")), [f"{run_id}.json"])
+
+    def test_a_tick_killed_at_any_point_leaves_what_the_next_one_finishes_and_no_run_comes_twice(self):
+        with self.scheduled(schedule={"every_s": 60, "overlap": "allow"}) as (project, scheduler, _, clock):
+            scheduler.turn()
+            expected, died, point = [], True, 0
+            while died:
+                point += 1
+                clock[0] += 60
+                expected.append(mf.scheduled_id("f", clock[0]))
+                pid = os.fork()
+                if not pid:
+                    with contextlib.suppress(BaseException):
+                        mini = mf.MiniFlow()
+                        mini.store = DyingStore("miniflow_output", DyingDisk(point))
+                        mf.Scheduler(mini, lambda: clock[0]).turn()
+                        os._exit(0)
+                    os._exit(1)
+                status = os.waitpid(pid, 0)[1]
+                self.assertIn(status, (0, signal.SIGKILL))
+                died = status != 0
+                scheduler.turn()
+                self.assertEqual(scheduler.due(), [])
+            self.assertGreater(point, 12)
+            for run_id in expected:
+                self.assertEqual(self.ended(project, run_id)["status"], "success")
+            wait_for(lambda: not glob.glob("miniflow_output/runs/*.lock"), "the ends of the engines")
+            self.assertEqual(sorted(project.lines("ran")), expected)
+
+    def test_a_disk_that_fails_at_any_call_delays_a_run_and_neither_loses_nor_doubles_it(self):
+        with self.scheduled(schedule={"every_s": 60, "overlap": "allow"}) as (project, scheduler, _, clock):
+            scheduler.turn()
+            expected, point = [], 0
+            disk = FaultyDisk()
+            while disk.calls >= point:
+                point += 2
+                clock[0] += 60
+                expected.append(mf.scheduled_id("f", clock[0]))
+                disk = FaultyDisk(point)
+                mini = mf.MiniFlow()
+                mini.store = mf.Store("miniflow_output", disk)
+                with contextlib.suppress(mf.StateError, OSError):
+                    mf.Scheduler(mini, lambda: clock[0], list().append).turn()
+                self.assertEqual((scheduler.turn().failed, scheduler.due()), ((), []))
+            self.assertGreater(point, 10)
+            for run_id in expected:
+                self.assertEqual(self.ended(project, run_id)["status"], "success")
+            self.assertEqual(sorted(project.lines("ran")), expected)
+
+    def test_an_engine_for_a_run_that_is_there_does_nothing_even_if_that_has_failed(self):
+        with one(task("x", command="echo >> ran; exit 3")) as project:
+            words = [sys.executable, "-c", mf.SCHEDULED_PROGRAM, ENGINE, "1795219200", "-f", "flows", "-t", "tasks",
+                     "-o", "miniflow_output", "run", project.at("flows/f.json"), "--run-id", "r"]
+            codes = [subprocess.run(words, cwd=project.path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                     for _ in range(2)]
+            self.assertEqual([done.returncode for done in codes], [1, 2])
+            self.assertEqual(codes[1].stderr, b"run r has been started already\n")
+            self.assertEqual(len(project.lines("ran")), 1)
+            self.assertEqual(project.state("r")["scheduled_time"], "2026-11-21T00:00:00.000000Z")
+
+    def test_a_broken_flow_is_named_once_and_stops_no_other(self):
+        broken = {"name": "g", "schedule": "61 * * * *", "tasks": [task("a")]}
+        flows = {"broken": broken, "other": '{"name": '}
+        with self.scheduled(schedule={"every_s": 60, "overlap": "allow"}, flows=flows) as (
+                project, scheduler, notes, clock):
+            for _ in range(3):
+                started = scheduler.turn().started
+                clock[0] += 60
+            self.assertEqual(len(started), 1)
+            self.assertEqual(notes, ['flow broken can\'t be scheduled: flows/broken.json:3:2: schedule: "61" at '
+                                     "column 1 is no minute; give 0 to 59"])
+            project.write("flows/broken.json", json.dumps({**broken, "schedule": {"every_s": 60}}))
+            scheduler.turn()
+            clock[0] += 60
+            self.assertEqual([run_id.partition("-")[0] for run_id in scheduler.turn().started], ["broken", "f"])
+
+    def test_what_waits_is_started_by_the_end_of_the_run_and_goes_on_no_further(self):
+        with self.scheduled(task("x", command="until [ -e go ]; do sleep 0.02; done"),
+                            schedule={"every_s": 60, "overlap": "queue"}) as (project, scheduler, _, clock):
+            started = []
+            for _ in range(5):
+                started += scheduler.turn().started
+                clock[0] += 60
+            self.assertEqual(len(started), 1)
+            waits = mf.scheduled_id("f", clock[0] - 60)
+            self.assertEqual(scheduler.due(), [])
+            self.assertFalse(os.path.exists(f"miniflow_output/runs/{waits}.json"))
+            project.write("go", "")
+            self.assertEqual(self.ended(project, waits)["status"], "success")
+            wait_for(lambda: not glob.glob("miniflow_output/runs/*.lock"), "the end of the engine")
+            self.assertEqual(sorted(row["id"] for row in json.loads(project.cli("runs", "--json").stdout)),
+                             sorted([*started, waits]))
+
+    def test_a_run_that_cannot_be_made_is_told_and_tried_again(self):
+        with self.scheduled(schedule={"every_s": 60}) as (project, scheduler, notes, clock):
+            scheduler.turn()
+            clock[0] += 60
+            run_id = mf.scheduled_id("f", clock[0])
+            os.mkdir(f"miniflow_output/runs/{run_id}.lock")
+            self.assertEqual(scheduler.turn()[:2], ((), (run_id,)))
+            self.assertEqual(notes, [f"run {run_id} is not there: its engine ended with exit code 74; see "
+                                     + project.at("miniflow_output", "logs", run_id, "engine.log")])
+            os.rmdir(f"miniflow_output/runs/{run_id}.lock")
+            self.assertEqual(scheduler.turn()[:2], ((run_id,), ()))
+
+    def test_a_damaged_record_starts_nothing_and_is_left_as_it_is(self):
+        with one(self.RAN, schedule="* * * * *") as project:
+            for content in ("{", '{"format": 2, "flows": {}}',
+                            '{"format": 1, "flows": {"f": {"seen": {"a": "?"}}}}'):
+                project.write("miniflow_output/schedule.json", content)
+                done = project.cli("tick")
+                self.assertEqual((done.returncode, done.stdout), (74, ""))
+                self.assertRegex(done.stderr, r"schedule.json: it is damaged \(.*\); nothing was started; restore it")
+                self.assertEqual(project.read("miniflow_output/schedule.json"), content)
+
+    def test_asking_what_is_due_starts_nothing_and_list_tells_what_comes(self):
+        with self.scheduled(schedule={"cron": "@hourly", "catchup": "latest"}) as (project, scheduler, _, clock):
+            scheduler.turn()
+            clock[0] += 3700
+            expected = [mf.scheduled_id("f", clock[0] - 100)]
+            record = project.read("miniflow_output/schedule.json")
+            self.assertEqual((scheduler.due(), scheduler.due()), (expected, expected))
+            now = time.time()
+            code, out, _ = project.main("tick", "--dry-run")
+            self.assertEqual((code, out), (0, f"{mf.scheduled_id('f', int(now) // 3600 * 3600)}\n"))
+            self.assertEqual(project.read("miniflow_output/schedule.json"), record)
+            self.assertEqual(os.listdir("miniflow_output/runs"), [])
+            row, = json.loads(project.main("list", "--json")[1])
+            hours = [mf.scheduled_text(int(now) // 3600 * 3600 + 3600 * n) for n in range(1, 6)]
+            self.assertEqual((row["schedule"], row["next"]), ({"cron": "@hourly", "catchup": "latest"}, hours))
+            self.assertIn(hours[0], project.main("list")[1])
+
+    def test_ids_are_those_of_one_flow_and_time_and_can_be_ids(self):
+        ids = [mf.scheduled_id(flow, 0) for flow in ("etl", "a.b", "a_b", "x" * 128, "x" * 127 + "y")]
+        self.assertEqual(ids[0], "etl-19700101T000000Z")
+        self.assertEqual(len(set(ids)), 5)
+        for run_id in ids:
+            mf.check_run_id(run_id)
+
+    def test_a_loop_takes_turns_until_it_is_told_to_stop_and_says_once_what_is_wrong(self):
+        with self.scheduled(schedule={"every_s": 5}) as (project, scheduler, notes, clock):
+            clock[0] += 3595
+            waits = []
+
+            def rest(seconds):
+                waits.append(seconds)
+                clock[0] += int(seconds)
+                if len(waits) == 2:
+                    project.write("miniflow_output/schedule.json", "{")
+                if len(waits) == 4:
+                    os.remove("miniflow_output/schedule.json")
+                return len(waits) == 6
+
+            mf.schedule_loop(scheduler, rest, lambda: clock[0], notes.append)
+            self.assertEqual(waits, [5, 5, mf.LOOK_S, mf.LOOK_S, 5, 5])
+            self.assertEqual(len([note for note in notes if "it is damaged" in note]), 1)
+            self.assertGreaterEqual(len(glob.glob("miniflow_output/runs/*.json")), 1)
+
+    def test_a_flow_in_python_may_have_a_schedule(self):
+        with self.scheduled() as (project, scheduler, notes, clock):
+            project.write("flows/p.py", "from miniflow import Workflow, task\n@task\ndef a(ctx): pass\n"
+                          "workflow = Workflow([a], schedule=[{'every_s': 60}, '0 6 * * *'])\n")
+            scheduler.turn()
+            clock[0] += 60
+            run_id, = scheduler.turn().started
+            self.assertEqual(self.ended(project, run_id)["status"], "success", notes)
+        with self.assertRaises(mf.FlowError) as caught:
+            mf.Workflow([mf.task(lambda ctx: None, name="a")], name="w", schedule="0 25 * * *")
+        self.assertEqual(str(caught.exception), 'workflow w: schedule.cron: "25" at column 3 is no hour; give 0 to 23')
+
+
 class T32Bundle(unittest.TestCase):
 
     def project(self, **fields):
@@ -8756,7 +9464,7 @@ class T33CommandLine(unittest.TestCase):
             code, out, _ = project.main("list")
             self.assertEqual(code, 0)
             self.assertRegex(
-                out, r"(?m)^bad +- +- +broken: flows/bad\.json:1:1: tasks is missing.* \(and 1 more\)$")
+                out, r"(?m)^bad +- +- +- +broken: flows/bad\.json:1:1: tasks is missing.* \(and 1 more\)$")
             self.assertRegex(out, r"(?m)^good \(f\) +1 +- +fine$")
             rows = json.loads(project.main("list", "--json")[1])
             self.assertEqual([row["name"] for row in rows], ["bad", "good"])
@@ -9588,7 +10296,8 @@ class T33CommandLine(unittest.TestCase):
             "script", "tags", "env", "cwd", "python", "stdin", "max_backoff_s", "jitter", "timeout_s", "grace_s",
             "executor", "resources"})
         self.assertEqual({field.name for field in mf.FLOW_FIELDS} - tour.keys(), {
-            "$schema", "version", "tags", "max_parallel", "fail_fast", "preload", "secrets", "on_success"})
+            "$schema", "version", "tags", "max_parallel", "fail_fast", "preload", "secrets", "on_success",
+            "schedule"})                       # it runs when somebody asks for it
 
     def test_the_sample_flow_makes_a_real_report(self):
         with Project() as project:
@@ -9677,7 +10386,7 @@ class T33CommandLine(unittest.TestCase):
         self.assertEqual(state["definition"]["tasks"][1],
                          {"id": "b", "function": "py:b", "depends_on": ["a"], "kind": "process"})
         for command, expected in (
-                (("list",), "py    3      failed 2026"), (("validate", "py"), "py.py: ok, 3 tasks"),
+                (("list",), "py    3      -     failed 2026"), (("validate", "py"), "py.py: ok, 3 tasks"),
                 (("graph", "py"), "function py:b  <- a"), (("runs", "py"), "r    py    failed"),
                 (("show", "r"), "c     failed   1"), (("logs", "r"), "==> b, attempt 1 <==\nin b 5\n"),
                 (("logs", "r", "b"), "in b 5\n")):
