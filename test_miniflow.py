@@ -83,47 +83,27 @@ def errors_of(text, **options):
     return []
 
 
-class SimWorld:
-    """A World without processes: an attempt is (seconds, exit code), and waiting makes the clock jump."""
+class SimWorld(mf.Simulated):
+    """A simulated world that keeps a log, in which runs are cancelled and tasks may ignore SIGTERM."""
 
     def __init__(self, script=None, cancels=(), stubborn=()):
-        self.script, self.stubborn, self.clock, self.log = script or {}, set(stubborn), 0.0, []
-        self.ends, self.serial = [], itertools.count()
-        self.cancels = sorted(cancels)
-
-    def now(self):
-        return self.clock
+        super().__init__(lambda task, attempt: self.script.get(task, {}).get(attempt, (1, 0)))
+        self.script, self.stubborn, self.cancels, self.log = script or {}, set(stubborn), sorted(cancels), []
 
     def start(self, run, action):
-        seconds, code = self.script.get(action.task, {}).get(action.attempt, (1, 0))
         self.log.append(f"{self.clock:g} start {action.task}")
-        heapq.heappush(self.ends, (self.clock + seconds, next(self.serial), action.task, code))
-        return []
-
-    def ask(self, run, action):
-        return [mf.admit(run, action.task, self.clock, {})]
+        return super().start(run, action)
 
     def stop(self, run, action):
         self.log.append(f"{self.clock:g} {action.signal} {action.task}")
-        if action.signal == "KILL" or action.task not in self.stubborn:
-            code = -9 if action.signal == "KILL" else -15
-            self.ends = [(self.clock, n, name, code) if name == action.task else (at, n, name, old)
-                         for at, n, name, old in self.ends]
-            heapq.heapify(self.ends)
-        return []
+        return super().stop(run, action) if action.signal == "KILL" or action.task not in self.stubborn else []
 
     def wait(self, run, until):
-        times = [at for at in (until, self.ends[0][0] if self.ends else None,
-                               self.cancels[0] if self.cancels else None) if at is not None]
-        assert times, "nothing can ever happen again"
-        self.clock = max(self.clock, min(times))
-        if self.cancels and self.cancels[0] <= self.clock:
-            self.cancels.pop(0)
+        times = [end[0] for end in self.ends[:1]] + [until] * (until is not None)
+        if self.cancels and self.cancels[0] <= max(self.clock, min(times, default=self.cancels[0])):
+            self.clock = max(self.clock, self.cancels.pop(0))
             return [mf.CancelRequested(self.clock, "cancelled by SIGINT", 130, mf.was_cancelled(run))]
-        if self.ends and self.ends[0][0] <= self.clock:
-            _, _, name, code = heapq.heappop(self.ends)
-            return [mf.attempt_end(run, name, self.clock, code, run.tasks[name].stopping, dict)]
-        return []
+        return super().wait(run, until)
 
 
 def simulate(flow, script=None, slots=4, left_out=None, world=None, durations=None, **options):
