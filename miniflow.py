@@ -4831,7 +4831,7 @@ def clip(text: str, width: int, mark: str = "…") -> str:
         if taken > width:
             break
         kept += char
-    return (kept + mark)[:max(0, width)]
+    return kept + mark if width >= width_of(mark) else ""
 
 
 def padded(text: str, width: int) -> str:
@@ -5161,13 +5161,20 @@ class _Net(NamedTuple):
 
 
 def _nets(row: List[Node], layers: Layers, at: Mapping[Node, float]) -> List[_Net]:
-    """Return the lines from a layer to the next; those that go to the same nodes are one."""
-    nets: Dict[Tuple[int, ...], List[int]] = {}
+    """Return the lines from a layer to the next; those that go to the same nodes are one.
+
+    Each reaches a node in a column of its own: lines that met above it could be read as going on in another.
+    """
+    tops: Dict[FrozenSet[Node], List[int]] = {}
     for node in row:
         if layers.below[node]:
-            ends = tuple(sorted(int(at[down]) for down in layers.below[node]))
-            nets.setdefault(ends, []).append(int(at[node]))
-    return [_Net(tops, list(ends)) for ends, tops in nets.items()]
+            tops.setdefault(frozenset(layers.below[node]), []).append(int(at[node]))
+    reach: Dict[Node, List[FrozenSet[Node]]] = {}
+    for downs in sorted(tops, key=lambda downs: sum(tops[downs]) / len(tops[downs])):
+        for down in downs:
+            reach.setdefault(down, []).append(downs)
+    return [_Net(tops[downs], sorted(int(at[down]) + 2 * reach[down].index(downs) - len(reach[down]) + 1
+                                     for down in downs)) for downs in tops]
 
 
 def _tracks(nets: List[_Net]) -> Optional[List[int]]:
@@ -5181,7 +5188,7 @@ def _tracks(nets: List[_Net]) -> Optional[List[int]]:
             return None
         n = min(free, key=lambda n: (nets[n].last - nets[n].first, n))
         row = -1 if nets[n].is_straight else 1 + max((track[k] for k in before[n]), default=-1)
-        while any(track[k] == row and nets[k].first <= nets[n].last and nets[n].first <= nets[k].last
+        while any(track[k] == row and nets[k].first <= nets[n].last + 1 and nets[n].first <= nets[k].last + 1
                   for k in track if row >= 0):
             row += 1
         track[n] = row
@@ -5195,16 +5202,13 @@ def _draw_nets(nets: List[_Net], tracks: List[int], width: int, glyphs: Glyphs) 
     for net, row in zip(nets, tracks):
         for x in range(net.first, net.last + 1) if not net.is_straight else ():
             bits[row][x] |= (_LEFT if x > net.first else 0) | (_RIGHT if x < net.last else 0)
-    for net, row in zip(nets, tracks):
         turns = [] if net.is_straight else [(x, _UP) for x in net.tops] + [(x, _DOWN) for x in net.ends]
         for x, direction in turns:
             bits[row][x] |= direction
-        passed = [(x, y) for x in net.tops for y in range(row)]
-        passed += [(x, y) for x in net.ends for y in range(row + 1, height + 1)]
-        for x, y in passed:
-            merges = any(x in other.ends and x in net.ends for other, at in zip(nets, tracks)
-                         if at == y and other is not net)
-            bits[y][x] = bits[y][x] | _UP | _DOWN if merges else _UP | _DOWN
+    for net, row in zip(nets, tracks):
+        for x, y in chain(((x, y) for x in net.tops for y in range(row)),
+                          ((x, y) for x in net.ends for y in range(row + 1, height + 1))):
+            bits[y][x] = _UP | _DOWN
     return [[glyphs.lines[bit] for bit in row] for row in bits]
 
 
@@ -5216,7 +5220,10 @@ def draw_text(plan: Plan, labels: Mapping[str, str], glyphs: Glyphs, width: int)
     if layers.long:
         return None
     sort_layers(layers)
-    size = {name: width_of(labels[name]) | 1 for row in layers.rows for name in row if name in labels}
+    size = {}                                  # odd, so that there is a middle
+    for name, label in labels.items():
+        lines_in = len({frozenset(layers.below[up]) for up in layers.above[name]})
+        size[name] = max(width_of(label), 2 * lines_in) | 1
     at = place_layers(layers, size, 1, 2)
     if max(at[node] + size.get(node, 1) // 2 for node in at) >= width:
         return None
@@ -5225,7 +5232,7 @@ def draw_text(plan: Plan, labels: Mapping[str, str], glyphs: Glyphs, width: int)
         text = ""
         for node in row:
             label = labels.get(node, glyphs.lines[_UP | _DOWN])
-            text = padded(text, int(at[node]) - size.get(node, 1) // 2) + label
+            text = padded(text, int(at[node]) - width_of(label) // 2) + label
         lines.append(text)
         nets = _nets(row, layers, at)
         tracks = _tracks(nets)
@@ -5233,9 +5240,11 @@ def draw_text(plan: Plan, labels: Mapping[str, str], glyphs: Glyphs, width: int)
             return None
         if nets:
             rows = _draw_nets(nets, tracks, width, glyphs)
-            for node in layers.rows[n + 1]:
-                if node in labels and layers.above[node]:
-                    rows[-1][int(at[node])] = glyphs.arrow
+            tasks = [(at[node] - size[node] / 2, at[node] + size[node] / 2) for node in layers.rows[n + 1]
+                     if node in size]
+            for x in chain(*(net.ends for net in nets)):
+                if any(left <= x <= right for left, right in tasks):
+                    rows[-1][x] = glyphs.arrow
             lines += ["".join(cells) for cells in rows]
     return [line.rstrip() for line in lines]
 
@@ -10217,11 +10226,13 @@ class Progress:
 
     def owe(self, name: str, sign: int = 1) -> None:
         """Count the work of a task or an instance as still to be done, or no more."""
-        task = self.run.defs[name]
+        task, cost = self.run.defs[name], self.cost.get(name)
+        if cost is None and name in self.known:
+            cost = sum(self.known[name])
         if isinstance(task.action, WaitFor):
             return                              # it takes up no slot
-        if name in self.cost or name in self.known:
-            self.work += sign * (self.cost[name] if name in self.cost else sum(self.known[name]))
+        if cost is not None:
+            self.work += sign * cost
         elif sign < 0:
             self.unknown.discard(name)
         elif task.handler != "on_failure":
@@ -10229,13 +10240,8 @@ class Progress:
 
     def observe(self, event: Event) -> None:
         """Take in an event that the run has taken in."""
-        if isinstance(event, TaskExpanded):
-            self.owe(event.task, -1)
-            known = self.known.pop(event.task, None)
-            for name in self.run.groups[event.task]:
-                if known:
-                    self.cost.setdefault(name, sum(known) / len(known))
-                self.owe(name)
+        if isinstance(event, AttemptStarted):
+            self.retrying.discard(event.task)
         elif isinstance(event, (AttemptEnded, TaskSettled)):
             status = self.run.tasks[event.task].status
             if status == RETRYING:
@@ -10247,8 +10253,13 @@ class Progress:
                 self.owe(event.task, -1)
         elif isinstance(event, AttemptDeferred):
             self.retrying.add(event.task)
-        elif isinstance(event, AttemptStarted):
-            self.retrying.discard(event.task)
+        elif isinstance(event, TaskExpanded):
+            self.owe(event.task, -1)
+            known = self.known.pop(event.task, None)
+            for name in self.run.groups[event.task]:
+                if known:
+                    self.cost.setdefault(name, sum(known) / len(known))
+                self.owe(name)
 
     def _path(self, name: str) -> float:
         """Return the longest path of work from a task on, or from an instance of one."""
@@ -10268,25 +10279,56 @@ class Progress:
         return seconds if seconds >= 0.05 and not run.cancel else None
 
 
+class Above:
+    """Stands for a stream to the terminal that a live part is on: whole lines are put above that."""
+
+    def __init__(self, stream: Any, put: Callable[[Any, str], None]) -> None:
+        self._stream, self._put, self._rest = stream, put, ""
+
+    def write(self, text: str) -> int:
+        """Write text; what is no whole line yet waits for its end."""
+        whole, newline, self._rest = (self._rest + text).rpartition("\n")
+        if newline:
+            self._put(self._stream, whole + newline)
+        return len(text)
+
+    def let_go(self) -> Any:
+        """Write what waits still, and return the stream."""
+        self._stream.write(self._rest)
+        return self._stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Live(Lines):
     """Tells of a run on a terminal: what has happened above, and below it a line a running task and a bar.
 
     What is drawn is drawn over what was there, in one write, so that nothing flickers; at most ten times a
-    second, and the lines that come meanwhile are put above the last picture.
+    second, and the lines that come meanwhile are put above the last picture.  What functions print within
+    this process goes there, too, from whichever thread.
     """
 
     def begin(self, run: Run, slots: Optional[int]) -> None:
+        import _thread
+        self.lock = _thread.RLock()
         self.lines: List[str] = []              # the live part as it is on the screen
         self.widths: List[int] = []             # of each of these lines
         self.next_draw = 0.0
         self.progress = Progress(run, slots)
-        self.glyphs = glyphs_for(sys.stderr)
+        self.stream, self.glyphs = sys.stderr, glyphs_for(sys.stderr)
         super().begin(run, slots)
         self.small = len(run.tasks) <= 50
+        if any(isinstance(task.action, Function) for task in run.plan.flow.tasks):
+            for name in ("stdout", "stderr"):
+                if getattr(sys, name).isatty():
+                    setattr(sys, name, Above(getattr(sys, name), self.put))
 
     def observe(self, event: Event) -> None:
         self.progress.observe(event)
-        super().observe(event)
+        if self.small or not isinstance(event, (AttemptStarted, AttemptSpawned, AttemptEnded)) or (
+                isinstance(event, AttemptEnded) and event.status != SUCCESS):
+            super().observe(event)             # of many tasks only what is unusual is told
 
     def line(self, word: str, task: str, rest: str = "") -> None:
         if self.small or word not in (SUCCESS, CACHED, SKIPPED, UPSTREAM_FAILED, CANCELLED):
@@ -10296,8 +10338,20 @@ class Live(Lines):
         pass                                   # the live part shows it
 
     def tell(self, text: str) -> None:
-        self.write(self.home() + "\x1b[J" * bool(self.lines) + masked(text, hidden) + "\n"
-                   + "".join(line + "\n" for line in self.lines))
+        self.put(self.stream, masked(text, hidden) + "\n")
+
+    def put(self, stream: Any, text: str) -> None:
+        """Write whole lines to a stream, and the live part below them once more."""
+        with self.lock:
+            before = self.home() + "\x1b[J" * bool(self.lines)
+            after = "".join(line + "\n" for line in self.lines)
+            if stream is self.stream:
+                self.write(before + text + after)
+            else:
+                self.write(before)
+                stream.write(text)
+                stream.flush()
+                self.write(after)
 
     def home(self) -> str:
         """Return what takes the cursor to the begin of the live part.
@@ -10319,20 +10373,20 @@ class Live(Lines):
     def write(self, text: str) -> None:
         """Write to the terminal as it is."""
         try:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            self.stream.write(text)
+            self.stream.flush()
         except (OSError, ValueError):
             pass
 
     def refresh(self, now: float) -> Optional[float]:
         if now >= self.next_draw or self.next_draw > now + 1:           # or the clock was put back
-            home = self.home()
-            self.lines, self.widths = [], []
-            for parts in self.picture(now, *self.size()):
-                self.lines.append("".join(self.paint(status, text) if status else text
-                                          for status, text in parts))
-                self.widths.append(sum(width_of(text) for _, text in parts))
-            self.write(home + "".join(f"{line}\x1b[K\n" for line in self.lines) + "\x1b[J")
+            picture = self.picture(now, *self.size())
+            with self.lock:
+                home = self.home()
+                self.lines = ["".join(self.paint(status, text) if status and text else text
+                                      for status, text in parts) for parts in picture]
+                self.widths = [sum(width_of(text) for _, text in parts) for parts in picture]
+                self.write(home + "".join(f"{line}\x1b[K\n" for line in self.lines) + "\x1b[J")
             self.next_draw = now + 0.1
         return self.next_draw
 
@@ -10379,8 +10433,12 @@ class Live(Lines):
         return pieces if wide < columns else [("", clip(parts[0][2], columns - 1, self.glyphs.cut))]
 
     def end(self, run: Run) -> None:
-        self.write(self.home() + "\x1b[J" * bool(self.lines))
-        self.lines, self.widths = [], []
+        with self.lock:
+            self.write(self.home() + "\x1b[J" * bool(self.lines))
+            self.lines, self.widths = [], []
+        for name in ("stdout", "stderr"):
+            if isinstance(getattr(sys, name), Above):
+                setattr(sys, name, getattr(sys, name).let_go())
         super().end(run)
 
 
@@ -10537,7 +10595,8 @@ def format_forecasts(made: Forecasts, glyphs: Glyphs, width: int = 80) -> str:
     for slots, run in made.runs:
         reason = f" ({one_line(run.reason)})" if run.reason else ""
         head = f"{slots or 'all'} at once: {run.status}{reason} after {format_span(run.finished)}: "
-        lines += ["", wrapped(head + count_states(run), width, "   "), *(wrapped(line, width, "   ") for line in _unusual_ends(run)),
+        lines += ["", wrapped(head + count_states(run), width, "   "),
+                  *(wrapped(line, width, "   ") for line in _unusual_ends(run)),
                   format_gantt(run, glyphs, width),
                   wrapped("critical path (*): " + " -> ".join(critical_path(run)), width, "   ")]
     return "\n".join(lines)
