@@ -5223,7 +5223,7 @@ def draw_text(plan: Plan, labels: Mapping[str, str], glyphs: Glyphs, width: int)
     size = {}                                  # odd, so that there is a middle
     for name, label in labels.items():
         lines_in = len({frozenset(layers.below[up]) for up in layers.above[name]})
-        size[name] = max(width_of(label), 2 * lines_in) | 1
+        size[name] = max(width_of(label), 2 * lines_in - 1) | 1
     at = place_layers(layers, size, 1, 2)
     if max(at[node] + size.get(node, 1) // 2 for node in at) >= width:
         return None
