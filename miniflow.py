@@ -48,7 +48,8 @@ Contents
     12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
     12.5. TEXT: how is a value made fit to be seen?
     13. EXPORTERS: how does a plan look in other languages?
-    13.5. GRAPHS: how does a plan look as a picture?
+    13.5. LAYERS: where does each task of a plan stand in a picture?
+    13.6. GRAPHS: how does a plan look as a picture?
     14. BASH: how does a flow run where there is no MiniFlow?
     14.5. SIMULATION: what would a run do, and how long would it take?
     --- the line: all above is pure ---
@@ -63,6 +64,8 @@ Contents
     23. FUNCTIONS: how are Python functions called, and what becomes of what they return?
     24. RUNNER: how is one run driven to its end?
     25. REPORTING: how is it told to a person?
+    25.2. TERMINAL: how does a run look while it goes on?
+    25.3. SUMMARIES: how is it told what a run did, or would do?
     25.5. REPORT: how does a run become one page that stands for itself?
     26. LIBRARY: what does a Python program use?
     27. COMMAND LINE: what can be typed?
@@ -4923,7 +4926,7 @@ def describe_action(task: Task) -> str:
 
 
 # ============================================================================
-# == 13.5. GRAPHS: how does a plan look as a picture?
+# == 13.5. LAYERS: where does each task of a plan stand in a picture?
 # ============================================================================
 # A picture is made in Sugiyama's four steps.  A task stands one layer behind the last that it waits for.  A
 # line that passes layers gets a place in each of them, one for all lines from the same task.  The places of a
@@ -4934,10 +4937,6 @@ def describe_action(task: Task) -> str:
 # Tasks that all wait for the same tasks get a joint: n + m lines instead of n * m, without which layers of a
 # hundred tasks would be a black square.  Handlers come after all tasks, so their lines would say nothing;
 # they stand at the end, without lines.
-#
-# The same layers serve SVG, from left to right in pixels, and text, from top to bottom in columns.  In a text
-# each line between two layers gets a row of its own, above those whose ends it would run into.  Where no
-# such order of rows exists, or the picture is too wide, there is the list alone, which says everything.
 
 if TYPE_CHECKING:
     Node = Any                                 # a task's id, (number,) for a joint, or (node, layer)
@@ -4993,8 +4992,6 @@ def marks_of(task: Task) -> List[str]:
     marks += [task.trigger_rule] if task.trigger_rule != "all_success" else []
     return marks + (["allow_failure"] if task.allow_failure and not task.handler else [])
 
-
-# -- layers --
 
 _LONG = 30                                     # a line over more layers than this is drawn straight
 _SWEEPS = 8
@@ -5114,6 +5111,13 @@ def place_layers(layers: Layers, size: Mapping[Node, int], small: int, gap: int)
     first = min(at[node] - size.get(node, small) // 2 for node in at)
     return {node: place - first for node, place in at.items()}
 
+
+# ============================================================================
+# == 13.6. GRAPHS: how does a plan look as a picture?
+# ============================================================================
+# The same layers serve SVG, from left to right in pixels, and text, from top to bottom in columns.  In a text
+# each line between two layers gets a row of its own, above those whose ends it would run into.  Where no
+# such order of rows exists, or the picture is too wide, there is the list alone, which says everything.
 
 # -- a picture in text --
 
@@ -9961,11 +9965,6 @@ def columns_of(stream: Any) -> int:
         return 80
 
 
-def _ticks(seconds: float) -> str:
-    """Return a duration that goes on: its last digit does not race."""
-    return f"{max(0.0, seconds):.1f} s" if seconds < 60 else format_span(seconds)
-
-
 def let_go_of_stdout() -> None:
     """Send what is still written to stdout, by the interpreter's own end too, to nowhere."""
     null = os.open(os.devnull, os.O_WRONLY)
@@ -10192,6 +10191,38 @@ class Prefixed(Lines):
             self.show(event.task, True)
             del self.places[event.task]
         super().ended(event)
+
+
+class JsonLines(Watcher):
+    """Writes each event to stdout as one line of JSON that holds run, task and status."""
+
+    def begin(self, run: Run, slots: Optional[int]) -> None:
+        self.run = run
+
+    def observe(self, event: Event) -> None:
+        members = event_to_json(event)
+        task = members.get("task")
+        status = (RUNNING if isinstance(event, AttemptSpawned) else
+                  self.run.tasks[task].status if task else self.run.status)
+        text = json.dumps({**without_secrets(members, hidden), "run": self.run.id, "task": task,
+                           "status": status})
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except OSError:                        # nobody listens: the run goes on all the same
+            let_go_of_stdout()
+
+
+# ============================================================================
+# == 25.2. TERMINAL: how does a run look while it goes on?
+# ============================================================================
+# The live part of the screen is below what is said for good, and is drawn over itself.  What it costs does
+# not grow with the run: an event changes some counts, and a draw looks at what runs, as far as there is room
+# for it.  How long the run will still take is told only where earlier runs know.
+
+def _ticks(seconds: float) -> str:
+    """Return a duration that goes on: its last digit does not race."""
+    return f"{max(0.0, seconds):.1f} s" if seconds < 60 else format_span(seconds)
 
 
 class Progress:
@@ -10442,26 +10473,6 @@ class Live(Lines):
         super().end(run)
 
 
-class JsonLines(Watcher):
-    """Writes each event to stdout as one line of JSON that holds run, task and status."""
-
-    def begin(self, run: Run, slots: Optional[int]) -> None:
-        self.run = run
-
-    def observe(self, event: Event) -> None:
-        members = event_to_json(event)
-        task = members.get("task")
-        status = (RUNNING if isinstance(event, AttemptSpawned) else
-                  self.run.tasks[task].status if task else self.run.status)
-        text = json.dumps({**without_secrets(members, hidden), "run": self.run.id, "task": task,
-                           "status": status})
-        try:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
-        except OSError:                        # nobody listens: the run goes on all the same
-            let_go_of_stdout()
-
-
 OUTPUTS: Dict[str, Callable[[Store, bool], Watcher]] = {
     "progress": Lines, "prefix": Prefixed, "group": Grouped, "quiet": Quiet,
     "json": lambda store, colour: JsonLines()}
@@ -10475,6 +10486,10 @@ def make_watcher(style: str, store: Store) -> Watcher:
         return Live(store, colour)
     return OUTPUTS[style](store, colour)
 
+
+# ============================================================================
+# == 25.3. SUMMARIES: how is it told what a run did, or would do?
+# ============================================================================
 
 def critical_path(run: Run) -> List[str]:
     """Return the tasks that decided the run's end: from its last, back over whichever upstream ended last.
@@ -10698,7 +10713,9 @@ align-items:center;font-size:13px}
 .bars .on{font-weight:700}.bars .on::before{content:"\2605\a0"}
 .ticks{display:flex;justify-content:space-between;color:var(--soft);font-size:12px}
 details{border:1px solid var(--line);border-radius:8px;margin:.4rem 0;padding:.4rem .8rem}
-.why{color:var(--state)}summary{cursor:pointer;overflow-wrap:anywhere}summary .state{margin-left:.6rem}
+.why{color:var(--state)}details .name{white-space:pre-wrap}
+summary{cursor:pointer;overflow-wrap:anywhere}summary .state{margin-left:.6rem}
+details td.long{min-width:0}details p{font-size:.9rem}
 details:target{border-color:var(--busy)}
 pre{background:var(--face);border-radius:6px;padding:.6rem .8rem;margin:.4rem 0;overflow-x:auto;
 white-space:pre-wrap;overflow-wrap:anywhere}
@@ -10768,6 +10785,15 @@ def _json_text(value: Any) -> str:
         if size > 2 * REPORT_VALUE:
             return "".join(pieces)[:REPORT_VALUE] + "… (and more)"
     return _bounded_text("".join(pieces))
+
+
+def _action_text(task: Task) -> str:
+    """Return what a task does; of a command the whole, and not just its begin."""
+    action = task.action
+    if not isinstance(action, Command):
+        return one_line(describe_action(task))
+    return "command " + (action.command if isinstance(action.command, str) else
+                         json.dumps(action.command, ensure_ascii=False))
 
 
 _NUMBERS = ("attempts", "duration", "start")    # columns of the table of tasks
@@ -10910,7 +10936,7 @@ class Report:
         """Return all about one task, folded unless it failed."""
         run, task_run, task = self.run, self.run.tasks[name], self.run.defs[name]
         status = self.status_of(name)
-        does = ", ".join([one_line(describe_action(task)), *marks_of(task)])
+        does = ", ".join([_action_text(task), *marks_of(task)])
         after = "" if task.handler else ", ".join(task.depends_on[:50])
         parts = [_element(tag, text, classes) for tag, text, classes in (
             ("p", task.description, "soft"), ("p", _bounded_text(does), "name"),
