@@ -5416,7 +5416,7 @@ def to_svg(plan: Plan, looks: Mapping[str, Look] = {}, alone: bool = True,
     style = (f"<style>{STATE_STYLE}{GRAPH_STYLE}.graph .back{{fill:var(--back);stroke:none}}</style>\n"
              f'<rect class="back" x="-12" y="-12" width="{_number(wide)}" height="{_number(high)}"/>\n')
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" class="graph" width="{_number(wide)}" '
-             f'height="{_number(high)}" viewBox="-12 -12 {_number(wide)} {_number(high)}" role="img">\n'
+             f'height="{_number(high)}" viewBox="-12 -12 {_number(wide)} {_number(high)}">\n'
              f"<title>{html_text(one_line(f'flow {plan.flow.name}: {len(plan.order)} tasks'))}</title>\n",
              style if alone else ""]
     for _, down, points in places["edges"]:
@@ -10248,7 +10248,7 @@ class Progress:
         for name, task_run in run.tasks.items():
             if task_run.status in SETTLED:
                 self.ended[task_run.status] = self.ended.get(task_run.status, 0) + 1
-            elif name in run.plan.tasks and name not in run.plan.left_out:
+            elif name not in run.groups and name not in run.plan.left_out:
                 self.owe(name)
 
     def alone(self, name: str) -> float:
@@ -10313,14 +10313,15 @@ class Progress:
 class Above:
     """Stands for a stream to the terminal that a live part is on: whole lines are put above that."""
 
-    def __init__(self, stream: Any, put: Callable[[Any, str], None]) -> None:
-        self._stream, self._put, self._rest = stream, put, ""
+    def __init__(self, stream: Any, put: Callable[[Any, str], None], lock: Any) -> None:
+        self._stream, self._put, self._lock, self._rest = stream, put, lock, ""
 
     def write(self, text: str) -> int:
         """Write text; what is no whole line yet waits for its end."""
-        whole, newline, self._rest = (self._rest + text).rpartition("\n")
-        if newline:
-            self._put(self._stream, whole + newline)
+        with self._lock:
+            whole, newline, self._rest = (self._rest + text).rpartition("\n")
+            if newline:
+                self._put(self._stream, whole + newline)
         return len(text)
 
     def let_go(self) -> Any:
@@ -10353,7 +10354,7 @@ class Live(Lines):
         if any(isinstance(task.action, Function) for task in run.plan.flow.tasks):
             for name in ("stdout", "stderr"):
                 if getattr(sys, name).isatty():
-                    setattr(sys, name, Above(getattr(sys, name), self.put))
+                    setattr(sys, name, Above(getattr(sys, name), self.put, self.lock))
 
     def observe(self, event: Event) -> None:
         self.progress.observe(event)

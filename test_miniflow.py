@@ -7114,6 +7114,32 @@ class T25Reporting(unittest.TestCase):
             self.assertEqual(progress.ended, collections.Counter(t.status for t in run.tasks.values()), seed)
             self.assertAlmostEqual(progress.work, 0)
 
+    def test_progress_of_a_resumed_run_counts_what_is_left_of_it(self):
+        flow = make(task("each", foreach=[1, 2, 3]), task("b", "each"))
+        durations = {"each[0]": 5, "each[1]": 7, "each[2]": 9, "b": 2}
+        old, _, _ = simulate(flow, {"each[1]": {1: (1, 1)}}, durations=durations)
+        run, world = mf.reopen(old, flow), SimWorld()
+        progress = mf.Progress(run, 1)
+        self.assertEqual((progress.left(0), progress.ended, progress.unknown), (9, {"success": 2}, set()))
+        steps, events = mf.drive(run, world, lambda events, happened: None, 1, progress.observe), None
+        with contextlib.suppress(StopIteration):
+            while True:
+                events = world.wait(run, steps.send(events))
+        self.assertEqual((progress.work, progress.left(world.clock), progress.ended), (0, None, {"success": 5}))
+
+    def test_hostile_texts_reach_no_terminal_as_they_are(self):
+        """The screen takes text that can be printed, colours, and what the live part erases; nothing else."""
+        tasks = [task(f"t{n}", command=["sh", "-c", 'printf "%s\\n" "$1"; exit 1', "sh", text + "\x9b2J\r\x07\x08"],
+                      description=text, **{"if": f"run.id != {json.dumps(text)}"}) for n, text in enumerate(TRICKY)]
+        with one(*[t for t in tasks if "{{" not in t["if"]], task("z", http={"url": "http://127.0.0.1:9/\u202e"}),
+                 description="\x1b[2J") as project:
+            for args in (["run", "f", "--run-id", "r"], ["show", "r"], ["logs", "r"], ["graph", "--run", "r"],
+                         ["simulate", "f"], ["run", "f", "--output", "prefix"], ["report", "r", "-o", "-"]):
+                with self.subTest(args):
+                    _, screen, text = on_terminal(project, *args, columns=100, rows=50)
+                    self.assertNotIn("\u202e", text)
+                    self.assertTrue(any(screen.lines))
+
     def test_a_terminal_gets_a_live_part_and_it_is_gone_at_the_end(self):
         seen = set()
         with one(task("a", command="sleep 0.3"), task("b", "a", command="echo why; exit 3"), max_parallel=2) as project:
