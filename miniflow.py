@@ -5256,15 +5256,11 @@ def draw_text(plan: Plan, labels: Mapping[str, str], glyphs: Glyphs, width: int)
 def _list_lines(plan: Plan, looks: Mapping[str, Look], glyphs: Glyphs) -> Iterator[Tuple[str, int]]:
     """Yield a line for each level and each task, and how far its continuation is indented."""
     level, width = levels_of(plan), max(map(len, plan.order))
-    handlers = [name for name in plan.order if name not in level]
-    blocks = [(str(number), [name for name in level if level[name] == number])
-              for number in range(1, max(level.values(), default=0) + 1)]
-    by_level: Dict[int, List[str]] = {}
-    for name in level:
-        by_level.setdefault(level[name], []).append(name)
-    blocks = [(str(number), by_level[number]) for number in sorted(by_level)]
-    for title, names in blocks + ([("after all", handlers)] if handlers else []):
-        yield title, 0
+    blocks: Dict[int, List[str]] = {}
+    for name in plan.order:
+        blocks.setdefault(level.get(name, len(plan.order) + 1), []).append(name)
+    for number, names in sorted(blocks.items()):
+        yield str(number) if number <= len(plan.order) else "after all", 0
         for name in names:
             task, look = plan.tasks[name], looks.get(name)
             head = f"   {glyphs.marks[look.status]} " if look else "   "
@@ -5361,7 +5357,7 @@ GRAPH_STYLE = """\
 .graph .side{fill:var(--state,none);stroke:none}
 .graph .upstream_failed rect,.graph .skipped rect,.graph .pending rect{stroke-dasharray:4 3}
 .graph .handler rect{rx:14px}.graph .edge{fill:none;stroke:var(--line);stroke-width:1.3}
-.graph .tip{fill:var(--line)}.graph .on .edge{stroke:var(--fore);stroke-width:2}
+.graph .tip{fill:var(--line)}
 """
 
 
