@@ -2208,6 +2208,19 @@ class T12bText(unittest.TestCase):
         self.assertEqual(mf.wrapped("", 9, "  "), "")
 
 
+class T13Exporters(unittest.TestCase):
+
+    def test_what_a_task_does_is_told_on_one_line(self):
+        for fields, told in (
+                ({"script": "x.py"}, "script x.py"), ({"command": "echo a"}, "command echo a"),
+                ({"command": ["echo", "a b"]}, "command echo a b"), ({"command": "a\nb"}, 'command "a\\nb"'),
+                ({"command": "x" * 60}, f'command "{"x" * 48}…'), ({"flow": "g"}, "flow g"),
+                ({"http": {"url": "http://h/", "method": "PUT"}}, 'http PUT "http://h/"'),
+                ({"wait_for": {"seconds": 3}}, "wait_for seconds 3")):
+            with self.subTest(fields):
+                self.assertEqual(mf.describe_action(mf.make_task(task("a", **fields))), told)
+
+
 class T13bGraphs(unittest.TestCase):
 
     DIAMOND = (task("fetch"), task("clean", "fetch"), task("check", "fetch"), task("load", "clean", "check"))
