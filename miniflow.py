@@ -3090,7 +3090,7 @@ class Plan(NamedTuple):
 
     `order` is topological with ties by declaration, `rank` its inverse, and `key` the place of a task among
     ready ones; `left_out` maps tasks that are not run to the outputs they count with.  `durations` are those
-    that the key was made by, as far as they are known.
+    that the key was made by, as far as they are known, and those of instances.
     """
 
     flow: Flow
@@ -3170,12 +3170,13 @@ def make_plan(flow: Flow, left_out: Mapping[str, Mapping[str, Any]] = {},
     order = tuple(topological_order({task.id: task.depends_on for task in flow.tasks}))
     assert len(order) == len(tasks), "the flow was not checked"
     downstream = _downstream(tasks)
-    known = {name: durations[name] for name in order if name in durations}
-    work = _weights(tasks, left_out, known)
+    work = _weights(tasks, left_out, {name: durations[name] for name in order if name in durations})
     for name in reversed(order):
         work[name] += max((work[below] for below in downstream[name]), default=0)
     first = sorted(tasks, key=lambda name: (-tasks[name].priority, -work[name]))
     key, rank = ({name: n for n, name in enumerate(names)} for names in (first, order))
+    known = {name: seconds for name, seconds in durations.items()
+             if name in tasks or name.rpartition("[")[0] in tasks}
     return Plan(flow, tasks, order, rank, downstream, key, left_out, known)
 
 
@@ -5782,6 +5783,94 @@ def job_lost(run: Run, task_id: str, now: float, job: Optional[str], state: Opti
 
 
 # ============================================================================
+# == 12.5. TEXT: how is a value made fit to be seen?
+# ============================================================================
+# Text that came from a flow or a task is shown with its control characters written as escapes, so that it
+# can't drive a terminal, nor turn the direction of what stands around it.  How many columns it takes there is
+# not its length: a Chinese character takes two, an accent of its own none.
+
+_UNSAFE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+
+
+def safe(text: Any) -> str:
+    """Return `text` with every character that could drive a terminal written as an escape."""
+    text = str(text)
+    return text if text.isprintable() else re.sub(
+        _UNSAFE, lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
+
+
+def one_line(text: Any) -> str:
+    """Return `text` safe to show and on one line."""
+    return " ".join(safe(text).split())
+
+
+def width_of(text: str) -> int:
+    """Return how many columns a text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.category(char) in ("Mn", "Me", "Cf") else
+               2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def clip(text: str, width: int, mark: str = "…") -> str:
+    """Return `text` cut to `width` columns; where it is cut, `mark` is its end."""
+    if width_of(text) <= width:
+        return text
+    taken, kept = width_of(mark), ""
+    for char in text:
+        taken += width_of(char)
+        if taken > width:
+            break
+        kept += char
+    return kept + mark if width >= width_of(mark) else ""
+
+
+def padded(text: str, width: int) -> str:
+    """Return `text` with as many blanks behind it as it takes to fill `width` columns."""
+    return text + " " * (width - width_of(text))
+
+
+def wrapped(text: str, width: int, indent: str) -> str:
+    """Return `text` in lines of at most `width` columns where its blanks allow; the rest is indented."""
+    lines, line = [], ""
+    for word in re.findall(r"\s*\S+", text):
+        if line.strip() and width_of(line) + width_of(word) > width:
+            lines.append(line)
+            word = indent + word.lstrip()
+            line = ""
+        line += word
+    return "\n".join([*lines, line])
+
+
+def format_span(seconds: Optional[float]) -> str:
+    """Return a duration for people: 0.42 s, 12.3 s, 3 min 20 s, 2 h 5 min."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def format_table(rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows, the first of them the heading, as columns; a last column may be of any width."""
+    cells = [["-" if cell is None else safe(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(width_of(row[n]) for row in cells) for n in range(len(cells[0]))]
+    return "\n".join("  ".join(padded(cell, width) for cell, width in zip(row, widths)).rstrip()
+                     for row in cells)
+
+
+def format_counts(statuses: Iterable[str]) -> str:
+    """Return how many there are of each state of a task: 3 success, 1 failed."""
+    counts: Dict[str, int] = {}
+    for status in statuses:
+        counts[status] = counts.get(status, 0) + 1
+    return ", ".join(f"{counts[state]} {state}" for state in (*TASK_STATES, INTERRUPTED) if state in counts)
+
+
+# ============================================================================
 # == 14. EXPORTERS: how does a plan look in other languages?
 # ============================================================================
 # An exporter turns a plan into text in one pass; nobody edits the text afterwards.  What a language can't
@@ -5832,30 +5921,573 @@ def describe_action(task: Task) -> str:
     return "command " + (text if len(text) <= 50 and text.isprintable() else shown(text, 50))
 
 
-def to_text_graph(plan: Plan) -> str:
-    """Return the graph as text: a block for each level, and for each task what it waits for."""
+# ============================================================================
+# == 13.5. LAYERS: where does each task of a plan stand in a picture?
+# ============================================================================
+# A picture is made in Sugiyama's four steps.  A task stands one layer behind the last that it waits for.  A
+# line that passes layers gets a place in each of them, one for all lines from the same task.  The places of a
+# layer are sorted by the mean of their neighbours' places, to and fro, and the order with the fewest
+# crossings is kept.  At last each layer is put as near to its neighbours' middle as its order allows, which
+# is a problem of least squares that one pass over the layer solves (pool adjacent violators).
+#
+# Tasks that all wait for the same tasks get a joint: n + m lines instead of n * m, without which layers of a
+# hundred tasks would be a black square.  Handlers come after all tasks, so their lines would say nothing;
+# they stand at the end, without lines.
+
+if TYPE_CHECKING:
+    Node = Any                                 # a task's id, (number,) for a joint, or (node, layer)
+
+
+class Look(NamedTuple):
+    """How a task of a run is to look: its state, and what else there is to say of it."""
+
+    status: str
+    told: str = ""
+
+
+class Layers(NamedTuple):
+    """The nodes of a picture by layer, and which of them lines connect."""
+
+    rows: List[List[Node]]
+    above: Dict[Node, List[Node]]
+    below: Dict[Node, List[Node]]
+    edges: List[Tuple[Node, Node]]             # from a task or a joint to another, however far
+    long: List[Tuple[Node, Node]]              # those of them that pass no node between
+
+
+def looks_of(run: Run, live: bool = True) -> Dict[str, Look]:
+    """Return how each task of a run stands; in one that is not `live` nothing runs any more."""
+    looks = {}
+    for name in run.plan.order:
+        task_run = run.tasks[name]
+        status = INTERRUPTED if task_run.status == RUNNING and not live else task_run.status
+        took = span(task_run.started, task_run.finished)
+        told = [format_span(took)] if took is not None else []
+        told += [f"{len(task_run.attempts)} attempts"] if len(task_run.attempts) > 1 else []
+        if name in run.groups:
+            told.append(format_counts(run.tasks[each].status for each in run.groups[name]))
+        told += [one_line(task_run.reason)] if task_run.reason else []
+        looks[name] = Look(status, ", ".join(told))
+    return looks
+
+
+def levels_of(plan: Plan) -> Dict[str, int]:
+    """Return on which level each task stands, from 1 on; handlers, which come after all, on none."""
     level: Dict[str, int] = {}
     for name in plan.order:
-        level[name] = 1 + max((level[up] for up in plan.tasks[name].depends_on), default=0)
-    flow = plan.flow
-    head = [f"{flow.name}: {len(plan.order)} tasks, {max(level.values())} levels", flow.description,
-            f"version {flow.version}" if flow.version else "", *(f"#{tag}" for tag in flow.tags)]
-    lines = ["  ".join(word for word in head if word)]
-    width = max(len(name) for name in plan.order)
-    for number in range(1, max(level.values()) + 1):
-        lines.append(f"{number}")
-        for name in (name for name in plan.order if level[name] == number):
-            task = plan.tasks[name]
-            marks = [f"if {task.condition}"] if task.condition else []
-            marks += [task.many] if task.many else []
-            marks += [task.trigger_rule] if task.trigger_rule != "all_success" else []
-            marks += ["allow_failure"] if task.allow_failure and not task.handler else []
-            line = f"   {name:<{width}}  {describe_action(task)}"
+        if not plan.tasks[name].handler:
+            level[name] = 1 + max((level[up] for up in plan.tasks[name].depends_on), default=0)
+    return level
+
+
+def marks_of(task: Task) -> List[str]:
+    """Return what is unusual about when, how often and with what effect a task runs."""
+    marks = [f"if {one_line(task.condition)}"] if task.condition is not None else []
+    if task.many:
+        marks.append(task.many + (f", {task.max_parallel} at once" if task.max_parallel else ""))
+    marks += [task.trigger_rule] if task.trigger_rule != "all_success" else []
+    return marks + (["allow_failure"] if task.allow_failure and not task.handler else [])
+
+
+_LONG = 30                                     # a line over more layers than this is drawn straight
+_SWEEPS = 8
+
+
+def _nodes_and_edges(plan: Plan, joints: bool) -> Tuple[Dict[Node, int], List[Tuple[Node, Node]]]:
+    """Return how deep each node lies, and the lines between them; with `joints`, of which there are few."""
+    level = levels_of(plan)
+    depth: Dict[Node, int] = {name: 2 * number for name, number in level.items()}
+    alike: Dict[Tuple[str, ...], List[str]] = {}
+    for name in level:
+        upstream = sorted(set(plan.tasks[name].depends_on), key=plan.rank.__getitem__)
+        alike.setdefault(tuple(upstream), []).append(name)
+    edges: List[Tuple[Node, Node]] = []
+    for number, (ups, downs) in enumerate(alike.items()):
+        if joints and len(ups) * len(downs) > len(ups) + len(downs):
+            joint = (number,)
+            depth[joint] = depth[downs[0]] - 1
+            edges += [(up, joint) for up in ups] + [(joint, down) for down in downs]
+        else:
+            edges += [(up, down) for down in downs for up in ups]
+    return depth, edges
+
+
+def make_layers(plan: Plan, joints: bool) -> Layers:
+    """Return the layers of a plan, with a place in each for the lines that pass it."""
+    depth, edges = _nodes_and_edges(plan, joints)
+    number = {deep: n for n, deep in enumerate(sorted(set(depth.values())))}
+    layer = {node: number[deep] for node, deep in depth.items()}
+    long = [(up, down) for up, down in edges if layer[down] - layer[up] > _LONG]
+    above, below = ({node: [] for node in depth} for _ in range(2))     # type: Dict[Node, List[Node]], Any
+    layers = Layers([[] for _ in number], above, below, edges, long)
+    for node, n in layer.items():
+        layers.rows[n].append(node)
+    ends: Dict[Node, List[Node]] = {}
+    for up, down in edges:
+        if layer[down] - layer[up] <= _LONG:
+            ends.setdefault(up, []).append(down)
+    for up, downs in ends.items():
+        chain = [up]
+        for n in range(layer[up] + 1, max(layer[down] for down in downs)):
+            chain.append((up, n))
+            layers.rows[n].append(chain[-1])
+            above[chain[-1]], below[chain[-1]] = [chain[-2]], []
+            below[chain[-2]].append(chain[-1])
+        for down in downs:
+            last = chain[layer[down] - layer[up] - 1]
+            below[last].append(down)
+            above[down].append(last)
+    return layers
+
+
+def count_crossings(layers: Layers) -> int:
+    """Return how many pairs of lines between neighbouring layers cross."""
+    from bisect import bisect_right, insort
+    total = 0
+    for upper, lower in zip(layers.rows, layers.rows[1:]):
+        place = {node: n for n, node in enumerate(lower)}
+        seen: List[int] = []
+        for node in upper:
+            ends = sorted(place[down] for down in layers.below[node])
+            total += sum(len(seen) - bisect_right(seen, end) for end in ends)
+            for end in ends:
+                insort(seen, end)
+    return total
+
+
+def _mean(near: Sequence[Node], place: Mapping[Node, float], otherwise: float) -> float:
+    """Return the mean of the places of nodes, of which there may be none."""
+    return sum(place[other] for other in near) / len(near) if near else otherwise
+
+
+def sort_layers(layers: Layers) -> None:
+    """Put the nodes of each layer into an order with few crossings."""
+    best, fewest = [list(row) for row in layers.rows], count_crossings(layers)
+    for sweep in range(_SWEEPS):
+        near = layers.below if sweep % 2 else layers.above
+        place: Dict[Node, float] = {}
+        for row in reversed(layers.rows) if sweep % 2 else layers.rows:
+            mean = {node: _mean(near[node], place, n) for n, node in enumerate(row)}
+            row.sort(key=mean.__getitem__)
+            place.update((node, n) for n, node in enumerate(row))
+        crossings = count_crossings(layers)
+        if crossings < fewest:
+            best, fewest = [list(row) for row in layers.rows], crossings
+        if not fewest:
+            break
+    layers.rows[:] = best
+
+
+def _spread(wanted: Sequence[float], weights: Sequence[float], sizes: Sequence[int], gap: int) -> List[float]:
+    """Return where things of these sizes have their middles: in order, apart, and nearest to where wanted."""
+    offsets, offset = [], 0
+    blocks: List[List[float]] = []             # weighted sum, weight and number of things that touch
+    for n, (want, weight) in enumerate(zip(wanted, weights)):
+        offset += (sizes[n - 1] + sizes[n]) // 2 + gap if n else 0
+        offsets.append(offset)
+        blocks.append([weight * (want - offset), weight, 1])
+        while len(blocks) > 1 and blocks[-2][0] * blocks[-1][1] >= blocks[-1][0] * blocks[-2][1]:
+            last = blocks.pop()
+            blocks[-1] = [a + b for a, b in zip(blocks[-1], last)]
+    places = [round(total / weight) for total, weight, number in blocks for _ in range(int(number))]
+    return [place + offset for place, offset in zip(places, offsets)]
+
+
+def place_layers(layers: Layers, size: Mapping[Node, int], small: int, gap: int) -> Dict[Node, float]:
+    """Return where in its layer each node has its middle, from 0 on; a node without `size` is `small`."""
+    at: Dict[Node, float] = {}
+    sizes = [[size.get(node, small) for node in row] for row in layers.rows]
+    weights = [[1 if node in size else 8 for node in row] for row in layers.rows]
+    for turn in range(_SWEEPS + 2):
+        near = (layers.above, layers.below)[turn % 2]
+        numbers = range(len(sizes))
+        for n in reversed(numbers) if turn % 2 else numbers:
+            wanted = [_mean(near[node], at, at.get(node, 0)) for node in layers.rows[n]]
+            at.update(zip(layers.rows[n], _spread(wanted, weights[n], sizes[n], gap)))
+    first = min(at[node] - size.get(node, small) // 2 for node in at)
+    return {node: place - first for node, place in at.items()}
+
+
+# ============================================================================
+# == 13.6. GRAPHS: how does a plan look as a picture?
+# ============================================================================
+# The same layers serve SVG, from left to right in pixels, and text, from top to bottom in columns.  In a text
+# each line between two layers gets a row of its own, above those whose ends it would run into.  Where no
+# such order of rows exists, or the picture is too wide, there is the list alone, which says everything.
+
+# -- a picture in text --
+
+class Glyphs(NamedTuple):
+    """What a picture in text is drawn with: `lines` has a character for each set of directions it goes in."""
+
+    lines: str                                 # up 1, down 2, left 4, right 8
+    arrow: str
+    marks: Mapping[str, str]                   # of the states of a task
+    bar: str
+    failed: str
+    rest: str
+    cut: str
+
+
+GLYPHS = Glyphs(" │││─┘┐┤─└┌├─┴┬┼", "▼", {
+    PENDING: "·", RUNNING: "▶", RETRYING: "↻", SUCCESS: "✓", CACHED: "=", SKIPPED: "-", FAILED: "✗",
+    UPSTREAM_FAILED: "!", CANCELLED: "■", INTERRUPTED: "?"}, "█", "▒", "·", "…")
+ASCII_GLYPHS = Glyphs(" |||-+++-+++-+++", "v", {
+    PENDING: ".", RUNNING: ">", RETRYING: "~", SUCCESS: "+", CACHED: "=", SKIPPED: "-", FAILED: "x",
+    UPSTREAM_FAILED: "!", CANCELLED: "#", INTERRUPTED: "?"}, "#", "x", ".", "~")
+_UP, _DOWN, _LEFT, _RIGHT = 1, 2, 4, 8
+
+
+class _Net(NamedTuple):
+    """Lines between two layers that are drawn as one: from each of the columns `tops` to each of `ends`."""
+
+    tops: List[int]
+    ends: List[int]
+
+    @property
+    def first(self) -> int:
+        """The leftmost column."""
+        return min(self.tops + self.ends)
+
+    @property
+    def last(self) -> int:
+        """The rightmost column."""
+        return max(self.tops + self.ends)
+
+    @property
+    def is_straight(self) -> bool:
+        """True if it goes down in one column, and needs no row to turn in."""
+        return self.first == self.last
+
+
+def _nets(row: List[Node], layers: Layers, at: Mapping[Node, float]) -> List[_Net]:
+    """Return the lines from a layer to the next; those that go to the same nodes are one.
+
+    Each reaches a node in a column of its own: lines that met above it could be read as going on in another.
+    """
+    tops: Dict[FrozenSet[Node], List[int]] = {}
+    for node in row:
+        if layers.below[node]:
+            tops.setdefault(frozenset(layers.below[node]), []).append(int(at[node]))
+    reach: Dict[Node, List[FrozenSet[Node]]] = {}
+    for downs in sorted(tops, key=lambda downs: sum(tops[downs]) / len(tops[downs])):
+        for down in downs:
+            reach.setdefault(down, []).append(downs)
+    return [_Net(tops[downs], sorted(int(at[down]) + 2 * reach[down].index(downs) - len(reach[down]) + 1
+                                     for down in downs)) for downs in tops]
+
+
+def _tracks(nets: List[_Net]) -> Optional[List[int]]:
+    """Return in which row below the layer each net turns; None: there is no way without ambiguity."""
+    before = [[k for k, other in enumerate(nets) if k != n and set(net.ends) & set(other.tops)]
+              for n, net in enumerate(nets)]   # which come from where this one goes to
+    track: Dict[int, int] = {}
+    while len(track) < len(nets):
+        free = [n for n in range(len(nets)) if n not in track and all(k in track for k in before[n])]
+        if not free:
+            return None
+        n = min(free, key=lambda n: (nets[n].last - nets[n].first, n))
+        row = -1 if nets[n].is_straight else 1 + max((track[k] for k in before[n]), default=-1)
+        while any(track[k] == row and nets[k].first <= nets[n].last + 1 and nets[n].first <= nets[k].last + 1
+                  for k in track if row >= 0):
+            row += 1
+        track[n] = row
+    return [track[n] for n in range(len(nets))]
+
+
+def _draw_nets(nets: List[_Net], tracks: List[int], width: int, glyphs: Glyphs) -> List[List[str]]:
+    """Return the rows of characters between two layers; where lines cross, the upright one is above."""
+    height = 1 + max(tracks)
+    bits = [[0] * width for _ in range(height + 1)]
+    for net, row in zip(nets, tracks):
+        for x in range(net.first, net.last + 1) if not net.is_straight else ():
+            bits[row][x] |= (_LEFT if x > net.first else 0) | (_RIGHT if x < net.last else 0)
+        turns = [] if net.is_straight else [(x, _UP) for x in net.tops] + [(x, _DOWN) for x in net.ends]
+        for x, direction in turns:
+            bits[row][x] |= direction
+    for net, row in zip(nets, tracks):
+        for x, y in chain(((x, y) for x in net.tops for y in range(row)),
+                          ((x, y) for x in net.ends for y in range(row + 1, height + 1))):
+            bits[y][x] = _UP | _DOWN
+    return [[glyphs.lines[bit] for bit in row] for row in bits]
+
+
+def draw_text(plan: Plan, labels: Mapping[str, str], glyphs: Glyphs, width: int) -> Optional[List[str]]:
+    """Return the lines of a picture of a plan, at most `width` columns wide; None: it can't be drawn so."""
+    if len(levels_of(plan)) > 200:
+        return None
+    layers = make_layers(plan, joints=False)
+    if layers.long:
+        return None
+    sort_layers(layers)
+    size = {}                                  # odd, so that there is a middle
+    for name, label in labels.items():
+        lines_in = len({frozenset(layers.below[up]) for up in layers.above[name]})
+        size[name] = max(width_of(label), 2 * lines_in - 1) | 1
+    at = place_layers(layers, size, 1, 2)
+    if max(at[node] + size.get(node, 1) // 2 for node in at) >= width:
+        return None
+    lines: List[str] = []
+    for n, row in enumerate(layers.rows):
+        text = ""
+        for node in row:
+            label = labels.get(node, glyphs.lines[_UP | _DOWN])
+            text = padded(text, int(at[node]) - width_of(label) // 2) + label
+        lines.append(text)
+        nets = _nets(row, layers, at)
+        tracks = _tracks(nets)
+        if tracks is None:
+            return None
+        if nets:
+            rows = _draw_nets(nets, tracks, width, glyphs)
+            tasks = [(at[node] - size[node] / 2, at[node] + size[node] / 2) for node in layers.rows[n + 1]
+                     if node in size]
+            for x in chain(*(net.ends for net in nets)):
+                if any(left <= x <= right for left, right in tasks):
+                    rows[-1][x] = glyphs.arrow
+            lines += ["".join(cells) for cells in rows]
+    return [line.rstrip() for line in lines]
+
+
+def _list_lines(plan: Plan, looks: Mapping[str, Look], glyphs: Glyphs) -> Iterator[Tuple[str, int]]:
+    """Yield a line for each level and each task, and how far its continuation is indented."""
+    level, width = levels_of(plan), max(map(len, plan.order))
+    blocks: Dict[int, List[str]] = {}
+    for name in plan.order:
+        blocks.setdefault(level.get(name, len(plan.order) + 1), []).append(name)
+    for number, names in sorted(blocks.items()):
+        yield str(number) if number <= len(plan.order) else "after all", 0
+        for name in names:
+            task, look = plan.tasks[name], looks.get(name)
+            head = f"   {glyphs.marks[look.status]} " if look else "   "
+            line = f"{head}{name:<{width}}  "
+            indent = len(line)
+            line += f"{look.status}{', ' if look.told else ''}{look.told}  " if look else ""
+            line += one_line(describe_action(task))
+            marks = marks_of(task)
             line += f"  [{', '.join(marks)}]" if marks else ""
             line += f"  <- {', '.join(task.depends_on)}" if task.depends_on and not task.handler else ""
-            lines.append(line + (f"  ({task.description})" if task.description else ""))
+            yield line + (f"  ({one_line(task.description)})" if task.description else ""), indent
+
+
+def to_text_graph(plan: Plan, looks: Mapping[str, Look] = {}, glyphs: Glyphs = GLYPHS, width: int = 80
+                  ) -> str:
+    """Return the graph as text: a picture if it fits, and by level a list of all about the tasks."""
+    flow, level = plan.flow, levels_of(plan)
+    head = [f"{flow.name}: {len(plan.order)} tasks, {max(level.values(), default=0)} levels",
+            flow.description, f"version {flow.version}" if flow.version else "",
+            *(f"#{tag}" for tag in flow.tags)]
+    labels = {name: (f"{glyphs.marks[looks[name].status]} " if name in looks else "") + name
+              + ("[*]" if plan.tasks[name].many else "") for name in level}
+    picture = draw_text(plan, labels, glyphs, width - 2) if len(level) > 1 else None
+    lines = [wrapped("  ".join(one_line(word) for word in head if word), width, "   ")]
+    if picture:
+        lines += ["", *(f"  {line}".rstrip() for line in picture), ""]
+    lines += [wrapped(line, width, " " * min(indent, width // 2))
+              for line, indent in _list_lines(plan, looks, glyphs)]
     return "\n".join(lines)
 
+
+# -- a picture in pixels --
+
+_BOX, _NARROWEST, _ROW_GAP, _COLUMN_GAP, _JOINT = 40, 128, 14, 52, 8
+_LABEL, _LABEL_WIDTH = 28, 7.9                 # characters of a name at most, and how wide one is
+
+
+def _column_sides(layers: Layers) -> List[Tuple[int, int]]:
+    """Return where each layer begins and ends, from left to right."""
+    sides, left = [], 0.0                      # type: List[Tuple[int, int]], float
+    for row in layers.rows:
+        names = [min(_LABEL, len(node)) for node in row if isinstance(node, str)]
+        right = left + (max(_NARROWEST, max(names) * _LABEL_WIDTH + 24) if names else 0)
+        sides.append((round(left), round(right)))
+        left = right + (_COLUMN_GAP if names else _COLUMN_GAP / 2)
+    return sides
+
+
+def layout(plan: Plan) -> Dict[str, Any]:
+    """Return where the tasks of a plan stand in a picture, in pixels; made of what JSON holds.
+
+    `tasks` has the left, top, width and height of each; `edges` the tasks that a line goes from and to (None
+    for a joint, which lines to the same tasks share) and the points x, y, x, y, … that it passes.
+    """
+    layers = make_layers(plan, joints=True)
+    sort_layers(layers)
+    size = {name: _BOX for name in plan.order}
+    at = place_layers(layers, size, _JOINT, _ROW_GAP)
+    sides = _column_sides(layers)
+    column = {node: n for n, row in enumerate(layers.rows) for node in row}
+    tasks = {name: [left, at[name] - _BOX / 2, right - left, _BOX] for name in plan.order if name in column
+             for left, right in [sides[column[name]]]}
+    edges = []
+    for up, down in layers.edges:
+        points = [sides[column[up]][1], at[up]]
+        for n in range(column[up] + 1, column[down]):
+            if (up, n) in at:
+                points += [sides[n][0], at[up, n], sides[n][1], at[up, n]]
+        points += [sides[column[down]][0], at[down]]
+        edges.append([up if isinstance(up, str) else None, down if isinstance(down, str) else None, points])
+    behind = sides[-1][1] + _COLUMN_GAP if sides else 0
+    handlers = [name for name in plan.order if name not in tasks]
+    widest = max((min(_LABEL, len(name)) for name in handlers), default=0) * _LABEL_WIDTH + 24
+    for n, name in enumerate(handlers):
+        tasks[name] = [behind, n * (_BOX + _ROW_GAP), round(max(_NARROWEST, widest)), _BOX]
+    return {"width": max(x + wide for x, _, wide, _ in tasks.values()),
+            "height": max(y + high for _, y, _, high in tasks.values()), "tasks": tasks, "edges": edges}
+
+
+#: The colours of states, in light and in dark; the report has the same.
+STATE_STYLE = """\
+:root{color-scheme:light dark;--back:#fff;--fore:#1c2128;--soft:#656d76;--line:#afb8c1;--face:#f6f8fa;
+--good:#1a7f37;--bad:#cf222e;--warn:#9a6700;--busy:#0969da;--idle:#8c959f}
+@media (prefers-color-scheme:dark){:root{--back:#0d1117;--fore:#e6edf3;--soft:#9198a1;--line:#4a535e;
+--face:#161b22;--good:#3fb950;--bad:#f85149;--warn:#d29922;--busy:#58a6ff;--idle:#7d8590}}
+.success,.cached{--state:var(--good)}.failed,.upstream_failed{--state:var(--bad)}
+.retrying,.cancelled,.interrupted{--state:var(--warn)}.running{--state:var(--busy)}
+.pending,.skipped{--state:var(--idle)}
+"""
+GRAPH_STYLE = """\
+.graph{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+.graph text{fill:var(--fore)}.graph .told{fill:var(--soft);font-size:10.5px}
+.graph rect{fill:var(--face);stroke:var(--state,var(--line));stroke-width:1.2}
+.graph .side{fill:var(--state,none);stroke:none}
+.graph .upstream_failed rect,.graph .skipped rect,.graph .pending rect{stroke-dasharray:4 3}
+.graph .handler rect{rx:14px}.graph .edge{fill:none;stroke:var(--line);stroke-width:1.3}
+.graph .tip{fill:var(--line)}
+"""
+
+
+def html_text(text: Any) -> str:
+    """Return a text, safe to show, as it is written in HTML and XML."""
+    import html
+    return html.escape(safe(text))
+
+
+def _number(value: float) -> str:
+    """Return a length in pixels in as few characters as it takes."""
+    return f"{value:.1f}".rstrip("0").rstrip(".")
+
+
+def _curve(points: Sequence[float]) -> str:
+    """Return the path of a line that passes points, and is level where it leaves and reaches each of them."""
+    path = f"M{_number(points[0])} {_number(points[1])}"
+    for x, y, to_x, to_y in zip(points[::2], points[1::2], points[2::2], points[3::2]):
+        middle = _number((x + to_x) / 2)
+        path += (f"H{_number(to_x)}" if y == to_y else
+                 f"C{middle} {_number(y)} {middle} {_number(to_y)} {_number(to_x)} {_number(to_y)}")
+    return path
+
+
+def _svg_task(task: Task, box: Sequence[float], look: Optional[Look]) -> str:
+    """Return the box of a task, with its name, and below that how it stands or what is unusual about it."""
+    x, y, wide, high = box
+    marks = marks_of(task)
+    told = f"{look.status} {look.told}" if look else ", ".join(marks) or describe_action(task)
+    title = "\n".join([task.id, *([f"{look.status} {look.told}"] if look else []),
+                       one_line(describe_action(task)), *marks, one_line(task.description)]).strip()
+    kinds = " ".join(["task", *([look.status] if look else []), *(["handler"] if task.handler else [])])
+    size = f'width="{_number(wide)}" height="{high}" rx="5"'
+    shadow = f'<rect x="{_number(x + 4)}" y="{_number(y + 4)}" {size}/>' if task.many else ""
+    name = clip(task.id + ("[*]" if task.many else ""), int((wide - 18) / _LABEL_WIDTH))
+    return (f'<g class="{kinds}"><title>{html_text(title)}</title>{shadow}'
+            f'<rect x="{_number(x)}" y="{_number(y)}" {size}/>'
+            f'<rect class="side" x="{_number(x)}" y="{_number(y + 5)}" width="4" height="{high - 10}"/>'
+            f'<text x="{_number(x + 12)}" y="{_number(y + 17)}">{html_text(name)}</text>'
+            f'<text class="told" x="{_number(x + 12)}" y="{_number(y + 32)}">'
+            f'{html_text(clip(one_line(told), int((wide - 18) / 6.4)))}</text></g>\n')
+
+
+def to_svg(plan: Plan, looks: Mapping[str, Look] = {}, alone: bool = True,
+           links: Mapping[str, str] = {}) -> str:
+    """Return the graph as an SVG picture; one that does not stand `alone` is part of a page with its style.
+
+    `links` are addresses within that page.
+    """
+    places = layout(plan)
+    wide, high = places["width"] + 24, places["height"] + 28
+    style = (f"<style>{STATE_STYLE}{GRAPH_STYLE}.graph .back{{fill:var(--back);stroke:none}}</style>\n"
+             f'<rect class="back" x="-12" y="-12" width="{_number(wide)}" height="{_number(high)}"/>\n')
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" class="graph" width="{_number(wide)}" '
+             f'height="{_number(high)}" viewBox="-12 -12 {_number(wide)} {_number(high)}">\n'
+             f"<title>{html_text(one_line(f'flow {plan.flow.name}: {len(plan.order)} tasks'))}</title>\n",
+             style if alone else ""]
+    for _, down, points in places["edges"]:
+        x, y = points[-2:]
+        tip = "" if down is None else (
+            f'<path class="tip" d="M{_number(x)} {_number(y)}l-7-4v8z"/>')
+        parts.append(f'<path class="edge" d="{_curve(points)}"/>{tip}\n')
+    for name, box in places["tasks"].items():
+        drawn = _svg_task(plan.tasks[name], box, looks.get(name))
+        parts.append(f'<a href="{html_text(links[name])}">{drawn}</a>' if name in links else drawn)
+    return "".join(parts) + "</svg>"
+
+
+# -- other languages for graphs --
+
+def _mermaid_text(text: str) -> str:
+    """Return a text as it stands within quotes in Mermaid: what is more than a letter by its number."""
+    return "".join(char if char.isalnum() or char in " _.-" else f"#{ord(char)};" for char in one_line(text))
+
+
+def _dot_text(text: str) -> str:
+    """Return a text as it stands within quotes in Graphviz's language."""
+    return one_line(text).replace("\\", "\\\\").replace('"', '\\"').replace("&", "&amp;")
+
+
+def _told_lines(task: Task, look: Optional[Look]) -> List[str]:
+    """Return what stands in the box of a task: its name, its state, and what is unusual about it."""
+    state = [f"{look.status} {look.told}".strip()] if look else []
+    return [task.id + ("[*]" if task.many else ""), *state, *marks_of(task)]
+
+
+_MERMAID_BOXES = {"handler": ('(["', '"])'), "many": ('[["', '"]]'), "condition": ('{{"', '"}}'),
+                  "": ('["', '"]')}
+#: Fill and frame of the states in Mermaid and Graphviz, which know no variables.
+_FILLS = {SUCCESS: ("#dafbe1", "#1a7f37"), CACHED: ("#dafbe1", "#1a7f37"), FAILED: ("#ffebe9", "#cf222e"),
+          UPSTREAM_FAILED: ("#ffebe9", "#cf222e"), RUNNING: ("#ddf4ff", "#0969da"),
+          RETRYING: ("#fff8c5", "#9a6700"), CANCELLED: ("#fff8c5", "#9a6700"),
+          INTERRUPTED: ("#fff8c5", "#9a6700"), SKIPPED: ("#f6f8fa", "#8c959f"),
+          PENDING: ("#f6f8fa", "#8c959f")}
+
+
+def to_mermaid(plan: Plan, looks: Mapping[str, Look] = {}) -> str:
+    """Return the graph as a flowchart of Mermaid; handlers come after all and have no lines."""
+    lines = ["flowchart LR"]
+    for name in plan.order:
+        task = plan.tasks[name]
+        kind = ("handler" if task.handler else "many" if task.many else
+                "condition" if task.condition is not None else "")
+        text = "<br/>".join(map(_mermaid_text, _told_lines(task, looks.get(name))))
+        lines.append(f"  t{plan.rank[name]}{_MERMAID_BOXES[kind][0]}{text}{_MERMAID_BOXES[kind][1]}")
+    lines += [f"  t{plan.rank[up]} --> t{plan.rank[name]}" for name in plan.order
+              for up in plan.tasks[name].depends_on if not plan.tasks[name].handler]
+    for status in sorted({look.status for look in looks.values()}):
+        names = ",".join(f"t{plan.rank[name]}" for name in plan.order if looks[name].status == status)
+        fill, frame = _FILLS[status]
+        lines += [f"  classDef {status} fill:{fill},stroke:{frame},color:#1c2128",
+                  f"  class {names} {status}"]
+    return "\n".join(lines)
+
+
+def to_dot(plan: Plan, looks: Mapping[str, Look] = {}) -> str:
+    """Return the graph in Graphviz's language; handlers come after all and have no lines."""
+    lines = [f'digraph "{_dot_text(plan.flow.name)}" {{', "  rankdir=LR",
+             '  node [shape=box style="rounded,filled" fillcolor="#f6f8fa" color="#656d76" '
+             'fontname="monospace"]']
+    for name in plan.order:
+        task, look = plan.tasks[name], looks.get(name)
+        text = "\\n".join(map(_dot_text, _told_lines(task, look)))
+        more = ' fillcolor="{}" color="{}"'.format(*_FILLS[look.status]) if look else ""
+        more += " peripheries=2" if task.many else ""
+        lines.append(f'  t{plan.rank[name]} [label="{text}"{more}]')
+    lines += [f"  t{plan.rank[up]} -> t{plan.rank[name]}" for name in plan.order
+              for up in plan.tasks[name].depends_on if not plan.tasks[name].handler]
+    return "\n".join([*lines, "}"])
+
+
+#: What `graph` can print beside text.
+GRAPHS: Dict[str, Callable[[Plan, Mapping[str, Look]], str]] = {
+    "mermaid": to_mermaid, "dot": to_dot, "svg": to_svg}
 
 
 # ============================================================================
@@ -8380,6 +9012,127 @@ def to_argo(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
         "apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow",
         "metadata": {"generateName": f"{name}-", "annotations": notes},
         "spec": manifest.spec()}, indent=1) + "\n", losses)
+
+
+# ============================================================================
+# == 14.5. SIMULATION: what would a run do, and how long would it take?
+# ============================================================================
+# The scheduler that runs flows drives a world in which nothing is executed: an attempt is the time it takes
+# and the code it ends with, and waiting makes the clock jump.  So retries, timeouts, trigger rules, pools and
+# handlers are what they are in a run.
+#
+# What only a run can tell is taken from earlier ones: how long tasks take, what they hand on.  What none has
+# told is assumed, and named: a task takes as long as the others do in the middle, a condition is true, a
+# task with foreach has as many instances as are known of it.
+
+class Simulated:
+    """A World in which an attempt takes as many seconds, and ends with the code, that `attempt` returns."""
+
+    def __init__(self, attempt: Callable[[str, int], Tuple[float, int]],
+                 environ: Mapping[str, str] = {}) -> None:
+        self.attempt, self.environ, self.clock = attempt, environ, 0.0
+        self.ends: List[Tuple[float, int, str, int]] = []   # heap of (time, order, task, exit code)
+        self.started = 0
+
+    def now(self) -> float:
+        """Return the time, which goes on in wait() alone."""
+        return self.clock
+
+    def start(self, run: Run, action: Start) -> List[Event]:
+        """Start an attempt: note when it will end."""
+        seconds, code = self.attempt(action.task, action.attempt)
+        self.started += 1
+        heapq.heappush(self.ends, (round(self.clock + seconds, 6), self.started, action.task, code))
+        return []
+
+    def stop(self, run: Run, action: Stop) -> List[Event]:
+        """End an attempt by a signal, which it obeys at once."""
+        code = -9 if action.signal == "KILL" else -15
+        self.ends = [(self.clock, n, name, code) if name == action.task else (at, n, name, old)
+                     for at, n, name, old in self.ends]
+        heapq.heapify(self.ends)
+        return []
+
+    def ask(self, run: Run, action: Ask) -> List[Event]:
+        """Find out whether a task is to run."""
+        return [admit(run, action.task, self.clock, self.environ)]
+
+    def output(self, task: str) -> Mapping[str, Any]:
+        """Return what a task hands on."""
+        return {}
+
+    def wait(self, run: Run, until: Optional[float]) -> List[Event]:
+        """Let the clock jump to `until` or the next end of an attempt, and return what happens then."""
+        times = [at for at in (until, self.ends[0][0] if self.ends else None) if at is not None]
+        assert times, "nothing can ever happen again"
+        self.clock = max(self.clock, min(times))
+        if not self.ends or self.ends[0][0] > self.clock:
+            return []
+        _, _, name, code = heapq.heappop(self.ends)
+        return [attempt_end(run, name, self.clock, code, run.tasks[name].stopping, lambda: self.output(name))]
+
+
+class Forecast(Simulated):
+    """A World of what is known of earlier runs; `assumed` says by task what is not."""
+
+    def __init__(self, plan: Plan, durations: Mapping[str, float], outputs: Mapping[str, Mapping[str, Any]],
+                 failing: Collection[str] = (), seed: Optional[int] = None,
+                 environ: Mapping[str, str] = {}) -> None:
+        super().__init__(self._attempt, environ)
+        self.plan, self.durations, self.outputs = plan, durations, outputs
+        self.failing, self.seed = failing, seed
+        self.assumed: Dict[str, str] = {}
+        ordered = sorted(durations.values())
+        self.usual = ordered[len(ordered) // 2] if ordered else 1.0
+        self.groups: Dict[str, List[float]] = {}
+        for name, seconds in durations.items():
+            if name not in plan.tasks and name.endswith("]"):
+                self.groups.setdefault(name[:name.rindex("[")], []).append(seconds)
+
+    def seconds(self, name: str) -> float:
+        """Return how long an attempt of a task, or of an instance of one, takes."""
+        task = name if name in self.plan.tasks else name[:name.rindex("[")]
+        action, known = self.plan.tasks[task].action, self.groups.get(task, ())
+        for among in (name, task):
+            if among in self.durations:
+                return self.durations[among]
+        if isinstance(action, WaitFor) and isinstance(action.condition.get("seconds"), (int, float)):
+            return float(action.condition["seconds"])
+        if known:
+            return sorted(known)[len(known) // 2]
+        self.assumed.setdefault(task, f"it takes {format_span(self.usual)}")
+        return self.usual
+
+    def _attempt(self, name: str, number: int) -> Tuple[float, int]:
+        """Return how long an attempt lasts, with a seed from half to twice as long, and how it ends."""
+        factor = 1.0 if self.seed is None else 4 ** (chance(self.seed, name, number) - 0.5)
+        fails = name in self.failing or name.rpartition("[")[0] in self.failing
+        return self.seconds(name) * factor, int(fails)
+
+    def output(self, task: str) -> Mapping[str, Any]:
+        return self.outputs.get(task, {})
+
+    def ask(self, run: Run, action: Ask) -> List[Event]:
+        event, task = admit(run, action.task, self.clock, self.environ), run.defs[action.task]
+        if not isinstance(event, TaskSettled) or event.status != FAILED:
+            return [event]
+        if task.many is None:
+            self.assumed.setdefault(task.id, f"its condition is true ({one_line(event.reason)})")
+            return [TaskAdmitted(self.clock, task.id)]
+        number = len(self.groups.get(task.id, ())) or 1
+        self.assumed.setdefault(task.id, f"it has {number} instances ({one_line(event.reason)})")
+        return [TaskExpanded(self.clock, task.id, [{"item": None}] * number)]
+
+
+def simulate(run: Run, world: Simulated, slots: Optional[int]) -> Run:
+    """Drive a run that nobody records to its end in a simulated world, and return it."""
+    steps = drive(run, world, lambda events, happened: None, slots)
+    events: Optional[List[Event]] = None
+    try:
+        while True:
+            events = world.wait(run, steps.send(events))                # type: ignore[arg-type]
+    except StopIteration:
+        return run
 
 
 # ############################################################################
@@ -12977,10 +13730,8 @@ def run_to_end(opened: Opened, store: Store, source: Optional[Source], order: Or
 # ============================================================================
 # == 30. REPORTING: how is it told to a person?
 # ============================================================================
-# Talk goes to stderr, results to stdout.  Text that came from a flow or a task is shown with its control
-# characters escaped, so that it can't drive the terminal.
+# Talk goes to stderr, results to stdout.
 
-_UNSAFE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 _COLOURS = {SUCCESS: "32", CACHED: "32", FAILED: "31", UPSTREAM_FAILED: "31", CANCELLED: "33", RETRYING: "33",
             SKIPPED: "36", RUNNING: "34", INTERRUPTED: "33"}
 TAIL_LINES = 20
@@ -12995,13 +13746,6 @@ def hide(names: Iterable[str]) -> None:
     hidden[:] = sorted({*hidden, *secret_texts(names, os.environ)}, key=lambda text: (-len(text), text))
 
 
-def safe(text: Any) -> str:
-    """Return `text` with every character that could drive a terminal written as an escape."""
-    text = str(text)
-    return text if text.isprintable() else re.sub(
-        _UNSAFE, lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
-
-
 def say(text: str) -> None:
     """Write a line of talk to stderr; if nobody listens any more, that is no reason to stop."""
     try:
@@ -13011,30 +13755,28 @@ def say(text: str) -> None:
         pass
 
 
+def glyphs_for(stream: Any) -> Glyphs:
+    """Return what pictures are drawn with on a stream: line-drawing characters where it can write them."""
+    try:
+        "".join([*GLYPHS[:2], *GLYPHS.marks.values(), *GLYPHS[3:]]).encode(stream.encoding)
+        return GLYPHS
+    except (UnicodeError, LookupError, AttributeError, TypeError):
+        return ASCII_GLYPHS
+
+
+def columns_of(stream: Any) -> int:
+    """Return how wide a result may be: as the terminal that it goes to is, else 80 columns."""
+    try:
+        return max(40, os.get_terminal_size(stream.fileno()).columns or 80)
+    except (OSError, ValueError, AttributeError):
+        return 80
+
+
 def let_go_of_stdout() -> None:
     """Send what is still written to stdout, by the interpreter's own end too, to nowhere."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
-
-
-def format_span(seconds: Optional[float]) -> str:
-    """Return a duration for people: 0.42 s, 12.3 s, 3 min 20 s, 2 h 5 min."""
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
-
-
-def format_table(rows: Sequence[Sequence[Any]]) -> str:
-    """Return rows, the first of them the heading, as columns; a last column may be of any width."""
-    cells = [["-" if cell is None else safe(cell).replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(len(row[n]) for row in cells) for n in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-                     for row in cells)
 
 
 def short_path(path: str) -> str:
@@ -13086,10 +13828,7 @@ def log_tail(path: str, lines: int = TAIL_LINES) -> Tuple[List[str], int]:
 
 def count_states(run: Run) -> str:
     """Return how many tasks are in which state: 3 success, 1 failed."""
-    counts: Dict[str, int] = {}
-    for task_run in run.tasks.values():
-        counts[task_run.status] = counts.get(task_run.status, 0) + 1
-    return ", ".join(f"{counts[state]} {state}" for state in TASK_STATES if state in counts)
+    return format_counts(task_run.status for task_run in run.tasks.values())
 
 
 def format_verdict(run: Run) -> str:
@@ -13283,74 +14022,6 @@ class Prefixed(Lines):
         super().ended(event)
 
 
-class Live(Lines):
-    """Tells of a run on a terminal: what has happened above, and below it a line a running task and a bar."""
-
-    def begin(self, run: Run, slots: Optional[int]) -> None:
-        self.drawn = 0                         # lines of the live part on the screen
-        self.next_draw = 0.0
-        super().begin(run, slots)
-        self.small = len(run.tasks) <= 50
-
-    def line(self, word: str, task: str, rest: str = "") -> None:
-        if self.small or word not in (SUCCESS, SKIPPED, UPSTREAM_FAILED, CANCELLED):
-            super().line(word, task, rest)
-
-    def started(self, event: AttemptStarted) -> None:
-        pass                                   # the live part shows it
-
-    def tell(self, text: str) -> None:
-        self.erase()
-        say(text)
-
-    def erase(self) -> None:
-        """Take the live part off the screen."""
-        if self.drawn:
-            self.write(f"\x1b[{self.drawn}F\x1b[J")
-            self.drawn, self.next_draw = 0, 0.0
-
-    def write(self, text: str) -> None:
-        """Write to the terminal as it is."""
-        try:
-            sys.stderr.write(masked(text, hidden))
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            pass
-
-    def refresh(self, now: float) -> Optional[float]:
-        if now >= self.next_draw:
-            try:
-                columns, rows = os.get_terminal_size(2)
-            except OSError:
-                columns, rows = 0, 0           # the terminal has been closed
-            lines = self.picture(now, columns or 80, rows or 24)
-            self.erase()
-            self.write("".join(line + "\n" for line in lines))
-            self.drawn, self.next_draw = len(lines), now + 0.1
-        return self.next_draw
-
-    def picture(self, now: float, columns: int, rows: int) -> List[str]:
-        """Return the lines of the live part."""
-        run, room = self.run, max(1, min(rows - 3, 12))
-        names = list(run.running)
-        lines = []
-        for name in names[:room]:
-            since = format_span(span(run.tasks[name].attempts[-1].started, now))
-            lines.append(f"  {name[:max(8, columns - 16)]}  {since}"[:columns - 1])
-        if len(names) > room:
-            lines.append(f"  and {len(names) - room} more")
-        total, done = len(run.tasks), len(run.tasks) - run.unsettled
-        width = max(5, min(40, columns - 50))
-        filled = width * done // total
-        text = (f"[{'#' * filled}{'.' * (width - filled)}] {done}/{total} done, {len(names)} running, "
-                f"{format_span(span(run.started, now))}")
-        return lines + [text[:columns - 1]]
-
-    def end(self, run: Run) -> None:
-        self.erase()
-        super().end(run)
-
-
 class JsonLines(Watcher):
     """Writes each event to stdout as one line of JSON that holds run, task and status."""
 
@@ -13371,6 +14042,267 @@ class JsonLines(Watcher):
             let_go_of_stdout()
 
 
+# ============================================================================
+# == 25.2. TERMINAL: how does a run look while it goes on?
+# ============================================================================
+# The live part of the screen is below what is said for good, and is drawn over itself.  What it costs does
+# not grow with the run: an event changes some counts, and a draw looks at what runs, as far as there is room
+# for it.  How long the run will still take is told only where earlier runs know.
+
+def _ticks(seconds: float) -> str:
+    """Return a duration that goes on: its last digit does not race."""
+    return f"{max(0.0, seconds):.1f} s" if seconds < 60 else format_span(seconds)
+
+
+class Progress:
+    """How far a run is, and how long it will still take as earlier runs tell; asking costs little always."""
+
+    _LOOKED_AT = 200                            # running tasks, of which there may be thousands
+
+    def __init__(self, run: Run, slots: Optional[int]) -> None:
+        self.run, self.slots = run, slots
+        self.ended: Dict[str, int] = {}         # how many tasks ended in each state
+        self.retrying: Set[str] = set()
+        self.cost: Dict[str, float] = {}        # seconds of tasks and instances, where they are known
+        self.known: Dict[str, List[float]] = {} # seconds of instances by their task
+        for name, seconds in run.plan.durations.items():
+            self.cost[name] = seconds
+            if name not in run.plan.tasks:
+                self.known.setdefault(name[:name.rindex("[")], []).append(seconds)
+        self.behind: Dict[str, float] = {}      # the longest path of work downstream of a task
+        for name in reversed(run.plan.order):
+            self.behind[name] = max((self.alone(down) + self.behind[down]
+                                     for down in run.plan.downstream[name]), default=0.0)
+        self.work, self.unknown = 0.0, set()    # type: float, Set[str]
+        for name, task_run in run.tasks.items():
+            if task_run.status in SETTLED:
+                self.ended[task_run.status] = self.ended.get(task_run.status, 0) + 1
+            elif name not in run.groups and name not in run.plan.left_out:
+                self.owe(name)
+
+    def alone(self, name: str) -> float:
+        """Return how long a task of the plan takes by itself, all of its instances at once; 0: unknown."""
+        return max(self.known.get(name, [self.cost.get(name, 0.0)]))
+
+    def owe(self, name: str, sign: int = 1) -> None:
+        """Count the work of a task or an instance as still to be done, or no more."""
+        task, cost = self.run.defs[name], self.cost.get(name)
+        if cost is None and name in self.known:
+            cost = sum(self.known[name])
+        if isinstance(task.action, WaitFor):
+            return                              # it takes up no slot
+        if cost is not None:
+            self.work += sign * cost
+        elif sign < 0:
+            self.unknown.discard(name)
+        elif task.handler != "on_failure":
+            self.unknown.add(name)
+
+    def observe(self, event: Event) -> None:
+        """Take in an event that the run has taken in."""
+        if isinstance(event, AttemptStarted):
+            self.retrying.discard(event.task)
+        elif isinstance(event, (AttemptEnded, TaskSettled)):
+            status = self.run.tasks[event.task].status
+            if status == RETRYING:
+                self.retrying.add(event.task)
+                return
+            self.retrying.discard(event.task)
+            self.ended[status] = self.ended.get(status, 0) + 1
+            if event.task not in self.run.groups:
+                self.owe(event.task, -1)
+        elif isinstance(event, AttemptDeferred):
+            self.retrying.add(event.task)
+        elif isinstance(event, TaskExpanded):
+            self.owe(event.task, -1)
+            known = self.known.pop(event.task, None)
+            for name in self.run.groups[event.task]:
+                if known:
+                    self.cost.setdefault(name, sum(known) / len(known))
+                self.owe(name)
+
+    def _path(self, name: str) -> float:
+        """Return the longest path of work from a task on, or from an instance of one."""
+        own = self.cost.get(name, 0.0) if name in self.run.group_of else self.alone(name)
+        return own + self.behind[self.run.group_of.get(name, name)]
+
+    def left(self, now: float) -> Optional[float]:
+        """Return how many seconds the run will take at least, were all as it was; None: that is unknown."""
+        run, work, longest = self.run, self.work, 0.0
+        for name in islice(run.running, self._LOOKED_AT):
+            done = min(max(0.0, now - run.tasks[name].attempts[-1].started), self.cost.get(name, 0.0))
+            work -= 0 if isinstance(run.defs[name].action, WaitFor) else done
+            longest = max(longest, self._path(name) - done)
+        for heap in run.queues.ready.values():
+            longest = max(longest, self._path(heap[0][1]) if heap else 0.0)
+        seconds = max(longest, work / self.slots if self.slots else 0.0)
+        return seconds if seconds >= 0.05 and not run.cancel else None
+
+
+class Above:
+    """Stands for a stream to the terminal that a live part is on: whole lines are put above that."""
+
+    def __init__(self, stream: Any, put: Callable[[Any, str], None], lock: Any) -> None:
+        self._stream, self._put, self._lock, self._rest = stream, put, lock, ""
+
+    def write(self, text: str) -> int:
+        """Write text; what is no whole line yet waits for its end."""
+        with self._lock:
+            whole, newline, self._rest = (self._rest + text).rpartition("\n")
+            if newline:
+                self._put(self._stream, whole + newline)
+        return len(text)
+
+    def let_go(self) -> Any:
+        """Write what waits still, and return the stream."""
+        self._stream.write(self._rest)
+        return self._stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Live(Lines):
+    """Tells of a run on a terminal: what has happened above, and below it a line a running task and a bar.
+
+    What is drawn is drawn over what was there, in one write, so that nothing flickers; at most ten times a
+    second, and the lines that come meanwhile are put above the last picture.  What functions print within
+    this process goes there, too, from whichever thread.
+    """
+
+    def begin(self, run: Run, slots: Optional[int]) -> None:
+        import _thread
+        self.lock = _thread.RLock()
+        self.lines: List[str] = []              # the live part as it is on the screen
+        self.widths: List[int] = []             # of each of these lines
+        self.next_draw = 0.0
+        self.progress = Progress(run, slots)
+        self.stream, self.glyphs = sys.stderr, glyphs_for(sys.stderr)
+        super().begin(run, slots)
+        self.small = len(run.tasks) <= 50
+        if any(isinstance(task.action, Function) for task in run.plan.flow.tasks):
+            for name in ("stdout", "stderr"):
+                if getattr(sys, name).isatty():
+                    setattr(sys, name, Above(getattr(sys, name), self.put, self.lock))
+
+    def observe(self, event: Event) -> None:
+        self.progress.observe(event)
+        if self.small or not isinstance(event, (AttemptStarted, AttemptSpawned, AttemptEnded)) or (
+                isinstance(event, AttemptEnded) and event.status != SUCCESS):
+            super().observe(event)             # of many tasks only what is unusual is told
+
+    def line(self, word: str, task: str, rest: str = "") -> None:
+        if self.small or word not in (SUCCESS, CACHED, SKIPPED, UPSTREAM_FAILED, CANCELLED):
+            super().line(word, task, rest)
+
+    def started(self, event: AttemptStarted) -> None:
+        pass                                   # the live part shows it
+
+    def tell(self, text: str) -> None:
+        self.put(self.stream, masked(text, hidden) + "\n")
+
+    def put(self, stream: Any, text: str) -> None:
+        """Write whole lines to a stream, and the live part below them once more."""
+        with self.lock:
+            before = self.home() + "\x1b[J" * bool(self.lines)
+            after = "".join(line + "\n" for line in self.lines)
+            if stream is self.stream:
+                self.write(before + text + after)
+            else:
+                self.write(before)
+                stream.write(text)
+                stream.flush()
+                self.write(after)
+
+    def home(self) -> str:
+        """Return what takes the cursor to the begin of the live part.
+
+        A terminal that was made narrower since has broken its lines, as all that can show them again do.
+        """
+        columns = self.size()[0]
+        rows = sum(max(1, -(-width // columns)) for width in self.widths)
+        return f"\x1b[{rows}F" if rows else ""
+
+    def size(self) -> Tuple[int, int]:
+        """Return how many columns and rows the terminal has now."""
+        try:
+            columns, rows = os.get_terminal_size(2)
+        except OSError:                        # the terminal has been closed
+            columns, rows = 0, 0
+        return columns or 80, rows or 24
+
+    def write(self, text: str) -> None:
+        """Write to the terminal as it is."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass
+
+    def refresh(self, now: float) -> Optional[float]:
+        if now >= self.next_draw or self.next_draw > now + 1:           # or the clock was put back
+            picture = self.picture(now, *self.size())
+            with self.lock:
+                home = self.home()
+                self.lines = ["".join(self.paint(status, text) if status and text else text
+                                      for status, text in parts) for parts in picture]
+                self.widths = [sum(width_of(text) for _, text in parts) for parts in picture]
+                self.write(home + "".join(f"{line}\x1b[K\n" for line in self.lines) + "\x1b[J")
+            self.next_draw = now + 0.1
+        return self.next_draw
+
+    def picture(self, now: float, columns: int, rows: int) -> List[List[Tuple[str, str]]]:
+        """Return the lines of the live part, each in pieces of one colour: a state or nothing, and a text."""
+        run, room = self.run, max(0, min(rows - 4, 12))
+        lines = [self._task_line(name, now, columns) for name in islice(run.running, room)]
+        if len(run.running) > room:
+            lines.append([("", clip(f"  and {len(run.running) - room} more", columns - 1, self.glyphs.cut))])
+        return [*lines, self._bar(now, columns)]
+
+    def _task_line(self, name: str, now: float, columns: int) -> List[Tuple[str, str]]:
+        """Return the line of a running task."""
+        task_run, usual = self.run.tasks[name], self.progress.cost.get(name)
+        word = f"{_ticks(now - task_run.attempts[-1].started)}"
+        word += f" of about {_ticks(usual)}" if usual and usual >= 1 else ""
+        word += f", attempt {task_run.attempt}" if task_run.attempt > 1 else ""
+        word += f", stopping: {one_line(task_run.stopping)}" if task_run.stopping else ""
+        mark = self.glyphs.marks[RETRYING if task_run.stopping else RUNNING]
+        shown_name = clip(masked(safe(name), hidden), max(8, columns - 24), self.glyphs.cut)
+        rest = clip(f"{shown_name}  {masked(word, hidden)}", max(1, columns - 5), self.glyphs.cut)
+        return [("", "  "), (RUNNING, mark), ("", " " + rest)] if columns > 8 else [("", rest)]
+
+    def _bar(self, now: float, columns: int) -> List[Tuple[str, str]]:
+        """Return the bar with its counts; where there is little room, what matters least is left out."""
+        run, progress = self.run, self.progress
+        total, done = len(run.tasks), len(run.tasks) - run.unsettled
+        left, at_least = progress.left(now), "at least" if progress.unknown else "about"
+        parts = [(0, "", f"{done}/{total} done"), (2, RUNNING, f"{len(run.running)} running"),
+                 (3, RETRYING, f"{len(progress.retrying)} retrying" if progress.retrying else "")]
+        parts += [(1 if state == FAILED else 6, state, f"{progress.ended[state]} {state}")
+                  for state in TASK_STATES if progress.ended.get(state)]
+        parts += [(4, "", _ticks(now - run.started)),
+                  (5, "", "" if left is None else f"{at_least} {_ticks(left)} left")]
+        parts = [part for part in parts if part[2]]
+        width = max(5, min(30, columns - 60))
+        while len(parts) > 1 and width + 3 + sum(len(text) + 2 for _, _, text in parts) > columns:
+            parts.remove(max(parts))
+        filled = width * done // total
+        pieces = [(SUCCESS, self.glyphs.bar * filled), ("", self.glyphs.rest * (width - filled) + "  ")]
+        for n, (_, status, text) in enumerate(parts):
+            pieces += [("", ", " if n else ""), (status, text)]
+        wide = sum(len(text) for _, text in pieces)
+        return pieces if wide < columns else [("", clip(parts[0][2], columns - 1, self.glyphs.cut))]
+
+    def end(self, run: Run) -> None:
+        with self.lock:
+            self.write(self.home() + "\x1b[J" * bool(self.lines))
+            self.lines, self.widths = [], []
+        for name in ("stdout", "stderr"):
+            if isinstance(getattr(sys, name), Above):
+                setattr(sys, name, getattr(sys, name).let_go())
+        super().end(run)
+
+
 OUTPUTS: Dict[str, Callable[[Store, bool], Watcher]] = {
     "progress": Lines, "prefix": Prefixed, "group": Grouped, "quiet": Quiet,
     "json": lambda store, colour: JsonLines()}
@@ -13385,18 +14317,134 @@ def make_watcher(style: str, store: Store) -> Watcher:
     return OUTPUTS[style](store, colour)
 
 
+# ============================================================================
+# == 25.3. SUMMARIES: how is it told what a run did, or would do?
+# ============================================================================
+
 def critical_path(run: Run) -> List[str]:
-    """Return the tasks that decided the run's end: from its last, back over whichever upstream ended last."""
+    """Return the tasks that decided the run's end: from its last, back over whichever upstream ended last.
+
+    Tasks that ended without an attempt are not among them, but what those waited for is.
+    """
     def finished(name: str) -> float:
         return run.tasks[name].finished or 0
 
     ran = {name for name in run.plan.order if run.tasks[name].attempts or run.groups.get(name)}
     path: List[str] = []
-    last = sorted(ran)
+    last: Sequence[str] = sorted(ran)
     while last:
         path.append(max(last, key=finished))
-        last = [up for up in run.defs[path[-1]].depends_on if up in ran]
-    return path[::-1]
+        last = [up for up in run.defs[path[-1]].depends_on if up not in run.plan.left_out]
+    return [name for name in reversed(path) if name in ran]
+
+
+def _gantt_rows(run: Run, most: int) -> Tuple[List[str], int]:
+    """Return the tasks of a run that had attempts, in the order they began, and how many are left out.
+
+    Of many those stay that were on the critical path or took longest.
+    """
+    ran = [name for name in run.tasks if run.tasks[name].attempts]
+    if len(ran) > most:
+        path = set(critical_path(run))
+        ran = heapq.nsmallest(most, ran, key=lambda name: (name not in path, -(span(
+            run.tasks[name].started, run.tasks[name].finished) or 0)))
+    left_out = sum(bool(task_run.attempts) for task_run in run.tasks.values()) - len(ran)
+    return sorted(ran, key=lambda name: run.tasks[name].attempts[0].started), left_out
+
+
+def format_gantt(run: Run, glyphs: Glyphs, width: int = 80, most: int = 40) -> str:
+    """Return a Gantt chart of a run that has ended: a line a task; failed attempts look otherwise."""
+    names, left_out = _gantt_rows(run, most)
+    path = set(critical_path(run))
+    begin = min((run.tasks[name].attempts[0].started for name in names), default=run.started)
+    whole = max(1e-6, (run.finished or begin) - begin)
+    label = min(max(map(len, names), default=0), 28) + 2
+    room = max(10, width - label - 12)
+    lines = []
+    for name in names:
+        task_run, cells = run.tasks[name], [" "] * room
+        for attempt in task_run.attempts:
+            ends = attempt.finished if attempt.finished is not None else run.finished or begin
+            first = min(room - 1, int((attempt.started - begin) / whole * room))
+            last = max(first + 1, min(room, round((ends - begin) / whole * room)))
+            filled = [n for n, cell in enumerate(cells) if cell != " "]
+            for n in range(filled[-1] + 1, first) if filled else ():
+                cells[n] = glyphs.rest
+            cells[first:last] = [glyphs.bar if attempt.status == SUCCESS else glyphs.failed] * (last - first)
+        head = clip(safe(name), label - 2, glyphs.cut) + (" *" if name in path else "")
+        took = format_span(span(task_run.started, task_run.finished))
+        lines.append(f"{padded(head, label)} {''.join(cells)} {took:>9}")
+    if left_out:
+        lines.append(f"and {left_out} tasks that took less time")
+    return "\n".join(lines)
+
+
+class Forecasts(NamedTuple):
+    """What a flow was simulated with, and the runs that came of it, each with how many attempts at once."""
+
+    flow: str
+    known: int                                 # tasks whose durations earlier runs tell
+    assumed: Mapping[str, str]
+    runs: Sequence[Tuple[Optional[int], Run]]
+
+
+def busy_seconds(run: Run) -> float:
+    """Return how long all attempts of a run took together."""
+    return sum(span(attempt.started, attempt.finished) or 0.0
+               for task_run in run.tasks.values() for attempt in task_run.attempts)
+
+
+def forecasts_to_json(made: Forecasts) -> Dict[str, Any]:
+    """Return simulated runs as JSON; times are seconds from the begin of the run."""
+    def task_members(task_run: TaskRun) -> Dict[str, Any]:
+        members = {"status": task_run.status, "reason": task_run.reason, "started_s": task_run.started,
+                   "finished_s": task_run.finished}
+        return {**members, "attempts": [
+            {"status": attempt.status, "reason": attempt.reason, "started_s": attempt.started,
+             "finished_s": attempt.finished} for attempt in task_run.attempts]}
+
+    return {"flow": made.flow, "assumed": dict(made.assumed), "runs": [
+        {"jobs": slots, "status": run.status, "reason": run.reason, "makespan_s": run.finished,
+         "busy_s": round(busy_seconds(run), 6), "critical_path": critical_path(run),
+         "tasks": {name: task_members(task_run) for name, task_run in run.tasks.items()}}
+        for slots, run in made.runs]}
+
+
+def _unusual_ends(run: Run) -> Iterator[str]:
+    """Yield a line for each state other than success that tasks ended in, with the first of them."""
+    for state in (FAILED, UPSTREAM_FAILED, SKIPPED, CANCELLED):
+        names = [name for name in run.tasks if run.tasks[name].status == state]
+        if names:
+            told = [name + (f" ({len(run.tasks[name].attempts)} attempts)"
+                            if len(run.tasks[name].attempts) > 1 else "") for name in names[:20]]
+            yield f"{state}: {', '.join(told)}" + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def format_forecasts(made: Forecasts, glyphs: Glyphs, width: int = 80) -> str:
+    """Return simulated runs as text: how long each took, and each as a Gantt chart."""
+    tasks = len(made.runs[0][1].plan.order)
+    lines = [f"{one_line(made.flow)}: {tasks} tasks, {made.known} of them with durations of earlier runs"]
+    told: Dict[str, List[str]] = {}
+    for name, text in made.assumed.items():
+        told.setdefault(text, []).append(name)
+    lines += [wrapped(f"assumed: {text}: {', '.join(names[:20])}"
+                      + (f" and {len(names) - 20} more" if len(names) > 20 else ""), width, "   ")
+              for text, names in told.items()]
+    if len(made.runs) > 1:
+        rows = [("at once", "takes", "busy", "status")]
+        for slots, run in made.runs:
+            share = busy_seconds(run) / ((slots or 1) * (run.finished or 1))
+            rows.append((str(slots or "all"), format_span(run.finished), f"{share:.0%}" if slots else "-",
+                         run.status))
+        lines += ["", format_table(rows)]
+    for slots, run in made.runs:
+        reason = f" ({one_line(run.reason)})" if run.reason else ""
+        head = f"{slots or 'all'} at once: {run.status}{reason} after {format_span(run.finished)}: "
+        lines += ["", wrapped(head + count_states(run), width, "   "),
+                  *(wrapped(line, width, "   ") for line in _unusual_ends(run)),
+                  format_gantt(run, glyphs, width),
+                  wrapped("critical path (*): " + " -> ".join(critical_path(run)), width, "   ")]
+    return "\n".join(lines)
 
 
 def _shown_tasks(run: Run) -> Iterator[Tuple[str, TaskRun]]:
@@ -13462,6 +14510,327 @@ def format_plan(plan: Plan, slots: int) -> str:
         rows.append((str(n), name, describe_action(task), after,
                      "left out" if name in plan.left_out else ", ".join(extra)))
     return f"{len(plan.order)} tasks, {slots} at once\n{format_table(rows)}"
+
+
+# ============================================================================
+# == 25.5. REPORT: how does a run become one page that stands for itself?
+# ============================================================================
+# The page is one file without any address outside itself.  All that came from a flow, a task or a log is
+# escaped where it is put in, as text; a Content-Security-Policy lets the two constants below run and show,
+# known by their hashes, and nothing else, should anything ever slip through.  Without scripts the page still
+# says everything: the script sorts and filters, and opens what is folded before the page is printed.
+#
+# However large a run is, the page stays one that a browser opens: there are bounds for what is drawn, for
+# tasks told in detail, for lines of logs and for the length of values.  What is left out is named.
+
+REPORT_STYLE = r"""
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1.2rem;max-width:82rem;background:var(--back);color:var(--fore);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+h1{font-size:1.5rem;margin:0 0 .3rem;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:2rem 0 .6rem}
+p{margin:.3rem 0}a{color:var(--busy)}.soft{color:var(--soft)}
+code,pre,td,.name{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+font-size:13px}
+.state{color:var(--state);font-weight:600;white-space:nowrap}
+.state::before{content:"";display:inline-block;width:.6em;height:.6em;border-radius:50%;margin-right:.45em;
+background:var(--state)}
+.facts{display:flex;flex-wrap:wrap;gap:.2rem 2rem;margin:.8rem 0}
+.facts dt{color:var(--soft);font-size:.8rem}.facts dd{margin:0;overflow-wrap:anywhere}
+.scroll{overflow:auto;max-height:80vh;border:1px solid var(--line);border-radius:8px}
+.scroll svg{display:block;margin:6px}
+table{border-collapse:collapse;width:100%}
+th,td{text-align:left;padding:.28rem .7rem;border-bottom:1px solid var(--line);vertical-align:top}
+tbody tr:last-child td{border-bottom:0}
+thead th{position:sticky;top:0;background:var(--face);font-size:.8rem;color:var(--soft);white-space:nowrap}
+th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--busy)}
+th[aria-sort=ascending] button::after{content:" \25b2"}
+th[aria-sort=descending] button::after{content:" \25bc"}
+td{white-space:nowrap}td.long{white-space:normal;min-width:14rem;overflow-wrap:anywhere}
+.number{text-align:right}
+.bars{display:grid;grid-template-columns:fit-content(14rem) minmax(4rem,1fr) auto;gap:2px .8rem;
+align-items:center;font-size:13px}
+.bars .name{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.bars svg{width:100%;height:16px;background:var(--face);border-radius:3px;display:block}
+.bars rect{fill:var(--state)}.bars .wait{fill:none;stroke:var(--idle);stroke-dasharray:2 3}
+.bars .on{font-weight:700}.bars .on::before{content:"\2605\a0"}
+.ticks{display:flex;justify-content:space-between;color:var(--soft);font-size:12px}
+details{border:1px solid var(--line);border-radius:8px;margin:.4rem 0;padding:.4rem .8rem}
+.why{color:var(--state)}details .name{white-space:pre-wrap}
+summary{cursor:pointer;overflow-wrap:anywhere}summary .state{margin-left:.6rem}
+details td.long{min-width:0}details p{font-size:.9rem}
+details:target{border-color:var(--busy)}
+pre{background:var(--face);border-radius:6px;padding:.6rem .8rem;margin:.4rem 0;overflow-x:auto;
+white-space:pre-wrap;overflow-wrap:anywhere}
+input{font:inherit;color:inherit;background:var(--face);border:1px solid var(--line);border-radius:6px;
+padding:.25rem .6rem;margin-bottom:.5rem;width:min(22rem,100%)}
+@media (max-width:30rem){body{padding:.7rem}
+.bars{grid-template-columns:6rem minmax(4rem,1fr) auto;gap:2px .4rem}}
+@media print{body{max-width:none;padding:0}.scroll{overflow:visible;max-height:none;border:0}
+.screen{display:none}
+.scroll svg{max-width:100%;height:auto}details,.bars>*{break-inside:avoid}thead th{position:static}}
+"""
+
+REPORT_SCRIPT = r"""
+"use strict";
+const body = document.querySelector("#tasks tbody"), filter = document.querySelector("#filter");
+const heads = [...document.querySelectorAll("#tasks th")];
+const key = (row, n) => { const cell = row.cells[n]; return cell.dataset.v ?? cell.textContent; };
+heads.forEach((head, n) => head.firstElementChild.addEventListener("click", () => {
+  const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1, rows = [...body.rows];
+  const numbers = head.classList.contains("number");
+  const order = numbers ? (a, b) => a - b : (a, b) => a < b ? -1 : a > b ? 1 : 0;
+  rows.sort((a, b) => sign * order(key(a, n), key(b, n)));
+  heads.forEach(other => other.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+  body.append(...rows);
+}));
+filter.hidden = false;
+filter.addEventListener("input", () => {
+  const wanted = filter.value.toLowerCase();
+  for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+});
+const open = one => { if (one) one.open = true; };
+const unfold = () => open(document.querySelector("details:target"));
+addEventListener("hashchange", unfold);
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(open));
+unfold();
+"""
+
+#: Of what there may be much, so much is shown.
+REPORT_GRAPH, REPORT_BARS, REPORT_ROWS, REPORT_DETAILS = 2000, 300, 10_000, 200
+REPORT_VALUE = 2000                            # characters of a value, a line of a log, an error
+REPORT_ATTEMPTS = 20                           # of one task, the latest
+
+
+def _element(tag: str, text: Any, classes: str = "") -> str:
+    """Return an HTML element that holds a text."""
+    return f"<{tag}{f' class={chr(34)}{classes}{chr(34)}' if classes else ''}>{html_text(text)}</{tag}>"
+
+
+def _soft(text: str) -> str:
+    """Return a paragraph of what matters less."""
+    return _element("p", text, "soft")
+
+
+def _bounded_text(text: str) -> str:
+    """Return a text for a page, of which much is left out if it is long."""
+    left_out = len(text) - REPORT_VALUE
+    return text if left_out <= 0 else f"{text[:REPORT_VALUE]}… ({left_out} characters more)"
+
+
+def _json_text(value: Any) -> str:
+    """Return a value as JSON that is good to read, of bounded length."""
+    pieces, size = [], 0
+    for piece in json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(value):
+        pieces.append(piece)
+        size += len(piece)
+        if size > 2 * REPORT_VALUE:
+            return "".join(pieces)[:REPORT_VALUE] + "… (and more)"
+    return _bounded_text("".join(pieces))
+
+
+def _action_text(task: Task) -> str:
+    """Return what a task does; of a command the whole, and not just its begin."""
+    action = task.action
+    if not isinstance(action, Command):
+        return one_line(describe_action(task))
+    return "command " + (action.command if isinstance(action.command, str) else
+                         json.dumps(action.command, ensure_ascii=False))
+
+
+_NUMBERS = ("attempts", "duration", "start")    # columns of the table of tasks
+
+
+class Report:
+    """One run as a page; each method returns a part of it as HTML."""
+
+    def __init__(self, loaded: Loaded, store: Store, now: float) -> None:
+        self.run, self.live, self.status, self.store = loaded.run, loaded.live, loaded.status, store
+        self.now = now if loaded.live else None
+        self.looks = looks_of(self.run, self.live)
+        self.path = dict.fromkeys(critical_path(self.run))
+        self.told = self._told()
+
+    def status_of(self, name: str) -> str:
+        """Return the state of a task or an instance, as a person is to see it."""
+        status = self.run.tasks[name].status
+        return INTERRUPTED if status == RUNNING and not self.live else status
+
+    def _told(self) -> Dict[str, str]:
+        """Return the tasks told in detail with their ids on the page: failures first, then those retried."""
+        tasks = [name for name, _ in _shown_tasks(self.run)]
+
+        def matters(name: str) -> int:
+            status, on_path = self.status_of(name), name in self.path
+            return (0 if status == FAILED else 1 if status in (RUNNING, RETRYING, INTERRUPTED) else
+                    2 if len(self.run.tasks[name].attempts) > 1 else 3 if on_path else 4)
+
+        first = set(sorted(tasks, key=matters)[:REPORT_DETAILS])
+        return {name: f"d{n}" for n, name in enumerate(tasks) if name in first}
+
+    def head(self) -> str:
+        """Return what the run was, and how it ended."""
+        run = self.run
+        took = span(run.started, run.finished if run.finished is not None else self.now)
+        started = (format_time(run.started) or "")[:19].replace("T", " ")
+        facts: List[Tuple[str, Any]] = [("run", run.id), ("started", f"{started} UTC"),
+                                        ("duration", format_span(took)), ("tasks", count_states(run))]
+        facts += [("reason", run.reason)] if run.reason else []
+        facts += [("version", run.plan.flow.version)] if run.plan.flow.version else []
+        facts += [("tolerated failures", run.warnings)] if run.warnings else []
+        facts += [("part of", f"run {run.parent['run']}, task {run.parent['task']}")] if run.parent else []
+        told = "".join(f"<div>{_element('dt', name)}{_element('dd', value)}</div>" for name, value in facts)
+        about = _element("p", run.plan.flow.description, "soft") if run.plan.flow.description else ""
+        return (f"<header><h1>{html_text(one_line(run.flow))} <span class=\"state {self.status}\">"
+                f"{self.status}</span></h1>{about}<dl class=facts>{told}</dl></header>\n")
+
+    def graph(self) -> str:
+        """Return the picture of the flow, with the states of the tasks."""
+        tasks = len(self.run.plan.order)
+        if tasks > REPORT_GRAPH:
+            return _soft(f"{tasks} tasks are too many for a picture; at most {REPORT_GRAPH} are drawn.")
+        links = {name: f"#{self.told[name]}" for name in self.run.plan.order if name in self.told}
+        return f"<div class=scroll tabindex=0>{to_svg(self.run.plan, self.looks, False, links)}</div>\n"
+
+    def _bar(self, name: str, begin: float, whole: float) -> str:
+        """Return a line of the Gantt chart: a rectangle an attempt, in thousandths of the whole."""
+        parts, before = [], None               # type: List[str], Optional[float]
+        for n, attempt in enumerate(self.run.tasks[name].attempts[-REPORT_ATTEMPTS:], 1):
+            ends = attempt.finished if attempt.finished is not None else self.now or self.run.finished
+            left = (attempt.started - begin) / whole * 1000
+            wide = max(2.0, ((ends or attempt.started) - attempt.started) / whole * 1000)
+            if before is not None and left > before:
+                parts.append(f'<path class="wait" d="M{before:.1f} 8H{left:.1f}"/>')
+            status = INTERRUPTED if attempt.status == RUNNING and not self.live else attempt.status
+            title = f"{name}, attempt {n}: {status}{': ' if attempt.reason else ''}{attempt.reason or ''}"
+            parts.append(f'<rect class="{status}" x="{left:.1f}" y="2" width="{wide:.1f}" height="12">'
+                         f"<title>{html_text(one_line(title))}</title></rect>")
+            before = left + wide
+        on_path = " on" if name in self.path else ""
+        took = format_span(span(self.run.tasks[name].started, self.run.tasks[name].finished))
+        return (f'<div class="name{on_path}" title="{html_text(name)}">{html_text(name)}</div>'
+                f'<svg viewBox="0 0 1000 16" preserveAspectRatio="none">{"".join(parts)}</svg>'
+                f"{_element('div', took, 'number soft')}\n")
+
+    def gantt(self) -> str:
+        """Return the Gantt chart."""
+        run = self.run
+        names, left_out = _gantt_rows(run, REPORT_BARS)
+        if not names:
+            return _soft("No attempt has begun.")
+        begin = min(run.tasks[name].attempts[0].started for name in names)
+        ends = [end for name in names for end in [run.tasks[name].finished or self.now] if end is not None]
+        whole = max(1e-3, max(ends, default=begin) - begin)
+        ticks = "".join(_element("span", format_span(whole * n / 4) if n else "0") for n in range(5))
+        rows = "".join(self._bar(name, begin, whole) for name in names)
+        more = _soft(f"{left_out} tasks that took less time are left out.") if left_out else ""
+        path = _element("p", "★ critical path: " + _bounded_text(" → ".join(self.path)), "soft name")
+        return (f"<div class=bars>{rows}<span></span><div class=ticks>{ticks}</div><span></span></div>"
+                f"{more}{path}\n")
+
+    def _row(self, name: str, task_run: TaskRun) -> str:
+        """Return a row of the table of tasks."""
+        started = span(self.run.started, task_run.started)
+        took = span(task_run.started, task_run.finished)
+        label = html_text(name)
+        if name in self.told:
+            label = f'<a href="#{self.told[name]}">{label}</a>'
+        cells = ((len(task_run.attempts), str(len(task_run.attempts))), (took, format_span(took)),
+                 (started, "-" if started is None else f"+{format_span(started)}"))
+        numbers = "".join(f'<td class=number data-v="{-1 if value is None else value}">{text}</td>'
+                          for value, text in cells)
+        status = self.status_of(name)
+        reason = _bounded_text(one_line(task_run.reason or ""))[:300]
+        return (f'<tr><td>{label}</td><td class="state {status}">{status}</td>{numbers}'
+                f"<td class=long>{html_text(reason)}</td></tr>\n")
+
+    def table(self) -> str:
+        """Return the table of tasks."""
+        tasks = list(islice(_shown_tasks(self.run), REPORT_ROWS))
+        left_out = len(self.run.tasks) - len(tasks)
+        heads = "".join(f"<th{' class=number' if title in _NUMBERS else ''}><button>{title}</button></th>"
+                        for title in ("task", "state", *_NUMBERS, "reason"))
+        more = f"{left_out} tasks more are left out; miniflow show {self.run.id} has them."
+        rows = "".join(self._row(*task) for task in tasks)
+        return ('<input id=filter class=screen type=search placeholder="filter tasks" '
+                'aria-label="filter tasks" hidden><div class=scroll tabindex=0><table id=tasks><thead>'
+                f"<tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+                f"{_soft(more) * (left_out > 0)}\n")
+
+    def _attempts(self, task_run: TaskRun) -> str:
+        """Return the attempts of a task with their reasons, and the last lines of the latest one's log."""
+        numbered = list(enumerate(task_run.attempts, 1))[-REPORT_ATTEMPTS:]
+        rows = "".join(
+            f'<tr><td class=number>{n}</td><td class="state {attempt.status}">{attempt.status}</td>'
+            f"<td class=number>{format_span(span(attempt.started, attempt.finished))}</td>"
+            f"<td class=long>{html_text(_bounded_text(one_line(attempt.reason or '')))}</td></tr>"
+            for n, attempt in numbered)
+        parts = [f"<div class=scroll><table><tbody>{rows}</tbody></table></div>" if rows else ""]
+        last = task_run.attempts[-1] if task_run.attempts else None
+        if last and last.log:
+            lines, before = log_tail(os.path.join(self.store.path, last.log))
+            text = "\n".join(_bounded_text(line) for line in lines)
+            where = f"{last.log}, after {before} bytes" if before else last.log
+            parts += [_element("p", where, "soft name"), _element("pre", text or "(empty)")]
+        return "".join(parts)
+
+    def detail(self, name: str, place: str) -> str:
+        """Return all about one task, folded unless it failed."""
+        run, task_run, task = self.run, self.run.tasks[name], self.run.defs[name]
+        status = self.status_of(name)
+        does = ", ".join([_action_text(task), *marks_of(task)])
+        after = "" if task.handler else ", ".join(task.depends_on[:50])
+        parts = [_element(tag, text, classes) for tag, text, classes in (
+            ("p", task.description, "soft"), ("p", _bounded_text(does), "name"),
+            ("p", after and f"after {after}", "soft name"),
+            ("p", _bounded_text(task_run.reason or ""), f"why {status}"),
+            ("pre", _json_text(task_run.each) if task_run.each else "", "")) if text]
+        parts.append(self._attempts(task_run))
+        parts += [_element("pre", _bounded_text(task_run.error))] if task_run.error else []
+        parts += [_soft("output"), _element("pre", _json_text(task_run.output))] if task_run.output else []
+        is_open = " open" if name == run.first_failure else ""
+        return (f'<details id="{place}"{is_open}><summary><span class=name>{html_text(name)}</span>'
+                f'<span class="state {status}">{status}</span></summary>{"".join(parts)}</details>\n')
+
+    def details(self) -> str:
+        """Return the tasks that are told in detail."""
+        left_out = len(self.run.tasks) - len(self.told)
+        more = f"{left_out} tasks more are in the table alone; failures and retries come first."
+        told = "".join(self.detail(name, place) for name, place in self.told.items())
+        return _soft(more) * (left_out > 0) + told
+
+    def values(self) -> str:
+        """Return the params, and what the run came to."""
+        parts = []
+        for title, value in (("Params", self.run.params), ("Context at the end", self.run.ctx)):
+            if value:
+                parts.append(f"<h2>{title}</h2>{_element('pre', _json_text(value))}")
+        return "".join(parts) + "\n"
+
+
+def to_report(loaded: Loaded, store: Store, now: float) -> str:
+    """Return a page that tells all about a run, in one file; `now` is for one that still runs."""
+    import base64
+    import hashlib
+    report = Report(loaded, store, now)
+    style, hashes = STATE_STYLE + GRAPH_STYLE + REPORT_STYLE, []
+    for text in (style, REPORT_SCRIPT):
+        hashes.append("sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode())
+    policy = (f"default-src 'none'; style-src '{hashes[0]}'; script-src '{hashes[1]}'; img-src data:; "
+              "base-uri 'none'; form-action 'none'")
+    body = "".join([
+        report.head(), "<main>\n<h2>Graph</h2>", report.graph(), "<h2>Gantt chart</h2>", report.gantt(),
+        "<h2>Tasks</h2>", report.table(), "<h2>Task by task</h2>", report.details(), report.values(),
+        f"</main>\n<footer class=soft>MiniFlow {__version__}</footer>\n"])
+    title = html_text(one_line(f"{loaded.run.flow}: {loaded.status}"))
+    secrets = sorted({form for text in hidden for form in (text, html_text(text))}, key=len, reverse=True)
+    body, title = masked(body, secrets), masked(title, secrets)
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            '<link rel="icon" href="data:,">\n'
+            f"<title>{title}</title>\n<style>{style}</style></head>\n<body>\n{body}"
+            f"<script>{REPORT_SCRIPT}</script>\n</body></html>\n")
 
 
 # ============================================================================
@@ -13631,7 +15000,7 @@ class Workflow:
 
     def visualize(self) -> str:
         """Return the graph as text: a block for each level, and for each task what it waits for."""
-        return safe(to_text_graph(make_plan(self.flow)))
+        return to_text_graph(make_plan(self.flow), glyphs=glyphs_for(sys.stdout))
 
     async def run(self, run_id: Optional[str] = None, store: Optional[StateStore] = None,
                   initial_ctx: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
@@ -14732,14 +16101,26 @@ def _add_flow(parser: Any) -> None:
 
 
 def _add_graph(parser: Any) -> None:
-    _add_flow(parser)
-    parser.add_argument("--format", choices=["text"], default="text", help="how (default: text)")
+    parser.add_argument("flow", nargs="?", metavar="FLOW", help="a flow's name or path")
+    parser.add_argument("--run", metavar="RUN", help="instead of a flow: a run, with the states of its tasks")
+    parser.add_argument("--format", choices=["text", *GRAPHS], default="text", help="how (default: text)")
 
 
-@command("graph", "show a flow's tasks and what they wait for", "miniflow graph etl", _add_graph)
+@command("graph", "show a flow's tasks and what they wait for", "miniflow graph etl --format svg > etl.svg",
+         _add_graph)
 def run_graph(options: Any) -> int:
-    """Print the graph."""
-    print_result(safe(to_text_graph(make_plan(_miniflow(options).load(options.flow)))))
+    """Print the graph of a flow, or of a run."""
+    if (options.flow is None) == (options.run is None):
+        raise UsageError("graph: give either the name of a flow, or --run and the id of a run")
+    mini, looks = _miniflow(options), {}       # type: MiniFlow, Dict[str, Look]
+    if options.run is None:
+        plan = make_plan(mini.load(options.flow))
+    else:
+        loaded = mini.store.load(mini.store.resolve(options.run))
+        hide(loaded.run.plan.flow.secrets)
+        plan, looks = loaded.run.plan, looks_of(loaded.run, loaded.live)
+    print_result(to_text_graph(plan, looks, glyphs_for(sys.stdout), columns_of(sys.stdout))
+                 if options.format == "text" else GRAPHS[options.format](plan, looks))
     return 0
 
 
@@ -15160,6 +16541,17 @@ def run_logs(options: Any) -> int:
     return 0
 
 
+def _write_file(path: str, content: bytes, mode: Optional[int] = None) -> None:
+    """Write a result to a file of the user's."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+        if mode is not None:
+            os.chmod(path, mode)
+    except OSError as exc:
+        raise UsageError(f"-o {shown(path)}: can't be written: {exc.strerror}") from None
+
+
 def _add_export(parser: Any) -> None:
     _add_flow(parser)
     _add_params(parser)
@@ -15182,13 +16574,128 @@ def run_export(options: Any) -> int:
     if options.file is None:
         write_result(content)
         return 0
-    try:
-        with open(options.file, "wb") as file:
-            file.write(content)
-        if exported.is_program:
-            os.chmod(options.file, 0o755)
-    except OSError as exc:
-        raise UsageError(f"-o {shown(options.file)}: can't be written: {exc.strerror}") from None
+    _write_file(options.file, content, 0o755 if exported.is_program else None)
+    return 0
+
+
+def _add_report(parser: Any) -> None:
+    _add_run_id(parser)
+    parser.add_argument("-o", dest="file", metavar="FILE.html",
+                        help="where to (default: RUN.html in the working directory; -: stdout)")
+
+
+@command("report", "make one page of a run: graph, Gantt chart, tasks, logs",
+         "miniflow report last -o report.html", _add_report)
+def run_report(options: Any) -> int:
+    """Write a page that tells all about a run, and print its path."""
+    store = _miniflow(options).store
+    loaded = store.load(store.resolve(options.run))
+    hide(loaded.run.plan.flow.secrets)
+    content = to_report(loaded, store, time.time()).encode("utf-8", "backslashreplace")
+    if options.file == "-":
+        write_result(content)
+        return 0
+    path = options.file or f"{loaded.run.id}.html"
+    _write_file(path, content)
+    print_result(path)
+    return 0
+
+
+def _add_simulate(parser: Any) -> None:
+    parser.add_argument("flow", nargs="?", metavar="FLOW", help="a flow's name or path")
+    _add_params(parser)
+    parser.add_argument("-j", "--jobs", action="extend", nargs="+", default=[], metavar="N",
+                        help="tasks at once; several are compared (default: as for run)")
+    parser.add_argument("--fail", action="append", default=[], metavar="T",
+                        help="every attempt of this task fails; repeatable")
+    parser.add_argument("--seed", type=int, metavar="N",
+                        help="let attempts take half to twice as long, by chance, alike for the same N")
+    parser.add_argument("--duration", action="append", default=[], metavar="T=SECONDS",
+                        help="how long a task takes; repeatable")
+    _add_json(parser)
+
+
+def _read_jobs(options: Any) -> List[int]:
+    """Return the numbers that -j gives; a flow that stands behind them becomes options.flow."""
+    words = [word for text in options.jobs for word in text.split(",") if word]
+    if options.flow is None and words and not words[-1].isdecimal():
+        options.flow = words.pop()
+    if options.flow is None:
+        raise UsageError("simulate: give the name of a flow")
+    for word in words:
+        if not word.isdecimal() or not 0 < int(word) < 10**6:
+            raise UsageError(f"-j {shown(word)}: expected a positive number")
+    return [int(word) for word in words]
+
+
+def _check_known(flow: Flow, name: str) -> None:
+    """Raise NotFound unless a flow has a task, or may have an instance, of this name."""
+    tasks = {task.id: task for task in flow.tasks}
+    group = tasks.get(name.rpartition("[")[0])
+    if name not in tasks and not (group and group.many and re.fullmatch(r"\[\d+\]", name[len(group.id):])):
+        raise NotFound(f"flow {flow.name} has no task {shown(name)}{near(name, tasks)}")
+
+
+def _read_durations(options: Any, flow: Flow) -> Dict[str, float]:
+    """Return the durations that the command line gives."""
+    durations = {}
+    for text in options.duration:
+        name, _, value = text.rpartition("=")
+        try:
+            durations[name] = float(value)
+        except ValueError:
+            durations[name] = -1
+        if not name or not 0 <= durations[name] < 1e9:
+            raise UsageError(f"--duration {shown(text)}: expected TASK=SECONDS")
+        _check_known(flow, name)
+    return durations
+
+
+def _asked_outputs(flow: Flow) -> Set[str]:
+    """Return the tasks on whose outputs it depends which others run, and how often."""
+    found: Set[str] = set()
+    for task in flow.tasks:
+        for path, text in templates(task):
+            for ref in refs_at(path, text) if path[0] in ("if", "foreach", "matrix") else ():
+                if ref.path[0] == "tasks":
+                    found.add(str(ref.path[1]))
+                elif ref.path[0] == "ctx":
+                    found.update(other.id for other in flow.tasks)
+    return found
+
+
+@command("simulate", "tell what a run would do and how long it would take; runs nothing",
+         "miniflow simulate etl -j 1 2 4 --fail load", _add_simulate)
+def run_simulate(options: Any) -> int:
+    """Simulate runs of a flow by the durations of earlier ones; nothing is run, and nothing written."""
+    jobs, mini = _read_jobs(options), _miniflow(options)
+    source = mini.source(options.flow)
+    flow, store = source.flow, mini.store
+    params = complete_params(flow, read_params(options, flow))
+    secrets = check_secrets(flow, params)
+    given = _read_durations(options, flow)
+    for name in options.fail:
+        _check_known(flow, name)
+    ids = store.ids()
+    known = {**store.durations(source.stem, ids), **given}
+    outputs = last_outputs(store, source.stem, _asked_outputs(flow)) if ids else {}
+    plan, assumed = make_plan(flow, {}, known), {}            # type: Plan, Dict[str, str]
+    found: List[Tuple[Optional[int], Run]] = []
+    usual = flow.max_parallel or (None if source.functions is not None else usable_cpus())
+    for slots in [*jobs] if jobs else [usual]:
+        run = Run(plan, f"simulated-{options.seed or 0}", params, 0, source.stem)
+        run.scheduled_time, run.secrets = time.time(), secrets
+        if slots is None:
+            run.queues.limits[PLAIN_FUNCTIONS] = usable_cpus()
+        world = Forecast(plan, known, outputs, options.fail, options.seed, os.environ)
+        found.append((slots, simulate(run, world, slots)))
+        assumed.update(world.assumed)
+    made = Forecasts(source.stem, sum(name in known or any(
+        each.startswith(f"{name}[") for each in known) for name in plan.order), assumed, found)
+    if options.json:
+        print_json(forecasts_to_json(made))
+    else:
+        print_result(format_forecasts(made, glyphs_for(sys.stdout), columns_of(sys.stdout)))
     return 0
 
 
@@ -15351,6 +16858,8 @@ class Arguments:
                 places.append(at - 1)
                 continue
             name, how = options[word]
+            if "nargs" in how:
+                raise ValueError(word)         # how many words it takes is for argparse to tell
             if how.get("action") == "store_true":
                 values[name] = True
                 continue

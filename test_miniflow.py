@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -86,47 +87,27 @@ def errors_of(text, **options):
     return []
 
 
-class SimWorld:
-    """A World without processes: an attempt is (seconds, exit code), and waiting makes the clock jump."""
+class SimWorld(mf.Simulated):
+    """A simulated world that keeps a log, in which runs are cancelled and tasks may ignore SIGTERM."""
 
     def __init__(self, script=None, cancels=(), stubborn=()):
-        self.script, self.stubborn, self.clock, self.log = script or {}, set(stubborn), 0.0, []
-        self.ends, self.serial = [], itertools.count()
-        self.cancels = sorted(cancels)
-
-    def now(self):
-        return self.clock
+        super().__init__(lambda task, attempt: self.script.get(task, {}).get(attempt, (1, 0)))
+        self.script, self.stubborn, self.cancels, self.log = script or {}, set(stubborn), sorted(cancels), []
 
     def start(self, run, action):
-        seconds, code = self.script.get(action.task, {}).get(action.attempt, (1, 0))
         self.log.append(f"{self.clock:g} start {action.task}")
-        heapq.heappush(self.ends, (self.clock + seconds, next(self.serial), action.task, code))
-        return []
-
-    def ask(self, run, action):
-        return [mf.admit(run, action.task, self.clock, {})]
+        return super().start(run, action)
 
     def stop(self, run, action):
         self.log.append(f"{self.clock:g} {action.signal} {action.task}")
-        if action.signal == "KILL" or action.task not in self.stubborn:
-            code = -9 if action.signal == "KILL" else -15
-            self.ends = [(self.clock, n, name, code) if name == action.task else (at, n, name, old)
-                         for at, n, name, old in self.ends]
-            heapq.heapify(self.ends)
-        return []
+        return super().stop(run, action) if action.signal == "KILL" or action.task not in self.stubborn else []
 
     def wait(self, run, until):
-        times = [at for at in (until, self.ends[0][0] if self.ends else None,
-                               self.cancels[0] if self.cancels else None) if at is not None]
-        assert times, "nothing can ever happen again"
-        self.clock = max(self.clock, min(times))
-        if self.cancels and self.cancels[0] <= self.clock:
-            self.cancels.pop(0)
+        times = [end[0] for end in self.ends[:1]] + [until] * (until is not None)
+        if self.cancels and self.cancels[0] <= max(self.clock, min(times, default=self.cancels[0])):
+            self.clock = max(self.clock, self.cancels.pop(0))
             return [mf.CancelRequested(self.clock, "cancelled by SIGINT", 130, mf.was_cancelled(run))]
-        if self.ends and self.ends[0][0] <= self.clock:
-            _, _, name, code = heapq.heappop(self.ends)
-            return [mf.attempt_end(run, name, self.clock, code, run.tasks[name].stopping, dict)]
-        return []
+        return super().wait(run, until)
 
 
 def simulate(flow, script=None, slots=4, left_out=None, world=None, durations=None, **options):
@@ -292,9 +273,91 @@ def alive(pid):
     return True
 
 
-def needs(tool):
-    """Skip a test where `tool` is missing; with MINIFLOW_TEST_ALL=1 it must not be."""
-    if shutil.which(tool) or os.environ.get("MINIFLOW_TEST_ALL") == "1":
+# Texts that do something where they are taken for more than text.
+TRICKY = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</script>", "]]>", "<!--", "&lt;b&gt;",
+           "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "a\u202eb", "end", '"]', "#quot;", "`**b**`", "style x:#a;",
+           "classDef x:#b;", "\\N", '\\"', "%%{init: {}}%%", "click t0 x", "</title></svg>", "{{x}}"]
+
+
+class Screen:
+    """A terminal, as far as a run needs one; anything else that it is sent is an error.
+
+    Lines that are too long are broken, and broken anew where the terminal is made narrower, as terminals do.
+    """
+
+    def __init__(self, columns, rows=24):
+        self.columns, self.rows, self.lines, self.at = columns, rows, [""], [0, 0]
+
+    def resize(self, columns):
+        above, self.columns = self.lines[:self.at[0]], columns
+        self.lines = [line[n:n + columns] for line in self.lines for n in range(0, max(1, len(line)), columns)]
+        self.at[0] = sum(max(1, -(-len(line) // columns)) for line in above)
+
+    def feed(self, text):
+        for mark, up, char in re.findall(r"(\x1b\[(\d*)[A-Za-z])|(.)", text, re.S):
+            if mark[-1:] == "F":
+                assert 0 < int(up) <= self.at[0], (mark, self.at)
+                assert int(up) < self.rows, "what has scrolled out of sight can't be drawn over"
+                self.at = [self.at[0] - int(up), 0]
+            elif mark in ("\x1b[J", "\x1b[K"):
+                self.lines[self.at[0]] = self.lines[self.at[0]][:self.at[1]]
+                if mark == "\x1b[J":
+                    del self.lines[self.at[0] + 1:]
+            elif mark:
+                assert mark[-1] == "m", mark
+            elif char == "\r":
+                self.at[1] = 0
+            elif char == "\n":
+                self.at = [self.at[0] + 1, self.at[1]]
+                self.lines += [""] * (self.at[0] == len(self.lines))
+            else:
+                assert char.isprintable(), char
+                self.put(char)
+
+    def put(self, char):
+        if self.at[1] == self.columns:
+            self.at = [self.at[0] + 1, 0]
+            self.lines += [""] * (self.at[0] == len(self.lines))
+        row, column = self.at
+        line = self.lines[row].ljust(column)
+        self.lines[row], self.at[1] = line[:column] + char + line[column + 1:], column + 1
+
+
+def on_terminal(project, *args, columns=80, rows=24, look=lambda screen: None, **env):
+    """Run a command whose stdout and stderr are a terminal; return its exit code, the Screen, and all it wrote.
+
+    `look` sees the screen after each piece, and may return another number of columns for it.
+    """
+    import fcntl
+    import pty
+    import struct
+    import termios
+    primary, secondary = pty.openpty()
+    resize = lambda wide: fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", rows, wide, 0, 0))  # noqa
+    resize(columns)
+    env = {**{key: value for key, value in os.environ.items() if key != "NO_COLOR"}, "TERM": "xterm", **env}
+    process = subprocess.Popen([sys.executable, ENGINE, *args], cwd=project.path, stdin=subprocess.DEVNULL,
+                               stdout=secondary, stderr=secondary, env=env)
+    screen, written, text = Screen(columns, rows), b"", b""
+    while process.poll() is None or select.select([primary], [], [], 0)[0]:
+        if select.select([primary], [], [], 0.05)[0]:
+            text += os.read(primary, 65536)
+            end = text.rfind(b"\n") + 1
+            written, piece, text = written + text[:end], text[:end], text[end:]
+            screen.feed(piece.decode())
+            wide = look(screen)
+            if wide and wide != screen.columns:
+                resize(wide)
+                screen.resize(wide)
+    screen.feed(text.decode())
+    os.close(primary)
+    os.close(secondary)
+    return process.returncode, screen, (written + text).decode()
+
+
+def needs(tool, always=True):
+    """Skip a test where `tool` is missing; with MINIFLOW_TEST_ALL=1 it must not be, but where not `always`."""
+    if shutil.which(tool) or always and os.environ.get("MINIFLOW_TEST_ALL") == "1":
         return lambda function: function
     return unittest.skip(f"{tool} is not installed")
 
@@ -2740,14 +2803,319 @@ class T13Jobs(unittest.TestCase):
         self.assertEqual((ends(again)["a"], again.tasks["a"].attempts[0].status), ("pending", "interrupted"))
 
 
+class T12bText(unittest.TestCase):
+
+    def test_control_characters_cannot_drive_the_terminal(self):
+        for text, shown in [("\x1b]0;pwn\x07", "\\x1b]0;pwn\\x07"), ("\x1b[2J", "\\x1b[2J"),
+                            ("\r[ok]", "\\x0d[ok]"), ("\x9b31m", "\\x9b31m"), ("a\u202eb", "a\\u202eb"),
+                            ("tab\tnew\nline é", "tab\tnew\nline é")]:
+            self.assertEqual(mf.safe(text), shown)
+        self.assertEqual(mf.one_line(" a\n\tb\x00 "), "a b\\x00")
+
+    def test_width_counts_columns_and_not_characters(self):
+        for text, width in [("abc", 3), ("", 0), ("漢字", 4), ("e\u0301", 1), ("a\u200bb", 2), ("é", 1),
+                            ("😀", 2)]:
+            self.assertEqual(mf.width_of(text), width, text)
+            self.assertEqual(mf.width_of(mf.padded(text, 6)), 6)
+        for width in range(1, 9):
+            for text in ("漢字漢字", "abcdefghij", "a漢b字c漢", "e\u0301" * 9):
+                cut = mf.clip(text, width)
+                self.assertLessEqual(mf.width_of(cut), width)
+                self.assertTrue(cut == text or cut.endswith("…"), cut)
+        rows = mf.format_table([("a", "b"), ("漢字", "x"), ("abcd", "y")]).splitlines()
+        self.assertEqual([mf.width_of(row[:row.index(char)]) for row, char in zip(rows, "bxy")], [6, 6, 6])
+
+    def test_long_lines_are_wrapped_where_there_are_blanks(self):
+        text = mf.wrapped("one two three four five", 9, "  ")
+        self.assertEqual(text, "one two\n  three\n  four\n  five")
+        self.assertEqual(mf.wrapped("x" * 30, 9, "  "), "x" * 30)
+        self.assertEqual(mf.wrapped("", 9, "  "), "")
+
+
 class T14Exporters(unittest.TestCase):
 
-    def test_the_text_graph_shows_levels_rules_and_what_each_task_waits_for(self):
-        flow = make(task("a"), task("b", "a", script="x.py"),
-                    task("c", "a", "b", trigger_rule="all_done", allow_failure=True))
-        self.assertEqual(mf.to_text_graph(mf.make_plan(flow)).splitlines(), [
-            "f: 3 tasks, 3 levels", "1", "   a  command true", "2", "   b  script x.py  <- a", "3",
-            "   c  command true  [all_done, allow_failure]  <- a, b"])
+    def test_what_a_task_does_is_told_on_one_line(self):
+        for fields, told in (
+                ({"script": "x.py"}, "script x.py"), ({"command": "echo a"}, "command echo a"),
+                ({"command": ["echo", "a b"]}, "command echo a b"), ({"command": "a\nb"}, 'command "a\\nb"'),
+                ({"command": "x" * 60}, f'command "{"x" * 48}…'), ({"flow": "g"}, "flow g"),
+                ({"http": {"url": "http://h/", "method": "PUT"}}, 'http PUT "http://h/"'),
+                ({"wait_for": {"seconds": 3}}, "wait_for seconds 3")):
+            with self.subTest(fields):
+                self.assertEqual(mf.describe_action(mf.make_task(task("a", **fields))), told)
+
+
+class T13bGraphs(unittest.TestCase):
+
+    DIAMOND = (task("fetch"), task("clean", "fetch"), task("check", "fetch"), task("load", "clean", "check"))
+
+    def random_plan(self, chance, size, edges=0.2):
+        return mf.make_plan(make(*[task(f"t{n}", *[f"t{k}" for k in range(n) if chance.random() < edges])
+                                   for n in range(size)]))
+
+    def test_the_text_graph_is_a_picture_and_a_list(self):
+        self.assertEqual(mf.to_text_graph(mf.make_plan(make(*self.DIAMOND))).splitlines(), [
+            "f: 4 tasks, 3 levels", "", "      fetch", "    ┌───┴──┐",
+            "    ▼      ▼", "  clean  check", "    └───┬──┘", "        ▼", "      load", "",
+            "1", "   fetch  command true", "2",
+            "   clean  command true  <- fetch", "   check  command true  <- fetch", "3",
+            "   load   command true  <- clean, check"])
+
+    def test_the_list_tells_conditions_rules_instances_and_handlers(self):
+        flow = make(task("a"), task("b", "a", script="x.py", description="says\nb"),
+                    task("c", "a", "b", trigger_rule="all_done", allow_failure=True, **{"if": "run.id != ''"}),
+                    task("d", "a", foreach=[1], max_parallel=2), **{"finally": {"command": "true"}})
+        text = mf.to_text_graph(mf.make_plan(flow), width=200)
+        for line in ("   b        script x.py  <- a  (says b)",
+                     "   c        command true  [if run.id != '', all_done, allow_failure]  <- a, b",
+                     "   d        command true  [foreach, 2 at once]  <- a",
+                     "after all", "   finally  command true  [finally]"):
+            self.assertIn(f"\n{line}\n", text + "\n")
+        self.assertIn("d[*]", text)
+
+    def test_a_list_stands_alone_where_the_picture_would_be_too_wide(self):
+        wide = mf.make_plan(make(task("a"), *[task(f"task_{n}", "a") for n in range(20)]))
+        self.assertEqual(mf.to_text_graph(wide).splitlines()[1:3], ["1", "   a        command true"])
+        self.assertIn("▼", mf.to_text_graph(wide, width=300))
+        self.assertNotIn("▼", mf.to_text_graph(mf.make_plan(make(task("a"), task("b")))))
+
+    def test_a_picture_in_ascii_has_nothing_else(self):
+        plan = mf.make_plan(make(*self.DIAMOND))
+        looks = {name: mf.Look(status) for name, status in zip(plan.order, mf.TASK_STATES)}
+        self.assertTrue(mf.to_text_graph(plan, looks, mf.ASCII_GLYPHS).isascii())
+
+    def traced(self, lines, labels):
+        """Return who is connected with whom in a picture, by following its lines as an eye does."""
+        bits = {char: n for n, char in enumerate(mf.GLYPHS.lines)}
+        bits["│"] = 3
+        where = {}                              # cell to the label that covers it
+        for y, line in enumerate(lines):
+            for found in re.finditer(r"t\d+", line):
+                where.update({(x, y): found[0] for x in range(found.start(), found.end())})
+        char = lambda x, y: lines[y][x] if 0 <= y < len(lines) and 0 <= x < len(lines[y]) else " "  # noqa: E731
+        seen, found, todo = set(), set(), []
+        for (x, y), name in where.items():
+            if char(x, y + 1) == "▼" or bits.get(char(x, y + 1), 0) & 1:
+                todo.append((name, x, y + 1, 1))
+        steps = {1: (0, -1, 2), 2: (0, 1, 1), 4: (-1, 0, 8), 8: (1, 0, 4)}
+        while todo:
+            name, x, y, back = todo.pop()
+            if (name, x, y, back) in seen:
+                continue
+            seen.add((name, x, y, back))
+            if char(x, y) == "▼":
+                found.add((name, where[min(((x + d, y + 1) for d in range(-9, 10) if (x + d, y + 1) in where),
+                                           key=lambda cell: abs(cell[0] - x))]))
+                continue
+            bit = bits[char(x, y)]
+            ways = [12 - back] if bit == 3 and back & 12 else [way for way in (2, 4, 8) if bit & way and way != back]
+            for way in ways:
+                dx, dy, other = steps[way]
+                if (x + dx, y + dy) not in where:
+                    todo.append((name, x + dx, y + dy, other))
+        return found
+
+    def test_following_the_lines_of_random_pictures_gives_the_edges_of_the_flow_and_no_others(self):
+        drawn = 0
+        for seed in range(400):
+            chance = random.Random(seed)
+            plan = self.random_plan(chance, chance.randint(2, 13), chance.choice([0.1, 0.2, 0.4]))
+            lines = mf.draw_text(plan, {name: name for name in plan.order}, mf.GLYPHS, 100)
+            if lines is not None:
+                drawn += 1
+                self.assertEqual(self.traced(lines, plan.order),
+                                 {(up, t.id) for t in plan.flow.tasks for up in t.depends_on},
+                                 (seed, "\n" + "\n".join(lines)))
+                self.assertLessEqual(max(map(len, lines)), 100)
+        self.assertGreater(drawn, 300)
+
+    def test_boxes_keep_apart_and_lines_go_from_left_to_right(self):
+        for seed in range(30):
+            plan = self.random_plan(random.Random(seed), 40, 0.1)
+            places = json.loads(json.dumps(mf.layout(plan)))
+            boxes = list(places["tasks"].values())
+            self.assertEqual(set(places["tasks"]), set(plan.order))
+            for (x, y, wide, high), (x2, y2, wide2, high2) in itertools.combinations(boxes, 2):
+                self.assertTrue(x + wide <= x2 or x2 + wide2 <= x or y + high <= y2 or y2 + high2 <= y)
+            for x, y, wide, high in boxes:
+                self.assertTrue(0 <= x and 0 <= y and x + wide <= places["width"] and y + high <= places["height"])
+            for up, down, points in places["edges"]:
+                self.assertEqual(points[::2], sorted(points[::2]))
+                for name, x, y in ((up, *points[:2]), (down, *points[-2:])):
+                    if name:
+                        left, top, wide, high = places["tasks"][name]
+                        self.assertEqual((x in (left, left + wide), y), (True, top + high / 2))
+
+    def test_every_edge_is_drawn_be_it_by_a_joint(self):
+        for seed in range(50):
+            plan = self.random_plan(random.Random(seed), 30, 0.3)
+            _, edges = mf._nodes_and_edges(plan, True)
+            joints = collections.defaultdict(lambda: ([], []))
+            direct = set()
+            for up, down in edges:
+                if isinstance(down, tuple):
+                    joints[down][0].append(up)
+                elif isinstance(up, tuple):
+                    joints[up][1].append(down)
+                else:
+                    direct.add((up, down))
+            through = {pair for ups, downs in joints.values() for pair in itertools.product(ups, downs)}
+            self.assertEqual(direct | through, {(up, t.id) for t in plan.flow.tasks for up in t.depends_on})
+            self.assertFalse(direct & through)
+
+    def test_layers_that_all_wait_for_each_other_have_few_lines(self):
+        layers = [[f"{letter}{n}" for n in range(100)] for letter in "abc"]
+        plan = mf.make_plan(make(*[task(name, *up) for up, row in zip([[], *layers], layers) for name in row]))
+        self.assertEqual(len(mf.layout(plan)["edges"]), 400)
+
+    def test_sorting_the_layers_leaves_few_crossings(self):
+        before = after = 0
+        for seed in range(40):
+            layers = mf.make_layers(self.random_plan(random.Random(seed), 25, 0.12), True)
+            before += mf.count_crossings(layers)
+            rows = [set(row) for row in layers.rows]
+            mf.sort_layers(layers)
+            after += mf.count_crossings(layers)
+            self.assertEqual([set(row) for row in layers.rows], rows)
+        self.assertLess(after, before / 2)
+        tree = make(task("t1"), *[task(f"t{n}", f"t{n // 2}") for n in range(2, 64)])
+        tree = mf.make_layers(mf.make_plan(tree), True)
+        for row in tree.rows:
+            random.Random(1).shuffle(row)
+        mf.sort_layers(tree)
+        self.assertEqual(mf.count_crossings(tree), 0)
+
+    def test_a_line_over_very_many_layers_is_drawn_straight(self):
+        chain = [task(f"t{n}", *([f"t{n - 1}"] if n else []), *(["t0"] if n == 99 else [])) for n in range(100)]
+        plan = mf.make_plan(make(*chain))
+        self.assertEqual([len(points) for up, down, points in mf.layout(plan)["edges"] if (up, down) == ("t0", "t99")],
+                         [4])
+        self.assertIsNone(mf.draw_text(plan, {name: name for name in plan.order}, mf.GLYPHS, 80))
+
+    def test_the_cost_of_a_layout_grows_with_the_flow(self):
+        def calls(size):
+            chance = random.Random(1)
+            plan = mf.make_plan(make(*[
+                task(f"t{n}", *sorted({f"t{chance.randint(max(0, n - 60), n - 1)}" for _ in range(2) if n}))
+                for n in range(size)]))
+            count = itertools.count()
+            sys.setprofile(lambda frame, kind, arg: kind in ("call", "c_call") and next(count))
+            try:
+                mf.layout(plan)
+            finally:
+                sys.setprofile(None)
+            return next(count)
+        self.assertLess(calls(1000), 6 * calls(250))
+
+    def hostile_plan(self):
+        """Return a plan and looks that have hostile texts wherever there is room for one."""
+        tasks = [task("end")] + [
+            task(f"t{n}", "end", description=text, command=f"echo {text}",
+                 **{"if": "run.id != " + json.dumps(text)})
+            for n, text in enumerate(TRICKY) if "{{" not in text]
+        plan = mf.make_plan(make(*tasks, task("many", "t0", foreach=[1]), description=TRICKY[0],
+                                 **{"finally": {"command": "true"}}))
+        states, texts = itertools.cycle([*mf.TASK_STATES, "interrupted"]), itertools.cycle([*TRICKY, "\x00", "\ud800"])
+        return plan, {name: mf.Look(status, text) for name, status, text in zip(plan.order, states, texts)}
+
+    def told(self, plan, looks, name):
+        """Return what has to stand in the box of a task."""
+        return [mf.one_line(text) for text in mf._told_lines(plan.tasks[name], looks.get(name))]
+
+    def test_mermaid_has_every_text_as_text(self):
+        plan, looks = self.hostile_plan()
+        head, *lines = mf.to_mermaid(plan, looks).splitlines()
+        self.assertEqual(head, "flowchart LR")
+        boxes, edges, styled = {}, set(), {}
+        for line in lines:
+            box = re.fullmatch(r"  t(\d+)(?:\[\[|\(\[|\{\{|\[)\"([^\"]*)\"(?:\]\]|\]\)|\}\}|\])", line)
+            edge = re.fullmatch(r"  t(\d+) --> t(\d+)", line)
+            style = re.fullmatch(r"  class ((?:t\d+,?)+) (\w+)|"
+                                 r"  classDef \w+ fill:#\w{6},stroke:#\w{6},color:#\w{6}", line)
+            if box:
+                parts = box[2].split("<br/>")
+                self.assertTrue(all(re.fullmatch(r"(?:[\w .\-]|#\d+;)*", part) for part in parts), line)
+                boxes[plan.order[int(box[1])]] = [re.sub(r"#(\d+);", lambda m: chr(int(m[1])), part) for part in parts]
+            elif edge:
+                edges.add((plan.order[int(edge[1])], plan.order[int(edge[2])]))
+            else:
+                self.assertTrue(style, line)
+                styled.update((plan.order[int(name[1:])], style[2]) for name in (style[1] or "").split(",") if name)
+        self.assertEqual(boxes, {name: self.told(plan, looks, name) for name in plan.order})
+        self.assertEqual(edges, {(up, t.id) for t in plan.flow.tasks for up in t.depends_on if not t.handler})
+        self.assertEqual(styled, {name: look.status for name, look in looks.items()})
+
+    def read_dot(self, text):
+        """Return the label of each node and the edges of a graph in Graphviz's language."""
+        token = re.compile(r'\s*("(?:[^"\\]|\\.)*"|->|[\w#]+|[{}\[\]=])', re.S)
+        tokens, at = [], 0
+        while text[at:].strip():
+            found = token.match(text, at)
+            self.assertTrue(found, text[at:at + 50])
+            tokens.append(found[1])
+            at = found.end()
+        labels, edges, name = {}, set(), None
+        for n, word in enumerate(tokens):
+            if re.fullmatch(r"t\d+", word):
+                name = word
+                if tokens[n - 1] == "->":
+                    edges.add((tokens[n - 2], word))
+            elif word == "label":
+                labels[name] = tokens[n + 2][1:-1]
+        return labels, edges
+
+    def test_graphviz_gets_every_text_as_text(self):
+        plan, looks = self.hostile_plan()
+        labels, edges = self.read_dot(mf.to_dot(plan, looks))
+        plain = lambda part: re.sub(r"\\(.)", r"\1", part).replace("&amp;", "&")  # noqa: E731
+        self.assertEqual({plan.order[int(name[1:])]: [plain(part) for part in re.split(r"(?<!\\)(?:\\\\)*\\n", label)]
+                          for name, label in labels.items() if "\\\\" not in label},
+                         {name: self.told(plan, looks, name) for name in plan.order
+                          if "\\" not in "".join(self.told(plan, looks, name))})
+        self.assertEqual({(plan.order[int(up[1:])], plan.order[int(down[1:])]) for up, down in edges},
+                         {(up, t.id) for t in plan.flow.tasks for up in t.depends_on if not t.handler})
+
+    @needs("dot", always=False)
+    def test_graphviz_itself_shows_every_text_as_it_is(self):
+        import xml.etree.ElementTree as ElementTree
+        plan, looks = self.hostile_plan()
+        drawn = subprocess.run(["dot", "-Tsvg"], input=mf.to_dot(plan, looks).encode(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual((drawn.returncode, drawn.stderr), (0, b""))
+        texts = [text.text for text in ElementTree.fromstring(drawn.stdout).iter("{http://www.w3.org/2000/svg}text")]
+        self.assertEqual(collections.Counter(" ".join(text.split()) for text in texts),
+                         collections.Counter(line for name in plan.order for line in self.told(plan, looks, name)))
+
+    def test_svg_is_sound_xml_with_every_text_as_text(self):
+        import xml.etree.ElementTree as ElementTree
+        plan, looks = self.hostile_plan()
+        for given in ({}, looks):
+            root = ElementTree.fromstring(mf.to_svg(plan, given))
+            tags = {part.tag.rpartition("}")[2] for part in root.iter()}
+            self.assertEqual(tags, {"svg", "title", "style", "rect", "path", "g", "text"})
+            titles = [part.findtext("{*}title") for part in root.iter("{http://www.w3.org/2000/svg}g")]
+            for name in plan.order:
+                title = next(title for title in titles if title.split("\n")[0] == name)
+                self.assertIn(mf.one_line(plan.tasks[name].description), title)
+                self.assertTrue(all(char == "\n" or char.isprintable() for char in title), title)
+
+    def test_every_state_has_a_look_in_every_picture(self):
+        for state in (*mf.TASK_STATES, "interrupted"):
+            self.assertIn(f".{state}", mf.STATE_STYLE.replace(",.", " ."))
+            self.assertIn(state, mf._FILLS)
+            self.assertEqual([len(glyphs.marks[state]) for glyphs in (mf.GLYPHS, mf.ASCII_GLYPHS)], [1, 1])
+
+    def test_a_run_is_drawn_with_its_states(self):
+        flow = make(task("a", max_retries=1), task("b", "a"), task("c", "b"), task("d", foreach=[1, 2]))
+        run, _, _ = simulate(flow, {"a": {1: (1, 1)}, "b": {1: (2, 3)}})
+        looks = mf.looks_of(run)
+        self.assertEqual(looks, {
+            "a": ("success", "2.00 s, 2 attempts"), "b": ("failed", "2.00 s, exit 3"),
+            "c": ("upstream_failed", "upstream b failed"), "d": ("success", "1.00 s, 2 success")})
+        self.assertIn("✓ a", mf.to_text_graph(run.plan, looks))
+        running = mf.Run(run.plan, "r")
+        running.apply(mf.AttemptStarted(0, "a", 1))
+        self.assertEqual([mf.looks_of(running, live)["a"].status for live in (True, False)], ["running", "interrupted"])
 
 
 class T15Bash(unittest.TestCase):
@@ -3796,6 +4164,79 @@ class T18Argo(unittest.TestCase):
         exported = mf.EXPORTERS["bash"](mf.make_plan(make(task("a"), schedule="@daily")), {}, "/t")
         self.assertEqual(exported.losses, ("schedule: the script runs once, when it is started",))
         self.assertEqual(mf.EXPORTERS["bash"](mf.make_plan(make(task("a"))), {}, "/t")[:2], (exported.text, ()))
+
+
+class T14bSimulation(unittest.TestCase):
+
+    def forecast(self, flow, durations=None, outputs=None, slots=4, **options):
+        plan = mf.make_plan(flow, durations=durations or {})
+        world = mf.Forecast(plan, durations or {}, outputs or {}, **options)
+        return mf.simulate(mf.Run(plan, "r"), world, slots), world.assumed
+
+    def test_a_run_is_as_long_as_its_durations_make_it(self):
+        flow = make(task("a"), task("b", "a"), task("c", "a"), task("d", "b", "c"))
+        durations = {"a": 1, "b": 5, "c": 2, "d": 0.5}
+        for slots, seconds in ((1, 8.5), (2, 6.5), (None, 6.5)):
+            run, assumed = self.forecast(flow, durations, slots=slots)
+            self.assertEqual((run.finished, run.status, assumed), (seconds, "success", {}))
+
+    def test_what_no_run_has_told_is_assumed_and_named(self):
+        flow = make(task("a"), task("b"), task("c"), task("sleep", wait_for={"seconds": 7}))
+        run, assumed = self.forecast(flow, {"a": 3, "b": 9})
+        self.assertEqual(assumed, {"c": "it takes 9.00 s"})
+        self.assertEqual(run.tasks["sleep"].finished, 7)
+        self.assertEqual(self.forecast(make(task("a")))[0].finished, 1)
+
+    def test_conditions_and_instances_follow_the_outputs_of_earlier_runs(self):
+        each = "${{ tasks.a.outputs.list }}"
+        flow = make(task("a"), task("b", "a", **{"if": "tasks.a.outputs.n > 1"}), task("c", "a", foreach=each))
+        run, assumed = self.forecast(flow, {"a": 1}, {"a": {"n": 1, "list": [1, 2, 3]}})
+        self.assertEqual((ends(run)["b"], len(run.groups["c"]), list(assumed)), ("skipped", 3, ["c"]))
+        run, assumed = self.forecast(flow, {"a": 1, "b": 1, "c[0]": 1, "c[1]": 3})
+        self.assertEqual((ends(run)["b"], len(run.groups["c"])), ("success", 2))
+        self.assertRegex(assumed["b"], "^its condition is true \\(if: ")
+        self.assertRegex(assumed["c"], "^it has 2 instances \\(foreach: ")
+
+    def test_a_failing_task_is_retried_with_its_backoff_and_stops_what_needs_it(self):
+        flow = make(task("a", max_retries=2, backoff_s=10), task("b", "a"), task("c", "a", trigger_rule="all_done"),
+                    task("d"), on_failure={"command": "true"}, on_success={"command": "true"})
+        run, _ = self.forecast(flow, {"a": 2}, failing=["a"])
+        self.assertEqual(ends(run), {"a": "failed", "b": "upstream_failed", "c": "success", "d": "success",
+                                     "on_success": "skipped", "on_failure": "success"})
+        self.assertEqual([attempt.started for attempt in run.tasks["a"].attempts], [0, 12, 34])
+        self.assertEqual((run.status, run.tasks["a"].finished), ("failed", 36))
+        run, _ = self.forecast(make(task("a", foreach=[1, 2])), failing=["a[1]"])
+        self.assertEqual(ends(run), {"a": "failed", "a[0]": "success", "a[1]": "failed"})
+
+    def test_a_late_attempt_is_stopped_as_in_a_run(self):
+        run, _ = self.forecast(make(task("a", timeout_s=5)), {"a": 60})
+        self.assertEqual((run.tasks["a"].reason, run.finished), ("timeout after 5 s", 5))
+
+    def test_a_seed_draws_durations_from_half_to_twice_and_always_the_same(self):
+        flow = make(*[task(f"t{n}") for n in range(50)])
+        draw = lambda seed: [t.finished for t in self.forecast(flow, {f"t{n}": 10 for n in range(50)}, slots=99,  # noqa
+                                                                seed=seed)[0].tasks.values()]
+        self.assertEqual(draw(1), draw(1))
+        self.assertNotEqual(draw(1), draw(2))
+        self.assertTrue(all(5 <= seconds <= 20 for seconds in draw(1)))
+        self.assertTrue(min(draw(1)) < 7 < 14 < max(draw(1)))
+
+    def test_random_flows_end_as_the_simulated_world_of_these_tests_has_them_end(self):
+        for seed in range(300):
+            chance = random.Random(seed)
+            flow, _ = random_flow(chance)
+            seconds = {t.id: chance.randint(1, 9) for t in flow.tasks}
+            failing = [t.id for t in flow.tasks if chance.random() < 0.2]
+            plan = mf.make_plan(flow)
+            world = mf.Forecast(plan, seconds, {}, failing)
+            world.ask = lambda run, action, world=world: mf.Simulated.ask(world, run, action)
+            script = {}
+            for t in flow.tasks:
+                for name in (t.id, *(f"{t.id}[{n}]" for n in range(9))):
+                    script[name] = dict.fromkeys(range(1, 9), (seconds[t.id], int(t.id in failing)))
+            one = mf.simulate(mf.Run(plan, "r"), world, 2)
+            other, _, _ = simulate(flow, script, 2)
+            self.assertEqual((ends(one), one.finished), (ends(other), other.finished), seed)
 
 
 class FaultyDisk(mf.Disk):
@@ -8633,12 +9074,6 @@ class T29Runner(unittest.TestCase):
 
 class T30Reporting(unittest.TestCase):
 
-    def test_control_characters_cannot_drive_the_terminal(self):
-        for text, shown in [("\x1b]0;pwn\x07", "\\x1b]0;pwn\\x07"), ("\x1b[2J", "\\x1b[2J"),
-                            ("\r[ok]", "\\x0d[ok]"), ("\x9b31m", "\\x9b31m"), ("a\u202eb", "a\\u202eb"),
-                            ("tab\tnew\nline é", "tab\tnew\nline é")]:
-            self.assertEqual(mf.safe(text), shown)
-
     def test_a_failed_task_shows_its_last_lines_and_where_the_rest_is(self):
         with one(task("a", command="for i in $(seq 30); do echo line $i; done; printf '\\033[2Jend\\n'; "
                                    "exit 4")) as project:
@@ -8681,48 +9116,192 @@ class T30Reporting(unittest.TestCase):
             self.assertEqual(shown[0], f"({299 * 2**20} bytes left out)")
             self.assertEqual((len(shown), place), (1 + 2**20 // mf.SHOWN_LINE, [300 * 2**20, b""]))
 
-    def test_the_live_part_fits_the_terminal_and_counts(self):
+    def live(self, flow, durations=None, slots=None, started=0, finished=(), now=0):
+        """Return a Live that looks on while the first tasks of a flow run, and others have ended."""
         live = mf.Live(mf.Store("x"))
-        run = mf.Run(mf.make_plan(make(*[task("t" * 60 + str(n)) for n in range(20)])), "r", started=0)
-        for n in range(15):
-            run.apply(mf.AttemptStarted(1, "t" * 60 + str(n), 1))
-        run.apply(mf.AttemptEnded(5, "t" * 60 + "0", 1, "success"))
-        live.run = run
-        for columns, rows in ((40, 10), (80, 24), (200, 5)):
-            lines = live.picture(7, columns, rows)
-            self.assertLess(len(lines), rows)
-            self.assertTrue(all(len(line) < columns for line in lines))
-        self.assertIn("1/20 done, 14 running, 7.00 s", lines[-1])
+        live.put = lambda stream, text: None
+        run = mf.Run(mf.make_plan(flow, durations=durations or {}), "r", started=0)
+        live.begin(run, slots)
+        for name in [t.id for t in flow.tasks[:started]]:
+            events = [mf.AttemptStarted(now, name, 1), mf.AttemptEnded(now, name, 1, "success")]
+            for event in events[:1 + (name in finished)]:
+                run.apply(event)
+                live.observe(event)
+        return live
+
+    def on_screen(self, live, screen):
+        """Let a Live draw on a Screen, in colours."""
+        live.colour, live.widths, live.lines = True, [], []
+        live.size, live.write = lambda: (screen.columns, 24), lambda text: screen.feed(text.replace("\n", "\r\n"))
+        live.put = lambda stream, text: mf.Live.put(live, live.stream, text)
+
+    def shown(self, live, *args):
+        """Return the lines of a live part as text."""
+        return ["".join(text for _, text in parts) for parts in live.picture(*args)]
+
+    def test_the_live_part_fits_the_terminal_and_counts(self):
+        names = ["t" * 60 + str(n) for n in range(20)]
+        live = self.live(make(*map(task, names)), started=15, finished=names[:1])
+        for columns in (1, 5, 10, 20, 40, 80, 200):
+            for rows in (2, 5, 10, 24):
+                lines = self.shown(live, 7, columns, rows)
+                self.assertLess(len(lines), max(rows, 3), (columns, rows))
+                self.assertTrue(all(mf.width_of(line) < max(columns, 2) for line in lines), (columns, lines))
+        self.assertIn("1/20 done, 14 running, 1 success, 7.0 s", lines[-1])
+        self.assertIn("  and 2 more", self.shown(live, 7, 80, 24))
+
+    def test_what_is_left_is_told_where_earlier_runs_tell_it(self):
+        flow = make(task("a"), task("b"), task("c", "a"), task("d", foreach=[1, 2]), on_failure={"command": "true"})
+        every = {"a": 30, "b": 30, "c": 20, "d[0]": 5, "d[1]": 5}
+        for durations, slots, now, told in (
+                ({}, 2, 10, None), (every, 1, 10, "about 1 min 10 s left"), (every, 2, 10, "about 40.0 s left"),
+                (every, None, 10, "about 40.0 s left"), ({"a": 30, "b": 30}, 2, 10, "at least 20.0 s left"),
+                (every, None, 90, "about 20.0 s left"), ({"a": 30, "b": 30}, 2, 90, None)):
+            with self.subTest(durations=durations, slots=slots, now=now):
+                bar = self.shown(self.live(flow, durations, slots, started=2), now, 120, 24)[-1]
+                self.assertEqual(next(iter(re.findall("(?:about|at least) .* left", bar)), None), told, bar)
+        live = self.live(flow, every, 2, started=2, finished=["a", "b"], now=30)
+        self.assertIn("about 20.0 s left", self.shown(live, 30, 120, 24)[-1])
+        self.assertIn("a  10.0 s of about 30.0 s", self.shown(self.live(flow, every, 1, started=1), 10, 80, 24)[0])
+
+    def test_progress_counts_what_the_run_counts(self):
+        for seed in range(100):
+            flow, script = random_flow(random.Random(seed))
+            progress, run, world = None, mf.Run(mf.make_plan(flow), "r"), SimWorld(script)
+            progress = mf.Progress(run, 2)
+            steps, events = mf.drive(run, world, lambda events, happened: None, 2, progress.observe), None
+            with contextlib.suppress(StopIteration):
+                while True:
+                    events = world.wait(run, steps.send(events))
+                    counted = collections.Counter(t.status for t in run.tasks.values() if t.status in mf.SETTLED)
+                    if not events:
+                        self.assertEqual(progress.ended, counted, seed)
+                        self.assertEqual(progress.retrying, {name for name, t in run.tasks.items()
+                                                             if t.status == "retrying"}, seed)
+            self.assertEqual(progress.ended, collections.Counter(t.status for t in run.tasks.values()), seed)
+            self.assertAlmostEqual(progress.work, 0)
+
+    def test_progress_of_a_resumed_run_counts_what_is_left_of_it(self):
+        flow = make(task("each", foreach=[1, 2, 3]), task("b", "each"))
+        durations = {"each[0]": 5, "each[1]": 7, "each[2]": 9, "b": 2}
+        old, _, _ = simulate(flow, {"each[1]": {1: (1, 1)}}, durations=durations)
+        run, world = mf.reopen(old, flow), SimWorld()
+        progress = mf.Progress(run, 1)
+        self.assertEqual((progress.left(0), progress.ended, progress.unknown), (9, {"success": 2}, set()))
+        steps, events = mf.drive(run, world, lambda events, happened: None, 1, progress.observe), None
+        with contextlib.suppress(StopIteration):
+            while True:
+                events = world.wait(run, steps.send(events))
+        self.assertEqual((progress.work, progress.left(world.clock), progress.ended), (0, None, {"success": 5}))
+
+    def test_hostile_texts_reach_no_terminal_as_they_are(self):
+        """The screen takes text that can be printed, colours, and what the live part erases; nothing else."""
+        tasks = [task(f"t{n}", command=["sh", "-c", 'printf "%s\\n" "$1"; exit 1', "sh", text + "\x9b2J\r\x07\x08"],
+                      description=text, **{"if": f"run.id != {json.dumps(text)}"}) for n, text in enumerate(TRICKY)]
+        with one(*[t for t in tasks if "{{" not in t["if"]], task("z", http={"url": "http://127.0.0.1:9/\u202e"}),
+                 description="\x1b[2J") as project:
+            for args in (["run", "f", "--run-id", "r"], ["show", "r"], ["logs", "r"], ["graph", "--run", "r"],
+                         ["simulate", "f"], ["run", "f", "--output", "prefix"], ["report", "r", "-o", "-"]):
+                with self.subTest(args):
+                    _, screen, text = on_terminal(project, *args, columns=100, rows=50)
+                    self.assertNotIn("\u202e", text)
+                    self.assertTrue(any(screen.lines))
 
     def test_a_terminal_gets_a_live_part_and_it_is_gone_at_the_end(self):
-        import pty
-        with one(task("a", command="sleep 0.3"), task("b", "a", command="exit 3")) as project:
-            primary, secondary = pty.openpty()
-            env = {**os.environ, "TERM": "xterm"}
-            env.pop("NO_COLOR", None)
-            process = subprocess.Popen([sys.executable, ENGINE, "run", "f"], cwd=project.path,
-                                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                       stderr=secondary, env=env)
-            os.close(secondary)
-            shown = b""
-            with contextlib.suppress(OSError):
-                while True:
-                    chunk = os.read(primary, 65536)
-                    if not chunk:
-                        break
-                    shown += chunk
-            os.close(primary)
-            self.assertEqual(process.wait(30), 1)
-            text = shown.decode()
-            self.assertIn("0/2 done, 1 running", text)
+        seen = set()
+        with one(task("a", command="sleep 0.3"), task("b", "a", command="echo why; exit 3"), max_parallel=2) as project:
+            code, screen, text = on_terminal(project, "run", "f", "--run-id", "r",
+                                             look=lambda screen: seen.update(line.strip() for line in screen.lines))
+            self.assertEqual(code, 1)
+            self.assertTrue(any(re.fullmatch(r"▶ a  0\.\d s", line) for line in seen), seen)
+            self.assertTrue(any(re.search("0/2 done, 1 running", line) for line in seen), seen)
             self.assertRegex(text, r"\x1b\[31mfailed   \x1b\[0m  b: exit 3")
-            self.assertRegex(text.rsplit("\x1b[J", 1)[1],
-                             r"run f-\S+: failed \(b failed\): 1 success, 1 failed in")
+            self.assertRegex("\n".join(screen.lines), r"(?x) \A run\ r:\ 2\ tasks,\ 2\ at\ once\n \S+\ \ success\ .*\n"
+                             r"\S+\ \ failed\ \ \ \ \ b:\ exit\ 3.*\n \ +\|\ why\n \ +log:.*\n"
+                             r"run\ r:\ failed\ .*\n to\ go\ on\ with\ it:.*\n r\n \Z")
+
+    def test_nothing_stays_of_the_live_part_where_the_terminal_changes_its_size(self):
+        for seed in range(200):
+            chance = random.Random(seed)
+            flow = make(*[task("t" * chance.randint(1, 70) + str(n)) for n in range(12)])
+            live, screen, now, told = self.live(flow, started=9), Screen(80, rows=200), 0.0, []
+            self.on_screen(live, screen)
+            for n in range(chance.randint(2, 12)):
+                if chance.random() < 0.5:
+                    told.append(f"told {n} " + "x" * chance.choice([0, 1, 30, 72, 73, 74, 200]))
+                    live.tell(told[-1])
+                now += chance.choice([0.01, 0.2])
+                live.refresh(now)
+                self.assertTrue(all(len(line) <= screen.columns for line in screen.lines))
+                if live.next_draw == now + 0.1:
+                    screen.resize(chance.randint(15, 120))
+            live.end(live.run)
+            shown = "".join(screen.lines).replace(" ", "")
+            self.assertEqual(shown[:shown.index("runr:")], "".join(told).replace(" ", ""), seed)
+            self.assertNotIn("done,", shown)
+
+    def test_a_terminal_without_colours_or_characters_gets_none(self):
+        with one(task("a", command="sleep 0.2")) as project:
+            _, _, text = on_terminal(project, "run", "f", NO_COLOR="1", PYTHONIOENCODING="ascii")
+            self.assertNotRegex(text, r"\x1b\[\d*m")
+            self.assertTrue(text.isascii())
+            self.assertIn("> a  0.", text)
+            _, _, text = on_terminal(project, "run", "f", TERM="dumb")
+            self.assertNotIn("\x1b", text)
+            self.assertIn("start      a", text)
+
+    def test_what_functions_print_stands_above_the_live_part(self):
+        with Project() as project:
+            project.write("flows/f.py", """if True:
+                import sys, time
+                from miniflow import Workflow, task
+                @task()
+                def a(ctx):
+                    for n in range(3):
+                        print("line", n)
+                        print("to stderr", n, file=sys.stderr)
+                        time.sleep(0.15)
+                    print("no newline", end="")
+                workflow = Workflow([a])
+                """)
+            code, screen, text = on_terminal(project, "run", "f", "--run-id", "r")
+            self.assertEqual(code, 0)
+            self.assertIn("1 running", text)
+            self.assertEqual(screen.lines[1:7], [line for n in range(3) for line in (f"line {n}", f"to stderr {n}")])
+            self.assertIn("no newline", "".join(screen.lines))
+            self.assertNotIn("running", "".join(screen.lines))
+
+    def test_ten_thousand_tasks_are_drawn_ten_times_a_second_at_most(self):
+        live, drawn = self.live(make(*[task(f"t{n}") for n in range(10000)]), {"t0": 1}, started=8), []
+        live.write = drawn.append
+        count = itertools.count()
+        sys.setprofile(lambda frame, kind, arg: kind == "call" and next(count))
+        try:
+            for n in range(1000):
+                live.refresh(n / 1000)
+        finally:
+            sys.setprofile(None)
+        self.assertLessEqual(len(drawn), 11)
+        self.assertLess(max(map(len, drawn)), 2000)
+        self.assertLess(next(count), 11 * 400 + 1000, "a draw looks at what runs, never at all tasks")
+
+    def test_a_gantt_chart_shows_attempts_to_scale(self):
+        flow = make(task("a", max_retries=1, backoff_s=2), task("b", "a"))
+        run, _, _ = simulate(flow, {"a": {1: (4, 1), 2: (2, 0)}, "b": {1: (2, 0)}})
+        self.assertEqual(mf.format_gantt(run, mf.ASCII_GLYPHS, 25).splitlines(), [
+            "a * xxxx..##      8.00 s", "b *         ##    2.00 s"])
+        many, _, _ = simulate(make(*[task(f"t{n}") for n in range(99)]), {"t50": {1: (9, 0)}}, slots=99)
+        lines = mf.format_gantt(many, mf.GLYPHS, 60, most=10).splitlines()
+        self.assertEqual((len(lines), lines[-1]), (11, "and 89 tasks that took less time"))
+        self.assertTrue(any(line.startswith("t50 ") for line in lines))
 
     def test_the_critical_path_is_what_decided_the_end(self):
         run, _, _ = simulate(make(task("a"), task("b", "a"), task("c", "a"), task("d", "b", "c")),
                              {"c": {1: (9, 0)}})
         self.assertEqual(mf.critical_path(run), ["a", "c", "d"])
+        flow = make(task("a"), task("b"), task("c", "b"), task("d", "a", "c", trigger_rule="all_done"))
+        run, _, _ = simulate(flow, {"b": {1: (9, 1)}})
+        self.assertEqual((ends(run)["c"], mf.critical_path(run)), ("upstream_failed", ["b", "d"]))
 
     def test_a_reader_that_goes_away_never_ends_a_run(self):
         with one(*[task(f"t{n}") for n in range(20)]) as project:
@@ -8735,6 +9314,140 @@ class T30Reporting(unittest.TestCase):
             os.close(reader)
             process.wait(60)
             self.assertEqual(project.state("r")["status"], "success")
+
+
+class T25bReport(unittest.TestCase):
+
+    def report(self, flow, script=None, change=lambda run: None, durations=None):
+        """Return the page of a simulated run of a flow."""
+        run, _, _ = simulate(flow, script)
+        change(run)
+        with tempfile.TemporaryDirectory() as path:
+            return mf.to_report(mf.Loaded(run, 1, False, {}, b""), mf.Store(path), 0)
+
+    def read(self, page):
+        """Return the tags with their attributes, and the text, of a page, as a parser of HTML reads it."""
+        import html.parser
+        tags, texts, inside = [], [], []
+
+        class Parser(html.parser.HTMLParser):
+            def handle_starttag(self, tag, attrs):
+                tags.append((tag, dict(attrs)))
+                inside.append(tag)
+
+            def handle_endtag(self, tag):
+                while inside and inside.pop() != tag:
+                    pass
+
+            def handle_data(self, data):
+                if not inside or inside[-1] not in ("script", "style"):
+                    texts.append(data)
+
+        parser = Parser()
+        parser.feed(page)
+        parser.close()
+        return tags, " ".join(" ".join(texts).split())
+
+    def test_a_report_tells_all_about_a_run(self):
+        flow = make(task("fetch", description="gets it", max_retries=1), task("load", "fetch"), task("after", "load"),
+                    task("each", foreach=["x", "y"]), description="nightly", version="7", params={"day": "monday"})
+        run, _, _ = simulate(flow, {"fetch": {1: (1, 5)}, "load": {1: (2, 3)}})
+        run.params, run.tasks["fetch"].output = {"day": "monday"}, {"rows": 41}
+        with tempfile.TemporaryDirectory() as path:
+            page = mf.to_report(mf.Loaded(run, 1, False, {}, b""), mf.Store(path), 0)
+        tags, text = self.read(page)
+        for told in ("f failed", "nightly", "version 7", "load failed", "exit 3", "exit 5", "upstream load failed",
+                     "gets it", "each[1]", "critical path: fetch → load", '"rows": 41', '"day": "monday"', "foreach"):
+            self.assertIn(told, text)
+        self.assertEqual(len([1 for tag, attrs in tags if tag == "details"]), 6)
+        self.assertEqual([attrs["id"] for tag, attrs in tags if tag == "details" and "open" in attrs], ["d1"])
+        targets = {attrs["id"] for _, attrs in tags if "id" in attrs}
+        links = {attrs["href"] for tag, attrs in tags if tag == "a"}
+        self.assertEqual({link[1:] for link in links} - targets, set())
+
+    def test_a_report_asks_for_nothing_outside_itself_and_runs_only_what_is_known(self):
+        import base64
+        import hashlib
+        page = self.report(make(task("a")))
+        tags, _ = self.read(page)
+        self.assertFalse({tag for tag, _ in tags} & {"img", "iframe", "object", "embed", "form", "base"})
+        for tag, attrs in tags:
+            self.assertEqual([name for name in attrs if name.startswith("on") or name == "style"], [], tag)
+            for name in ("src", "href", "xlink:href", "action"):
+                self.assertRegex(attrs.get(name) or "#", "^(#|data:,$)", tag)
+        self.assertNotRegex(page.replace("http://www.w3.org/2000/svg", ""), r"https?:|url\(|@import")
+        policy = next(attrs["content"] for tag, attrs in tags if attrs.get("http-equiv") == "Content-Security-Policy")
+        self.assertIn("default-src 'none'", policy)
+        self.assertNotIn("unsafe", policy)
+        for tag in ("script", "style"):
+            text, = re.findall(f"(?s)<{tag}>(.*?)</{tag}>", page)
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            self.assertIn(f"{tag}-src 'sha256-{digest}'", policy)
+
+    def test_whatever_comes_from_a_flow_or_a_log_is_text(self):
+        tricky = [text for text in TRICKY if "{{" not in text]
+        tasks = [task(f"t{n}", description=text, command=["printf", "%s", text],
+                      **{"if": "run.id != " + json.dumps(text)}) for n, text in enumerate(tricky)]
+        flow = flow_json(*tasks, task("z", command="cat tricky >&2; exit 1"), description=tricky[0], tags=tricky)
+        plain = self.read(self.report(make(*[task(t["id"], **{"if": "true"}) for t in tasks], task("z"))))[0]
+        with Project({"f": flow}) as project:
+            project.write("tricky", "\n".join(tricky))
+            code, _, err = project.main("run", "f", "--run-id", "r", "--params", json.dumps({"p": tricky}))
+            self.assertEqual(code, 1, err)
+            code, out, err = project.main("report", "r")
+            self.assertEqual((code, out), (0, "r.html\n"), err)
+            page = project.read("r.html")
+        tags, text = self.read(page)
+        self.assertLessEqual({tag for tag, _ in tags}, {tag for tag, _ in plain} | {"pre"})
+        self.assertEqual([n for n, (tag, _) in enumerate(tags) if tag == "script"][1:], [])
+        self.assertTrue(all(char.isprintable() or char == "\n" for char in page))
+        for one in tricky:
+            self.assertGreaterEqual(text.count(" ".join(mf.safe(one).split())), 2, one)
+
+    def test_secrets_are_masked_in_a_report(self):
+        secret = "s3cret<&>\"'pass"
+        with one(task("a", command="printf '%s\\n' \"$KEY\"; printf '{\"k\": \"%s\"}' plain > $MINIFLOW_OUTPUT; "
+                                   "echo \"$KEY\" >&2; exit 1", description=f"uses {secret}"),
+                 secrets=["KEY"]) as project:
+            done = project.cli("run", "f", "--run-id", "r", env={**os.environ, "KEY": secret})
+            self.assertEqual(done.returncode, 1)
+            done = project.cli("report", "r", "-o", "-", env={**os.environ, "KEY": secret})
+            _, text = self.read(done.stdout)
+            self.assertNotIn("s3cret", done.stdout)
+            self.assertIn("uses ***", text)
+            self.assertIn("*** ***", text)
+
+    def test_a_report_of_ten_thousand_tasks_stays_small(self):
+        flow = make(*[task(f"t{n}") for n in range(10_000)], task("end", *[f"t{n}" for n in range(10_000)]))
+        page = self.report(flow, {"t77": {1: (1, 1)}})
+        self.assertLess(len(page), 5e6)
+        tags, text = self.read(page)
+        self.assertEqual(len([1 for tag, _ in tags if tag == "details"]), mf.REPORT_DETAILS)
+        self.assertIn("10001 tasks are too many for a picture", text)
+        self.assertIn("1 tasks more are left out", text)
+
+    def test_long_values_and_logs_are_cut(self):
+        with one(task("a", command="head -c 300000 /dev/zero | tr '\\0' x; printf '{\"k\": \"%0200000d\"}' 7 > "
+                                   "$MINIFLOW_OUTPUT")) as project:
+            project.main("run", "f", "--run-id", "r", "--param", "p=" + "y" * 90_000)
+            page = project.main("report", "r", "-o", "-")[1]
+            self.assertLess(len(page), 40_000)
+            self.assertIn("characters more", page)
+
+    def test_every_state_and_a_run_that_goes_on_can_be_told(self):
+        def change(run):
+            for state, task_run in zip((*mf.TASK_STATES, "interrupted"), run.tasks.values()):
+                task_run.status = state
+        page = self.report(make(*[task(f"t{n}") for n in range(10)]), change=change)
+        for state in (*mf.TASK_STATES[:1], *mf.TASK_STATES[2:], "interrupted"):
+            self.assertIn(f'<td class="state {state}">{state}</td>', page)
+        run = mf.Run(mf.make_plan(make(task("a"), task("b"))), "r")
+        run.apply(mf.AttemptStarted(5, "a", 1))
+        for live, status in ((True, "running"), (False, "interrupted")):
+            page = mf.to_report(mf.Loaded(run, 1, live, {}, b""), mf.Store("none"), 65)
+            self.assertIn(f'<td class="state {status}">{status}</td>', page)
+        self.assertIn("No attempt has begun", mf.to_report(
+            mf.Loaded(mf.Run(run.plan, "r"), 1, True, {}, b""), mf.Store("none"), 65))
 
 
 class T31Library(unittest.TestCase):
@@ -8781,7 +9494,9 @@ class T31Library(unittest.TestCase):
     def test_a_workflow_shows_its_graph(self):
         a, b = (mf.task(name=name)(len) for name in "ab")
         a >> b
-        self.assertIn("b  function builtins:len  <- a", mf.Workflow([a, b], name="demo").visualize())
+        text = mf.Workflow([a, b], name="demo").visualize()
+        self.assertIn("b  function builtins:len  <- a", text)
+        self.assertRegex(text, r"(?m)^  a\n  [▼v]\n  b$")
 
     def test_a_program_lists_and_runs_flows_as_the_readme_shows(self):
         with Project({"b": flow_json(task("x", command="exit 1")),
@@ -10477,6 +11192,93 @@ class T33CommandLine(unittest.TestCase):
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(project.state("r")["ctx"]["mean"], {"harbour": 7.5, "hill": 4.5})
             self.assertIn("mean temperatures: {'harbour': 7.5, 'hill': 4.5}", done.stdout)
+
+
+class T27bCommandLineOfPictures(unittest.TestCase):
+
+    def test_graph_prints_a_flow_or_a_run_in_each_format(self):
+        with one(task("a"), task("b", "a", command="exit 1")) as project:
+            project.main("run", "f", "--run-id", "r")
+            for args, told in ((["f"], "b  command exit 1  <- a"), (["--run", "r"], "✗ b  failed, 0.0"),
+                               (["--run", "last", "--format", "mermaid"], "class t1 failed"),
+                               (["f", "--format", "dot"], "t0 -> t1"), (["f", "--format", "svg"], "</svg>")):
+                code, out, _ = project.main("graph", *args)
+                self.assertEqual(code, 0)
+                self.assertIn(told, out)
+            for args in ([], ["f", "--run", "r"]):
+                self.assertEqual(project.main("graph", *args)[0], 2)
+            self.assertEqual([project.main("graph", *args)[0] for args in (["g"], ["--run", "x"])], [3, 3])
+            plain = project.cli("graph", "f", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+            self.assertIn("  a\n  v\n  b\n", plain.stdout)
+
+    def test_a_graph_is_as_wide_as_its_terminal(self):
+        with one(task("a"), *[task(f"a_long_name_of_a_task_{n}", "a") for n in range(4)]) as project:
+            for columns, drawn in ((80, False), (140, True)):
+                _, screen, _ = on_terminal(project, "graph", "f", columns=columns)
+                self.assertEqual("▼" in "".join(screen.lines), drawn)
+
+    def test_report_writes_one_file_and_prints_its_path(self):
+        with one(task("a")) as project:
+            project.main("run", "f", "--run-id", "r")
+            self.assertEqual(project.main("report", "last", "-o", "x.html")[:2], (0, "x.html\n"))
+            self.assertIn("</html>", project.read("x.html"))
+            self.assertEqual(project.main("report", "nope")[0], 3)
+            code, _, err = project.main("report", "r", "-o", "no/such/x.html")
+            self.assertEqual((code, err), (2, '-o "no/such/x.html": can\'t be written: No such file or directory\n'))
+
+    def test_simulate_compares_numbers_and_writes_nothing(self):
+        tasks = [task(f"t{n}") for n in range(4)]
+        with one(*tasks, task("end", *[t["id"] for t in tasks])) as project:
+            given = [word for n in range(4) for word in ("--duration", f"t{n}=3")] + ["--duration", "end=1.5"]
+            code, out, _ = project.main("simulate", "f", "-j", "1", "2", "4", *given)
+            self.assertEqual((code, os.listdir(project.path).sort()), (0, None))
+            self.assertFalse(os.path.exists(project.at("miniflow_output")))
+            self.assertRegex(out, r"(?m)^1        13\.5 s  100%  success\n2        7\.50 s  90%   success\n"
+                                  r"4        4\.50 s")
+            self.assertIn("critical path (*): t0 -> end", out)
+            for words in (["-j", "1", "2", "f"], ["-j", "1,2", "f"], ["f", "-j", "1", "-j", "2"],
+                          ["-j", "1,2", "--", "f"]):
+                made = json.loads(project.main("simulate", "--json", *given, *words)[1])["runs"]
+                self.assertEqual([(run["jobs"], run["makespan_s"]) for run in made], [(1, 13.5), (2, 7.5)], words)
+
+    def test_simulate_knows_earlier_runs_and_params_and_tells_what_a_failure_does(self):
+        with one(task("a", command="sleep 0.2", max_retries=1, backoff_s=60), task("b", "a"),
+                 task("c", **{"if": "params.deep"}), params={"deep": {"type": "boolean", "required": True}}) as project:
+            project.main("run", "f", "--param", "deep=false")
+            self.assertEqual(project.main("simulate", "f")[0], 2)
+            code, out, _ = project.main("simulate", "f", "--param", "deep=false", "--fail", "a", "--json", "-j", "2")
+            made = json.loads(out)
+            run = made["runs"][0]
+            self.assertEqual(({name: t["status"] for name, t in run["tasks"].items()}, run["status"], made["assumed"]),
+                             ({"a": "failed", "b": "upstream_failed", "c": "skipped"}, "failed", {}))
+            first, second = run["tasks"]["a"]["attempts"]
+            self.assertTrue(0.2 <= first["finished_s"] < 3)
+            self.assertAlmostEqual(second["started_s"], first["finished_s"] + 60)
+            out = project.main("simulate", "f", "--param", "deep=true", "--fail", "a")[1]
+            self.assertIn("failed: a (2 attempts)\nupstream_failed: b\n", out)
+            self.assertIn("assumed: it takes ", out)
+            self.assertEqual(len(os.listdir(project.at("miniflow_output/runs"))), 1)
+
+    def test_simulate_says_what_is_wrong(self):
+        with one(task("a"), task("each", foreach=[1, 2])) as project:
+            for words, code, told in (
+                    ([], 2, "give the name of a flow"), (["f", "-j", "x"], 2, '-j "x": expected a positive number'),
+                    (["f", "-j", "0"], 2, '-j "0": expected'), (["f", "--fail", "b"], 3, 'has no task "b"'),
+                    (["f", "--fail", "each[1]"], 0, ""), (["f", "--fail", "a[1]"], 3, 'no task "a[1]"'),
+                    (["f", "--duration", "a"], 2, '--duration "a": expected TASK=SECONDS'),
+                    (["f", "--duration", "a=-1"], 2, "expected TASK=SECONDS"),
+                    (["f", "--duration", "b=1"], 3, 'has no task "b"'), (["g"], 3, "")):
+                with self.subTest(words=words):
+                    got, _, err = project.main("simulate", *words)
+                    self.assertEqual(got, code)
+                    self.assertIn(told, err)
+
+    def test_a_flow_of_functions_is_simulated_without_a_call(self):
+        with Project() as project:
+            project.write("flows/f.py", "from miniflow import Workflow, task\n@task()\ndef a(ctx):\n    1 / 0\n"
+                                        "workflow = Workflow([a])\n")
+            code, out, _ = project.main("simulate", "f")
+            self.assertEqual((code, "all at once: success after 1.00 s" in out), (0, True), out)
 
 
 class T99HouseRules(unittest.TestCase):
