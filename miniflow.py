@@ -38,38 +38,46 @@ Contents
      2. MODEL: what did the author write?
      3. JSON TEXT: what does this text say, and where exactly is it wrong?
      4. VALUES: what do params and ${{ templates }} stand for?
-   4.5. CRON: given a schedule and a time, when next?
-     5. CHECKING: what is wrong with the meaning of a flow?
-     6. JSON FRONT END: how does a flow become JSON, and JSON a flow?
-     7. PYTHON FRONT END: how do functions become a flow?
-     8. PLAN: in which order will what happen?
-     9. EVENTS AND RUN: what has happened, and what does it add up to?
-    10. SCHEDULER: given a run and the time, what should be done now?
-  10.5. DUE RUNS: given schedules and the time, which runs should start?
-    11. STATE: how is a run written down, and read back?
-    12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
-    13. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
-    14. EXPORTERS: how does a plan look in other languages?
-    15. BASH: how does a flow run where there is no MiniFlow?
-    16. MAKE: how does a flow run where there is make?
-    17. AIRFLOW: how does a flow run where there is Airflow?
-    18. ARGO: how does a flow run on Kubernetes?
+     5. CRON: given a schedule and a time, when next?
+     6. CHECKING: what is wrong with the meaning of a flow?
+     7. JSON FRONT END: how does a flow become JSON, and JSON a flow?
+     8. PYTHON FRONT END: how do functions become a flow?
+     9. PLAN: in which order will what happen?
+    10. EVENTS AND RUN: what has happened, and what does it add up to?
+    11. SCHEDULER: given a run and the time, what should be done now?
+    12. DUE RUNS: given schedules and the time, which runs should start?
+    13. STATE: how is a run written down, and read back?
+    14. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
+    15. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
+    16. TEXT: how is a value made fit to be seen?
+    17. EXPORTERS: how does a plan look in other languages?
+    18. LAYERS: where does each task of a plan stand in a picture?
+    19. GRAPHS: how does a plan look as a picture?
+    20. BASH: how does a flow run where there is no MiniFlow?
+    21. MAKE: how does a flow run where there is make?
+    22. AIRFLOW: how does a flow run where there is Airflow?
+    23. ARGO: how does a flow run on Kubernetes?
+    24. SIMULATION: what would a run do, and how long would it take?
     --- the line: all above is pure ---
-    19. DISK: how does a byte get onto the disk, and stay there?
-    20. LOCKS: which one engine may work on a run?
-    21. STORE: where do runs live, and how do they survive?
-    22. SPAWN: how does a process begin with nothing of ours but what it is given?
-    23. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
-    24. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
-    25. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
-    26. PROCESSES: how are attempts started, watched and ended?
-    27. SLURM: how do attempts run as jobs of a cluster?
-    28. FUNCTIONS: how are Python functions called, and what becomes of what they return?
-    29. RUNNER: how is one run driven to its end?
-    30. REPORTING: how is it told to a person?
-    31. LIBRARY: what does a Python program use?
-    32. BUNDLE: how does a flow travel, with all that it needs, in one file?
-    33. COMMAND LINE: what can be typed?
+    25. DISK: how does a byte get onto the disk, and stay there?
+    26. LOCKS: which one engine may work on a run?
+    27. STORE: where do runs live, and how do they survive?
+    28. SPAWN: how does a process begin with nothing of ours but what it is given?
+    29. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+    30. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
+    31. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
+    32. PROCESSES: how are attempts started, watched and ended?
+    33. SLURM: how do attempts run as jobs of a cluster?
+    34. FUNCTIONS: how are Python functions called, and what becomes of what they return?
+    35. RUNNER: how is one run driven to its end?
+    36. REPORTING: how is it told to a person?
+    37. TERMINAL: how does a run look while it goes on?
+    38. SUMMARIES: how is it told what a run did, or would do?
+    39. REPORT: how does a run become one page that stands for itself?
+    40. LIBRARY: what does a Python program use?
+    41. DAEMON: how is what is due started, exactly once?
+    42. BUNDLE: how does a flow travel, with all that it needs, in one file?
+    43. COMMAND LINE: what can be typed?
 
 
 Licence (MIT)
@@ -159,21 +167,21 @@ __all__ = [
     "StateError", "RetryError", "NoRetry",
     # 2. MODEL
     "Flow", "Task", "Schedule", "Script", "Command", "Function", "Retry", "Param",
-    # 5. CHECKING
+    # 6. CHECKING
     "check_flow",
-    # 6. JSON FRONT END
+    # 7. JSON FRONT END
     "parse_flow", "flow_schema",
-    # 7. PYTHON FRONT END
+    # 8. PYTHON FRONT END
     "task", "FunctionTask", "make_flow",
-    # 8. PLAN
+    # 9. PLAN
     "Plan", "Selection", "make_plan",
-    # 9. EVENTS AND RUN
+    # 10. EVENTS AND RUN
     "Run", "TaskRun", "Attempt",
-    # 10. SCHEDULER
+    # 11. SCHEDULER
     "due", "next_wake", "drive",
-    # 31. LIBRARY
+    # 40. LIBRARY
     "MiniFlow", "Workflow", "StateStore", "JSONStateStore", "MemoryStateStore",
-    # 33. COMMAND LINE
+    # 43. COMMAND LINE
     "main",
 ]
 
@@ -1684,7 +1692,7 @@ def complete_params(flow: Flow, given: Mapping[str, Any], way: str = "--param {}
 
 
 # ============================================================================
-# == 4.5. CRON: given a schedule and a time, when next?
+# == 5. CRON: given a schedule and a time, when next?
 # ============================================================================
 # A time is whole seconds since 1970.  A cron line is matched against what a clock on the wall shows in its
 # time zone, and what the wall shows becomes a time by these rules, which are Vixie cron's where it has any:
@@ -1856,6 +1864,11 @@ def parse_cron(line: str) -> Cron:
                 any(sign in fields[n][0] for sign in "*/" for n in (0, 1)))
 
 
+def plain_cron(line: str) -> str:
+    """Return a cron line in five fields, for those who may not know words such as @daily."""
+    return CRON_WORDS.get(line.strip().lower(), line)
+
+
 @_remembering
 def find_zone(name: Optional[str]) -> datetime.tzinfo:
     """Return the time zone of that name, UTC for None; raise ValueError."""
@@ -2008,7 +2021,7 @@ def scheduled_text(at: int) -> str:
 
 
 # ============================================================================
-# == 5. CHECKING: what is wrong with the meaning of a flow?
+# == 6. CHECKING: what is wrong with the meaning of a flow?
 # ============================================================================
 # The shape of a flow (fields, types) is each front end's business and is checked from its table of fields.
 # What the fields mean together is checked here, once, for all front ends, and everything that is wrong is
@@ -2366,7 +2379,7 @@ def check_flow(flow: Flow) -> List[Problem]:
 
 
 # ============================================================================
-# == 6. JSON FRONT END: how does a flow become JSON, and JSON a flow?
+# == 7. JSON FRONT END: how does a flow become JSON, and JSON a flow?
 # ============================================================================
 # The tables below are the one place where a field of the flow file is defined: reading, checking, writing and
 # the published schema all follow them.
@@ -2831,7 +2844,7 @@ def recorded_flow(value: Mapping[str, Any]) -> Flow:
 
 
 # ============================================================================
-# == 7. PYTHON FRONT END: how do functions become a flow?
+# == 8. PYTHON FRONT END: how do functions become a flow?
 # ============================================================================
 # @task makes a FunctionTask of a function: it holds the same Task that a flow file would give, and the tasks
 # that >> put before it.  make_flow() takes tasks that hang together and returns a checked Flow; from there on
@@ -3060,7 +3073,7 @@ def make_flow(name: str, tasks: Sequence[FunctionTask], **fields: Any) -> Flow:
 
 
 # ============================================================================
-# == 8. PLAN: in which order will what happen?
+# == 9. PLAN: in which order will what happen?
 # ============================================================================
 # A Plan is worked out once, before anything starts, and never changes.  What is left out of a partial run
 # stays in it as satisfied, with the outputs of its last success, so that nothing downstream needs to know.
@@ -3181,7 +3194,7 @@ def make_plan(flow: Flow, left_out: Mapping[str, Mapping[str, Any]] = {},
 
 
 # ============================================================================
-# == 9. EVENTS AND RUN: what has happened, and what does it add up to?
+# == 10. EVENTS AND RUN: what has happened, and what does it add up to?
 # ============================================================================
 # An Event is a fact with the time it became one (seconds since 1970).  A Run is the fold of its events:
 # apply() is the only way to change it, and costs the same however many tasks there are.
@@ -4015,7 +4028,7 @@ def inputs_of(run: Run, task: Task) -> Dict[str, str]:
 
 
 # ============================================================================
-# == 10. SCHEDULER: given a run and the time, what should be done now?
+# == 11. SCHEDULER: given a run and the time, what should be done now?
 # ============================================================================
 # due() and next_wake() are questions: they read a Run and change nothing.  drive() is the whole runner: it
 # asks what is due, writes down what it is about to do, does it through a World, and otherwise waits.  It is a
@@ -4288,7 +4301,7 @@ def drive(run: Run, world: Any, record: Callable[[List[Event], int], None], slot
 
 
 # ============================================================================
-# == 10.5. DUE RUNS: given schedules and the time, which runs should start?
+# == 12. DUE RUNS: given schedules and the time, which runs should start?
 # ============================================================================
 # A scheduled time starts one run, a while later if the schedule has a jitter.  The Ledger of a flow says for
 # each of its schedules up to which start all has been seen to: started, skipped, or missed for good.  What
@@ -4439,7 +4452,7 @@ def due_runs(flow: str, schedules: Sequence[Schedule], ledger: Ledger, now: int,
 
 
 # ============================================================================
-# == 11. STATE: how is a run written down, and read back?
+# == 13. STATE: how is a run written down, and read back?
 # ============================================================================
 # The state of a run (RUN.json) is one JSON object: a first line that says how the run stands, then its parts,
 # a line for each task.  The journal (RUN.jsonl) has one event a line; its first record, `opened`, holds a
@@ -4831,7 +4844,7 @@ def reopen(old: Run, flow: Flow) -> Run:
 
 
 # ============================================================================
-# == 12. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
+# == 14. INVOCATION: what exactly is executed for an attempt, and what did it hand on?
 # ============================================================================
 # An attempt is a program, its arguments, its environment, a directory and its input: worked out here from the
 # task, the values of its templates and the surroundings that the engine hands in, without touching any of
@@ -5530,7 +5543,7 @@ def attempt_unstartable(run: Run, task_id: str, now: float, reason: str, code: O
 
 
 # ============================================================================
-# == 13. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
+# == 15. JOBS: what is an attempt to a cluster, and what does the cluster say of it?
 # ============================================================================
 # An attempt that is a job has three files beside each other on the disk that all machines share: what is to
 # be executed (.job), who executes it (.began), and how it ended (.end), which comes by a rename, as the last
@@ -5783,7 +5796,7 @@ def job_lost(run: Run, task_id: str, now: float, job: Optional[str], state: Opti
 
 
 # ============================================================================
-# == 12.5. TEXT: how is a value made fit to be seen?
+# == 16. TEXT: how is a value made fit to be seen?
 # ============================================================================
 # Text that came from a flow or a task is shown with its control characters written as escapes, so that it
 # can't drive a terminal, nor turn the direction of what stands around it.  How many columns it takes there is
@@ -5871,7 +5884,7 @@ def format_counts(statuses: Iterable[str]) -> str:
 
 
 # ============================================================================
-# == 14. EXPORTERS: how does a plan look in other languages?
+# == 17. EXPORTERS: how does a plan look in other languages?
 # ============================================================================
 # An exporter turns a plan into text in one pass; nobody edits the text afterwards.  What a language can't
 # express is named and refused, never dropped in silence.
@@ -5897,11 +5910,24 @@ def exporter(name: str) -> Callable[[Any], Any]:
     return enter
 
 
-def executors_left_out(plan: Plan) -> Iterator[str]:
-    """Yield what a language does otherwise that runs all tasks where it runs itself."""
+def left_to_miniflow(plan: Plan) -> Iterator[str]:
+    """Yield what a language does otherwise that runs all tasks at once, and where it runs itself."""
+    if plan.flow.schedule:
+        yield "schedule: it runs once, when it is started"
     for task in plan.flow.tasks:
         if task.executor not in (None, LOCAL):
             yield f"task {task.id}: executor {task.executor} is left out: it runs where all the others do"
+
+
+def schedule_losses(flow: Flow, words: Sequence[str]) -> Iterator[str]:
+    """Yield what does not carry over of a schedule into an engine that has one, which may be by `words`."""
+    for n, schedule in enumerate(flow.schedule):
+        if n or not any(getattr(schedule, word) for word in words):
+            yield f"schedule[{n}]: left out; there is one, by {' or '.join(words)}, and the first counts"
+        elif schedule.params:
+            yield f"schedule[{n}].params: left out; a scheduled run has the params' defaults"
+        elif schedule.jitter_s:
+            yield f"schedule[{n}].jitter_s: left out; runs start at the time itself"
 
 
 def describe_action(task: Task) -> str:
@@ -5922,7 +5948,7 @@ def describe_action(task: Task) -> str:
 
 
 # ============================================================================
-# == 13.5. LAYERS: where does each task of a plan stand in a picture?
+# == 18. LAYERS: where does each task of a plan stand in a picture?
 # ============================================================================
 # A picture is made in Sugiyama's four steps.  A task stands one layer behind the last that it waits for.  A
 # line that passes layers gets a place in each of them, one for all lines from the same task.  The places of a
@@ -6109,7 +6135,7 @@ def place_layers(layers: Layers, size: Mapping[Node, int], small: int, gap: int)
 
 
 # ============================================================================
-# == 13.6. GRAPHS: how does a plan look as a picture?
+# == 19. GRAPHS: how does a plan look as a picture?
 # ============================================================================
 # The same layers serve SVG, from left to right in pixels, and text, from top to bottom in columns.  In a text
 # each line between two layers gets a row of its own, above those whose ends it would run into.  Where no
@@ -6491,7 +6517,7 @@ GRAPHS: Dict[str, Callable[[Plan, Mapping[str, Look]], str]] = {
 
 
 # ============================================================================
-# == 15. BASH: how does a flow run where there is no MiniFlow?
+# == 20. BASH: how does a flow run where there is no MiniFlow?
 # ============================================================================
 # A script is four parts: a head, the flow as arrays by the number of the task, a function a task that says
 # what is executed, and an engine that is the same for all flows: due(), apply() and judge() once more, in
@@ -7519,11 +7545,11 @@ def to_bash(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
         _BASH_HEAD, "\n# ---- the flow; its tasks have numbers\n", *_bash_settings(plan, params),
         *_bash_tables(plan),
         "\n# ---- what each task executes\n", *functions, _BASH_PYTHON, _BASH_ENGINE]),
-        tuple(executors_left_out(plan)), is_program=True)
+        tuple(left_to_miniflow(plan)), is_program=True)
 
 
 # ============================================================================
-# == 16. MAKE: how does a flow run where there is make?
+# == 21. MAKE: how does a flow run where there is make?
 # ============================================================================
 # A task is done when its stamp is there, so another make goes on where the last one stopped.  A stamp holds a
 # digest of what was executed, and `given` all that concerns every task: where they are not what the Makefile
@@ -8010,7 +8036,7 @@ def _make_problems(plan: Plan) -> Iterator[str]:
 
 def _make_losses(plan: Plan, params: Mapping[str, Any], opened: Mapping[str, str]) -> Iterator[str]:
     """Yield what make does otherwise, and how to come by it."""
-    yield from executors_left_out(plan)
+    yield from left_to_miniflow(plan)
     if plan.flow.max_parallel is not None:
         yield f"max_parallel is not in the Makefile; call make with -j{plan.flow.max_parallel}"
     if any(task.priority for task in plan.tasks.values()):
@@ -8089,7 +8115,7 @@ def to_make(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
 
 
 # ============================================================================
-# == 17. AIRFLOW: how does a flow run where there is Airflow?
+# == 22. AIRFLOW: how does a flow run where there is Airflow?
 # ============================================================================
 # A DAG file is a head that is the same for all flows and a call for each task, in which all that comes from
 # the flow is a Python literal.  The head holds an operator that starts what the task executes as MiniFlow
@@ -8124,6 +8150,7 @@ except ImportError:                             # Airflow 2
     from airflow.models.baseoperator import BaseOperator
     from airflow.models.param import Param
     from airflow.operators.empty import EmptyOperator
+from airflow.timetables.trigger import CronTriggerTimetable
 
 
 class Value(list):
@@ -8523,9 +8550,16 @@ class _AirflowFile:
         """Yield the arguments of the DAG itself."""
         flow = self.plan.flow
         yield f"dag_id={flow.name!r}"
-        yield "schedule=None"
+        schedule = flow.schedule[0] if flow.schedule else Schedule()
+        zone = schedule.timezone or "UTC"
+        timing = f"timedelta(seconds={schedule.every_s})" if schedule.every_s else None
+        if schedule.cron:
+            timing = f"CronTriggerTimetable({plain_cron(schedule.cron)!r}, timezone={zone!r})"
+        yield f"schedule={timing}"
         yield "start_date=datetime(2024, 1, 1, tzinfo=timezone.utc)"
-        yield "catchup=False"
+        yield f"catchup={schedule.catchup == 'all'}"
+        if timing and schedule.overlap != "allow":
+            yield "max_active_runs=1"
         if flow.description:
             yield f"description={flow.description!r}"
         if flow.tags:
@@ -8554,6 +8588,7 @@ class _AirflowFile:
 
 def _airflow_losses(flow: Flow) -> Iterator[str]:
     """Yield what Airflow does otherwise."""
+    yield from schedule_losses(flow, ("cron", "every_s"))
     for task in flow.tasks:
         if len(set(_waits(task.retry))) > 1 or task.retry.jitter and task.retry.backoff_s:
             yield (f"task {task.id}: Airflow draws each wait between attempts, up to twice as long as it is "
@@ -8595,7 +8630,7 @@ def to_airflow(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exporte
 
 
 # ============================================================================
-# == 18. ARGO: how does a flow run on Kubernetes?
+# == 23. ARGO: how does a flow run on Kubernetes?
 # ============================================================================
 # A manifest is a Workflow of Argo's in JSON: a DAG, and a template for each task, whose container executes a
 # script of sh.  Two substitutions go over its text, Argo's of {{ }} and that of Kubernetes, of $(NAME) and
@@ -8960,6 +8995,7 @@ class _ArgoManifest:
 
 def _argo_losses(flow: Flow, tasks_dir: str) -> Iterator[str]:
     """Yield what Argo does otherwise."""
+    yield from schedule_losses(flow, ("cron",))
     yield "the parameter image names the image of all tasks, python:3 unless another one is given"
     if any(isinstance(task.action, Script) for task in flow.tasks):
         yield f"scripts are read from {shown(tasks_dir, 200)} in that image; have them there"
@@ -9008,14 +9044,20 @@ def to_argo(plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> Exported:
     notes = {"miniflow/flow": plan.flow.name, "miniflow/differs": "\n".join(losses),
              **({"miniflow/description": plan.flow.description} if plan.flow.description else {})}
     name = re.sub(r"[^a-z0-9]+", "-", plan.flow.name.lower()).strip("-")[:40].strip("-") or "flow"
+    kind, spec, names = "Workflow", manifest.spec(), {"generateName": f"{name}-"}
+    schedule = plan.flow.schedule[0] if plan.flow.schedule else Schedule()
+    if schedule.cron:
+        kind, names = "CronWorkflow", {"name": name}
+        policy = {"skip": "Forbid", "queue": "Forbid", "allow": "Allow"}[schedule.overlap]
+        spec = {"schedules": [plain_cron(schedule.cron)], "timezone": schedule.timezone or "UTC",
+                "concurrencyPolicy": policy, "workflowSpec": spec}
     return Exported(json.dumps({
-        "apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow",
-        "metadata": {"generateName": f"{name}-", "annotations": notes},
-        "spec": manifest.spec()}, indent=1) + "\n", losses)
+        "apiVersion": "argoproj.io/v1alpha1", "kind": kind, "metadata": {**names, "annotations": notes},
+        "spec": spec}, indent=1) + "\n", losses)
 
 
 # ============================================================================
-# == 14.5. SIMULATION: what would a run do, and how long would it take?
+# == 24. SIMULATION: what would a run do, and how long would it take?
 # ============================================================================
 # The scheduler that runs flows drives a world in which nothing is executed: an attempt is the time it takes
 # and the code it ends with, and waiting makes the clock jump.  So retries, timeouts, trigger rules, pools and
@@ -9141,7 +9183,7 @@ def simulate(run: Run, world: Simulated, slots: Optional[int]) -> Run:
 
 
 # ============================================================================
-# == 19. DISK: how does a byte get onto the disk, and stay there?
+# == 25. DISK: how does a byte get onto the disk, and stay there?
 # ============================================================================
 # All state is written through the few calls of Disk, so that a test can put a fault at each of them, and
 # rebuild what a power cut may leave behind.  A file is replaced by writing a new one beside it and renaming
@@ -9292,7 +9334,7 @@ def read_file(path: str, limit: int = -1, follow: bool = True) -> bytes:
 
 
 # ============================================================================
-# == 20. LOCKS: which one engine may work on a run?
+# == 26. LOCKS: which one engine may work on a run?
 # ============================================================================
 # The engine that works on a run holds the system's lock on RUN.lock (flock; on Windows that of a byte), which
 # dies with it however it dies, so that there are no stale locks.  What the file says of its owner is for
@@ -9551,7 +9593,7 @@ def take_lock(disk: Disk, path: str, me: Mapping[str, Any], force: bool = False)
 
 
 # ============================================================================
-# == 21. STORE: where do runs live, and how do they survive?
+# == 27. STORE: where do runs live, and how do they survive?
 # ============================================================================
 # The engine that holds the lock of a run appends to its journal RUN.jsonl, and now and then rewrites the view
 # RUN.json.  The protocol:
@@ -10142,7 +10184,7 @@ def open_journal(store: Store, run_id: str, durability: str, force: bool) -> Uni
 
 
 # ============================================================================
-# == 22. SPAWN: how does a process begin with nothing of ours but what it is given?
+# == 28. SPAWN: how does a process begin with nothing of ours but what it is given?
 # ============================================================================
 # posix_spawn starts a process three times as fast as Popen does on Python 3.9, which forks, and still saves
 # the engine half of its work where Popen uses vfork.  It can't do everything: another directory, a system
@@ -10272,7 +10314,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], cwd: str, files: Tuple[in
 
 
 # ============================================================================
-# == 23. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
+# == 29. ORPHANS: which processes belong to an attempt, and who ends them when its engine is gone?
 # ============================================================================
 # Three signs tell that something of an attempt runs: its log is locked (whoever inherited it holds the lock),
 # its process is there with the start time that was recorded, or some process carries the attempt's cookie in
@@ -10550,7 +10592,7 @@ class Watchdog:
 
 
 # ============================================================================
-# == 24. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
+# == 30. TEMPLATE INTERPRETER: how does a Python script begin without a start of Python?
 # ============================================================================
 # A start of Python costs ten to twenty milliseconds before the first line of a script runs; a fork of one
 # that has started costs two.  So one process for each interpreter does nothing but fork: it imports what most
@@ -11205,7 +11247,7 @@ def end_unseen(token: str, cookies: Collection[str]) -> Set[str]:
 
 
 # ============================================================================
-# == 25. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
+# == 31. FRESHNESS: which tasks need not run, as nothing that they are made of has changed?
 # ============================================================================
 # A task with `inputs` or `outputs` is made of its script, arguments, environment, directory, params, what its
 # upstream hands on, and the content of its inputs.  What that was when it last succeeded is recorded; sizes
@@ -11496,7 +11538,7 @@ class Freshness:
 
 
 # ============================================================================
-# == 26. PROCESSES: how are attempts started, watched and ended?
+# == 32. PROCESSES: how are attempts started, watched and ended?
 # ============================================================================
 # Every attempt is a process group (and session) of its own whose output goes straight into its log, so
 # nothing of it passes through the engine.  The end of the group's leader is seen by its pidfd where there is
@@ -12064,7 +12106,7 @@ class Processes:
 
 
 # ============================================================================
-# == 27. SLURM: how do attempts run as jobs of a cluster?
+# == 33. SLURM: how do attempts run as jobs of a cluster?
 # ============================================================================
 # The engine decides, and one attempt is one job: retries, order and limits are as everywhere else.  How an
 # attempt has ended is in the file that its job leaves; squeue is asked only whether the job is still there.
@@ -12679,7 +12721,7 @@ class Cluster(Processes):
 
 
 # ============================================================================
-# == 28. FUNCTIONS: how are Python functions called, and what becomes of what they return?
+# == 34. FUNCTIONS: how are Python functions called, and what becomes of what they return?
 # ============================================================================
 # The World of a Python flow.  Async functions run on the loop of whoever started the run, plain ones in
 # threads of daemons, and those with process=True as processes like any other, whose answer is JSON.  All that
@@ -13299,7 +13341,7 @@ class Functions:
 
 
 # ============================================================================
-# == 29. RUNNER: how is one run driven to its end?
+# == 35. RUNNER: how is one run driven to its end?
 # ============================================================================
 # Here the pure half and the world meet.  work() is the loop around drive(): it waits for the world, keeps the
 # journal's promises while it waits, and lets a Watcher tell of it.  open_new() and open_again() differ in
@@ -13728,7 +13770,7 @@ def run_to_end(opened: Opened, store: Store, source: Optional[Source], order: Or
 
 
 # ============================================================================
-# == 30. REPORTING: how is it told to a person?
+# == 36. REPORTING: how is it told to a person?
 # ============================================================================
 # Talk goes to stderr, results to stdout.
 
@@ -14043,7 +14085,7 @@ class JsonLines(Watcher):
 
 
 # ============================================================================
-# == 25.2. TERMINAL: how does a run look while it goes on?
+# == 37. TERMINAL: how does a run look while it goes on?
 # ============================================================================
 # The live part of the screen is below what is said for good, and is drawn over itself.  What it costs does
 # not grow with the run: an event changes some counts, and a draw looks at what runs, as far as there is room
@@ -14318,7 +14360,7 @@ def make_watcher(style: str, store: Store) -> Watcher:
 
 
 # ============================================================================
-# == 25.3. SUMMARIES: how is it told what a run did, or would do?
+# == 38. SUMMARIES: how is it told what a run did, or would do?
 # ============================================================================
 
 def critical_path(run: Run) -> List[str]:
@@ -14513,7 +14555,7 @@ def format_plan(plan: Plan, slots: int) -> str:
 
 
 # ============================================================================
-# == 25.5. REPORT: how does a run become one page that stands for itself?
+# == 39. REPORT: how does a run become one page that stands for itself?
 # ============================================================================
 # The page is one file without any address outside itself.  All that came from a flow, a task or a log is
 # escaped where it is put in, as text; a Content-Security-Policy lets the two constants below run and show,
@@ -14834,7 +14876,7 @@ def to_report(loaded: Loaded, store: Store, now: float) -> str:
 
 
 # ============================================================================
-# == 31. LIBRARY: what does a Python program use?
+# == 40. LIBRARY: what does a Python program use?
 # ============================================================================
 # A flow is known by the stem of its file, so looking one up reads one file and lists no directory.  Scripts
 # are checked when a flow is loaded: a run whose last script is missing should not find out after three hours.
@@ -15345,7 +15387,7 @@ class MiniFlow:
 
 
 # ============================================================================
-# == 26.5. DAEMON: how is what is due started, exactly once?
+# == 41. DAEMON: how is what is due started, exactly once?
 # ============================================================================
 # Any number of daemons and ticks may work on one output directory.  A turn takes schedule.lock, asks
 # due_runs() for every flow, starts the runs, waits until they are there, and only then writes the Ledgers to
@@ -15607,7 +15649,7 @@ def schedule_loop(scheduler: Scheduler, rest: Callable[[float], bool], clock: Ca
 
 
 # ============================================================================
-# == 32. BUNDLE: how does a flow travel, with all that it needs, in one file?
+# == 42. BUNDLE: how does a flow travel, with all that it needs, in one file?
 # ============================================================================
 # A bundle is a zip file that Python executes.  It holds the engine, a flow and those within it, and the whole
 # tasks directory where any of them has a script: what a script imports or reads beside itself nobody can
@@ -15859,7 +15901,7 @@ def write_bundle(path: str, content: bytes) -> None:
 
 
 # ============================================================================
-# == 33. COMMAND LINE: what can be typed?
+# == 43. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
 # its arguments.  Global options are parsed twice, before the command and after it, and the later one wins.

@@ -914,7 +914,7 @@ class PlainCron:
                 or named and any(map(self.shows, skipped))]
 
 
-class T04bCron(unittest.TestCase):
+class T05Cron(unittest.TestCase):
     #: Time zones, and dates in UTC of which clocks change within three days.
     CHANGES = (("Europe/Berlin", "2026-03-28"), ("Europe/Berlin", "2026-10-24"), ("America/New_York", "2026-03-07"),
                ("America/New_York", "2026-10-31"), ("Australia/Lord_Howe", "2026-04-03"),
@@ -1104,7 +1104,7 @@ class T04bCron(unittest.TestCase):
                                  '^no time zone ".*(give one like Europe/Berlin, or UTC|did you mean)')
 
 
-class T05Checking(unittest.TestCase):
+class T06Checking(unittest.TestCase):
     """Every message is read: a flow that is wrong in one way gives just that line."""
 
     BAD = [
@@ -1301,7 +1301,7 @@ class T05Checking(unittest.TestCase):
         self.assertEqual([line.split(": ")[1] for line in caught.exception.problems], ["defaults.env.X"])
 
 
-class T06JsonFrontEnd(unittest.TestCase):
+class T07JsonFrontEnd(unittest.TestCase):
 
     BAD = [
         ([], "expected an object with name and tasks, got []"),
@@ -1447,7 +1447,7 @@ class T06JsonFrontEnd(unittest.TestCase):
                          'f.json:2:15: schedule.cron: "61" at column 1 is no minute; give 0 to 59')
 
 
-class T07PythonFrontEnd(unittest.TestCase):
+class T08PythonFrontEnd(unittest.TestCase):
 
     def wrong(self, function, **options):
         """Return what is said of a task that makes no sense, without the function's name."""
@@ -1588,7 +1588,7 @@ class T07PythonFrontEnd(unittest.TestCase):
             mf.parse_flow(json.dumps(mf.flow_to_json(flow)), "f.json")
 
 
-class T08Plan(unittest.TestCase):
+class T09Plan(unittest.TestCase):
 
     FLOW = make(task("a", tags=["x"]), task("b", "a"), task("c", "b", tags=["y"]), task("d", "a"),
                 task("e", "d", "c"))
@@ -1659,7 +1659,7 @@ def ancestors(flow, name):
     return found
 
 
-class T09EventsAndRun(unittest.TestCase):
+class T10EventsAndRun(unittest.TestCase):
 
     def test_a_task_sees_its_ancestors_merged_in_topological_order_whatever_the_timing(self):
         for seed in range(300):
@@ -1719,7 +1719,7 @@ class T09EventsAndRun(unittest.TestCase):
             "e": ("skipped", "trigger rule one_failed does not hold")})
 
 
-class T10Scheduler(unittest.TestCase):
+class T11Scheduler(unittest.TestCase):
 
     def test_a_diamond_runs_both_arms_at_once(self):
         flow = make(task("a"), task("b", "a"), task("c", "a"), task("d", "b", "c"))
@@ -2264,7 +2264,7 @@ class SimDaemon:
         return [mf.scheduled_text(run.time)[11:16] for run in self.started]
 
 
-class T10bDueRuns(unittest.TestCase):
+class T12DueRuns(unittest.TestCase):
     def test_a_flow_that_is_seen_for_the_first_time_owes_nothing_older(self):
         for catchup in mf.CATCHUPS:
             daemon = SimDaemon({"cron": "* * * * *", "catchup": catchup}, now="06:00:30")
@@ -2389,7 +2389,7 @@ class T10bDueRuns(unittest.TestCase):
             self.assertEqual(found, expected, schedules)       # that it was started once SimDaemon sees itself
 
 
-class T11State(unittest.TestCase):
+class T13State(unittest.TestCase):
 
     def journal_of(self, seed=7):
         flow, script = random_flow(random.Random(seed))
@@ -2561,7 +2561,7 @@ class T11State(unittest.TestCase):
             self.assertEqual(mf.reopen(view, flow).plan.key, mf.reopen(part, flow).plan.key)
 
 
-class T12Invocation(unittest.TestCase):
+class T14Invocation(unittest.TestCase):
 
     def argv(self, args, **params):
         values = mf.Values(params, {}, {}, {}, lambda name: {})
@@ -2671,7 +2671,7 @@ HOSTILE = ["", " ", "a b", "'", '"', "\\", "\\\\'", "$HOME", "$(touch PWN)", "`t
            "a\\", "${HOME}", "$'x'", "\u2028"]
 
 
-class T13Jobs(unittest.TestCase):
+class T15Jobs(unittest.TestCase):
 
     def plan(self, **fields):
         """Return a run whose task a has started."""
@@ -2803,7 +2803,7 @@ class T13Jobs(unittest.TestCase):
         self.assertEqual((ends(again)["a"], again.tasks["a"].attempts[0].status), ("pending", "interrupted"))
 
 
-class T12bText(unittest.TestCase):
+class T16Text(unittest.TestCase):
 
     def test_control_characters_cannot_drive_the_terminal(self):
         for text, shown in [("\x1b]0;pwn\x07", "\\x1b]0;pwn\\x07"), ("\x1b[2J", "\\x1b[2J"),
@@ -2832,7 +2832,7 @@ class T12bText(unittest.TestCase):
         self.assertEqual(mf.wrapped("", 9, "  "), "")
 
 
-class T14Exporters(unittest.TestCase):
+class T17Exporters(unittest.TestCase):
 
     def test_what_a_task_does_is_told_on_one_line(self):
         for fields, told in (
@@ -2845,7 +2845,7 @@ class T14Exporters(unittest.TestCase):
                 self.assertEqual(mf.describe_action(mf.make_task(task("a", **fields))), told)
 
 
-class T13bGraphs(unittest.TestCase):
+class T19Graphs(unittest.TestCase):
 
     DIAMOND = (task("fetch"), task("clean", "fetch"), task("check", "fetch"), task("load", "clean", "check"))
 
@@ -3118,7 +3118,7 @@ class T13bGraphs(unittest.TestCase):
         self.assertEqual([mf.looks_of(running, live)["a"].status for live in (True, False)], ["running", "interrupted"])
 
 
-class T15Bash(unittest.TestCase):
+class T20Bash(unittest.TestCase):
 
     def script(self, project, name="f", *args):
         code, out, err = project.main("run", name, "--dry-run", *args)
@@ -3522,7 +3522,7 @@ class T15Bash(unittest.TestCase):
             self.assertEqual(self.reasons["d"], "cannot start: 'no-such-command' is not there")
 
 
-class T16Make(unittest.TestCase):
+class T21Make(unittest.TestCase):
 
     def export(self, project, *args):
         code, _, err = project.main("export", "f", "--to", "make", "-o", "f.mk", *args)
@@ -3813,6 +3813,7 @@ FAKE_AIRFLOW = {
         """,
     "models/param": "class Param:\n    def __init__(self, default, **schema):\n        self.value = default\n",
     "operators/empty": "from airflow.models.baseoperator import BaseOperator as EmptyOperator",
+    "timetables/trigger": "def CronTriggerTimetable(cron, *, timezone):\n    return [cron, timezone]\n",
     "run": """
         import datetime, json, runpy, sys, types
         import airflow, miniflow
@@ -3855,7 +3856,7 @@ FAKE_AIRFLOW = {
         """}
 
 
-class T17Airflow(unittest.TestCase):
+class T22Airflow(unittest.TestCase):
 
     def dag(self, project, *args):
         code, _, err = project.main("export", "f", "--to", "airflow", "-o", project.at("dag.py"), *args)
@@ -3866,7 +3867,7 @@ class T17Airflow(unittest.TestCase):
         """Run the exported DAG with the airflow above; return whether it is red, and each task's end and attempts."""
         for name, text in FAKE_AIRFLOW.items():
             project.write(f"airflow/{name}.py", textwrap.dedent(text))
-        for name in ("models", "operators"):
+        for name in ("models", "operators", "timetables"):
             project.write(f"airflow/{name}/__init__.py", "")
         path = os.pathsep.join([project.path, HERE])
         done = subprocess.run([sys.executable, "-m", "airflow.run", project.at("dag.py")], cwd=project.path,
@@ -3874,6 +3875,32 @@ class T17Airflow(unittest.TestCase):
                               env={**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable})
         self.assertEqual(done.returncode, 0, done.stderr.decode("utf-8", "replace"))
         return json.loads(done.stdout)
+
+    def test_a_schedule_carries_over_and_what_does_not_is_named(self):
+        daily = {"cron": "@daily", "timezone": "Europe/Berlin", "catchup": "all", "overlap": "allow"}
+        for schedule, airflow, argo, losses in (
+                (daily, ["schedule=CronTriggerTimetable('0 0 * * *', timezone='Europe/Berlin')", "catchup=True"],
+                 {"schedules": ["0 0 * * *"], "timezone": "Europe/Berlin", "concurrencyPolicy": "Allow"}, ([], [])),
+                ("5 4 * * 1-5", ["schedule=CronTriggerTimetable('5 4 * * 1-5', timezone='UTC')", "catchup=False",
+                                 "max_active_runs=1"],
+                 {"schedules": ["5 4 * * 1-5"], "timezone": "UTC", "concurrencyPolicy": "Forbid"}, ([], [])),
+                ({"every_s": 90}, ["schedule=timedelta(seconds=90)", "catchup=False", "max_active_runs=1"], None,
+                 ([], ["schedule[0]: left out; there is one, by cron, and the first counts"])),
+                ([daily, {"at": "2030-01-01T00:00Z"}], [], {}, (["schedule[1]: left out; there is one, by cron or "
+                 "every_s, and the first counts"], ["schedule[1]: left out; there is one, by cron, and the first "
+                                                   "counts"]))):
+            problems = []
+            flow = mf.read_flow(flow_json(task("a"), schedule=schedule), problems)
+            self.assertEqual(problems + mf.check_flow(flow), [])
+            plan = mf.make_plan(flow)
+            dag, manifest = mf.to_airflow(plan, {}, "/t"), mf.to_argo(plan, {}, "/t")
+            for line in airflow:
+                self.assertIn(f"    {line},\n", dag.text)
+            if argo is not None:
+                found = json.loads(manifest.text)
+                self.assertEqual((found["kind"], {key: found["spec"][key] for key in argo}), ("CronWorkflow", argo))
+            self.assertEqual(([loss for loss in dag.losses if "schedule" in loss],
+                              [loss for loss in manifest.losses if "schedule" in loss]), losses)
 
     def test_what_only_miniflow_can_do_is_refused_for_airflow_by_name(self):
         flow = make(task("a", **{"if": "params.x == 1"}), task("b", http={"url": "http://x"}),
@@ -4040,7 +4067,7 @@ class ArgoWorld:
             attempt += 1
 
 
-class T18Argo(unittest.TestCase):
+class T23Argo(unittest.TestCase):
 
     def manifest(self, project, *args):
         code, out, err = project.main("export", "f", "--to", "argo", *args)
@@ -4162,11 +4189,11 @@ class T18Argo(unittest.TestCase):
 
     def test_a_schedule_stays_behind_and_is_named(self):
         exported = mf.EXPORTERS["bash"](mf.make_plan(make(task("a"), schedule="@daily")), {}, "/t")
-        self.assertEqual(exported.losses, ("schedule: the script runs once, when it is started",))
+        self.assertEqual(exported.losses, ("schedule: it runs once, when it is started",))
         self.assertEqual(mf.EXPORTERS["bash"](mf.make_plan(make(task("a"))), {}, "/t")[:2], (exported.text, ()))
 
 
-class T14bSimulation(unittest.TestCase):
+class T24Simulation(unittest.TestCase):
 
     def forecast(self, flow, durations=None, outputs=None, slots=4, **options):
         plan = mf.make_plan(flow, durations=durations or {})
@@ -4340,7 +4367,7 @@ class RecordingDisk(mf.Disk):
         return content
 
 
-class T19Disk(unittest.TestCase):
+class T25Disk(unittest.TestCase):
 
     def setUp(self):
         self.path = os.path.realpath(tempfile.mkdtemp(prefix="miniflow-test-"))
@@ -4407,7 +4434,7 @@ class T19Disk(unittest.TestCase):
         self.assertEqual(os.listdir(self.path), [])
 
 
-class T20Locks(unittest.TestCase):
+class T26Locks(unittest.TestCase):
     """Every test is made with the system's locks and, as on some network file systems, without."""
 
     WITHOUT = """
@@ -4578,7 +4605,7 @@ class T20Locks(unittest.TestCase):
         self.assertEqual(calls, [(2**30, 2, 1)] * 2)
 
 
-class T21Store(unittest.TestCase):
+class T27Store(unittest.TestCase):
 
     FLOW = make(task("a"), task("b", "a"))
 
@@ -5243,7 +5270,7 @@ def children(pid):
 
 
 @unittest.skipUnless(LINUX, "posix_spawn is used on Linux")
-class T22Spawn(unittest.TestCase):
+class T28Spawn(unittest.TestCase):
     """Each test is made both ways: by posix_spawn, and by Popen, which another directory asks for."""
 
     def both(self, *argv, keep=(), env=None):
@@ -5324,7 +5351,7 @@ class T22Spawn(unittest.TestCase):
 
 
 @unittest.skipUnless(LINUX, "without /proc nobody can tell whose a process is")
-class T23Orphans(unittest.TestCase):
+class T29Orphans(unittest.TestCase):
 
     STUBBORN = """
         import os, signal, subprocess, sys, time
@@ -6224,7 +6251,7 @@ IMPORTS = {
 
 
 @unittest.skipUnless(LINUX, "scripts are forked on Linux alone")
-class T24TemplateInterpreter(unittest.TestCase):
+class T30TemplateInterpreter(unittest.TestCase):
 
     #: The environment of all, which has something that no flow can set.
     ENV = {**{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
@@ -6599,7 +6626,7 @@ class T24TemplateInterpreter(unittest.TestCase):
         return engine, self.template_of(engine.pid), [int(line) for line in project.lines("pids")]
 
     def stubborn(self):
-        return self.several("", first=T23Orphans.STUBBORN.replace("len(sys.argv) == 1", "sys.argv[1] == '0'"))
+        return self.several("", first=T29Orphans.STUBBORN.replace("len(sys.argv) == 1", "sys.argv[1] == '0'"))
 
     def test_a_cancelled_run_leaves_neither_template_nor_scripts_nor_what_left_their_group(self):
         with self.stubborn() as project:
@@ -6663,7 +6690,7 @@ class T24TemplateInterpreter(unittest.TestCase):
             self.assertEqual({inner.split("/")[1] for _, inner in cookies}, {f"i{n}" * 30 for n in range(6)})
 
 
-class T25Freshness(unittest.TestCase):
+class T31Freshness(unittest.TestCase):
 
     def test_a_task_runs_only_where_something_has_changed_and_says_what(self):
         """The rules are doit's: it has not succeeded, what it reads has changed, was added or has gone, what it
@@ -6856,7 +6883,7 @@ class T25Freshness(unittest.TestCase):
             self.assertIn('cannot start: tasks.b.outputs.no: there is no "no"', state["c"]["reason"])
 
 
-class T26Processes(unittest.TestCase):
+class T32Processes(unittest.TestCase):
 
     def test_the_end_of_a_task_is_its_exit_code(self):
         with one(task("ok"), task("bad", command="exit 3"), task("killed", command="kill -9 $$"),
@@ -7507,7 +7534,7 @@ class FakeCluster(Project):
 
 
 @unittest.skipUnless(LINUX, "Slurm runs on Linux")
-class T27Slurm(unittest.TestCase):
+class T33Slurm(unittest.TestCase):
 
     def setUp(self):
         """So long tasks sleep that are to be ended, and nobody else on the machine."""
@@ -7860,7 +7887,7 @@ def running(part):
     return found
 
 
-class T28Functions(unittest.TestCase):
+class T34Functions(unittest.TestCase):
 
     def program(self, text, *args, **options):
         """Run a Python program beside miniflow.py, in a directory of its own; return its CompletedProcess."""
@@ -8827,7 +8854,7 @@ class T28Functions(unittest.TestCase):
             self.assertEqual(ctx.read, set("abcd"), way)
 
 
-class T29Runner(unittest.TestCase):
+class T35Runner(unittest.TestCase):
 
     def test_a_failed_run_is_resumed_and_repeats_nothing_that_succeeded(self):
         with one(task("a", command="echo a >> ran"), task("b", "a", command="echo b >> ran; test -e ready"),
@@ -9072,7 +9099,7 @@ class T29Runner(unittest.TestCase):
             self.assertIn("mf_order='1 2'", project.read(out.strip()))
 
 
-class T30Reporting(unittest.TestCase):
+class T36Reporting(unittest.TestCase):
 
     def test_a_failed_task_shows_its_last_lines_and_where_the_rest_is(self):
         with one(task("a", command="for i in $(seq 30); do echo line $i; done; printf '\\033[2Jend\\n'; "
@@ -9316,7 +9343,7 @@ class T30Reporting(unittest.TestCase):
             self.assertEqual(project.state("r")["status"], "success")
 
 
-class T25bReport(unittest.TestCase):
+class T39Report(unittest.TestCase):
 
     def report(self, flow, script=None, change=lambda run: None, durations=None):
         """Return the page of a simulated run of a flow."""
@@ -9450,7 +9477,7 @@ class T25bReport(unittest.TestCase):
             mf.Loaded(mf.Run(run.plan, "r"), 1, True, {}, b""), mf.Store("none"), 65))
 
 
-class T31Library(unittest.TestCase):
+class T40Library(unittest.TestCase):
 
     def test_a_store_lists_finds_and_removes_runs(self):
         def step(ctx):
@@ -9578,7 +9605,7 @@ class DyingStore(mf.Store):
         return super().exists(run_id)
 
 
-class T26bDaemon(unittest.TestCase):
+class T41Daemon(unittest.TestCase):
     RAN = task("x", command="echo $MINIFLOW_RUN_ID >> ran")
 
     @contextlib.contextmanager
@@ -9788,7 +9815,7 @@ class T26bDaemon(unittest.TestCase):
         self.assertEqual(str(caught.exception), 'workflow w: schedule.cron: "25" at column 3 is no hour; give 0 to 23')
 
 
-class T32Bundle(unittest.TestCase):
+class T42Bundle(unittest.TestCase):
 
     def project(self, **fields):
         """Return a Project whose flow f has a script with a neighbour, data, a package, and a flow within it."""
@@ -10046,7 +10073,7 @@ class T32Bundle(unittest.TestCase):
             self.assertEqual(json.loads(project.read("e/miniflow_output/runs/r.json"))["ctx"], {"n": 2, "m": 3})
 
 
-class T33CommandLine(unittest.TestCase):
+class T43CommandLine(unittest.TestCase):
 
     def test_every_promise_of_an_exit_code(self):
         with Project({"good": flow_json(task("a")), "red": flow_json(task("a", command="exit 1")),
@@ -11194,7 +11221,7 @@ class T33CommandLine(unittest.TestCase):
             self.assertIn("mean temperatures: {'harbour': 7.5, 'hill': 4.5}", done.stdout)
 
 
-class T27bCommandLineOfPictures(unittest.TestCase):
+class T99CommandLineOfPictures(unittest.TestCase):
 
     def test_graph_prints_a_flow_or_a_run_in_each_format(self):
         with one(task("a"), task("b", "a", command="exit 1")) as project:

@@ -260,6 +260,7 @@ def green():
     """A flow of all that carries over, which succeeds."""
     see = {"script": "see.py"}
     return {"name": "green", "description": "{{ ds }} '\n\" \\", "tags": ["x"], "max_parallel": 2, "timeout_s": 600,
+            "schedule": {"cron": "30 6 * * 1-5", "timezone": "Europe/Berlin", "catchup": "all"},
             "env": {"FLOW_A": "${{ params.p }}{{", "FLOW_HOME": "${{ env.HOME }}"},
             "params": {"p": "it's {{ x }} \"q\"\n", "n": {"type": "integer", "default": 3, "min": 1}, "a": [1, "é"]},
             "tasks": [

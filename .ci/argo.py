@@ -58,25 +58,32 @@ def names_to_nothing(spec):
     yield from {spec.get("onExit", spec["entrypoint"])} - templates.keys()
 
 
+def read_back(manifest):
+    """Return what hera's models keep of a manifest."""
+    from hera.workflows.models import CronWorkflow, Workflow
+    model = CronWorkflow if manifest["kind"] == "CronWorkflow" else Workflow
+    return json.loads(model.model_validate(manifest).model_dump_json(by_alias=True, exclude_none=True))
+
+
 def main():
     """Check the manifests of all flows here; return the exit status."""
-    from hera.workflows.models import Workflow
     paths = [os.path.join(folder, name) for folder in FOLDERS if os.path.isdir(folder)
              for name in sorted(os.listdir(folder)) if name.endswith(".json")]
     checked, wrong = 0, []
     with tempfile.TemporaryDirectory() as place:
-        paths.append(os.path.join(place, "made.json"))
-        with open(paths[-1], "w") as file:
-            json.dump(MADE, file)
+        scheduled = {"schedule": {"cron": "@daily", "timezone": "Europe/Berlin"}}
+        for name, more in (("scheduled", scheduled), ("made", {})):
+            paths.append(os.path.join(place, f"{name}.json"))
+            with open(paths[-1], "w") as file:
+                json.dump({**MADE, **more}, file)
         for path in paths:
             manifest = exported(path)
             if manifest:
-                kept = json.loads(Workflow.model_validate(manifest).model_dump_json(by_alias=True, exclude_none=True))
-                wrong += [f"{path}: {what}" for what in (*lost(manifest, kept), *names_to_nothing(manifest["spec"]))]
+                spec = manifest["spec"].get("workflowSpec", manifest["spec"])
+                wrong += [f"{path}: {what}" for what in (*lost(manifest, read_back(manifest)), *names_to_nothing(spec))]
                 checked += 1
     manifest["spec"]["templates"][1]["retri"] = {}
-    kept = json.loads(Workflow.model_validate(manifest).model_dump_json(by_alias=True, exclude_none=True))
-    assert list(lost(manifest, kept)) == ["/spec/templates/1/retri"], "a field that is misspelt is not found"
+    assert list(lost(manifest, read_back(manifest))) == ["/spec/templates/1/retri"], "a field that is misspelt is not found"
     print("\n".join([*wrong, f"{checked} manifests, {len(wrong)} wrong"]))
     return 1 if wrong or not checked else 0
 
