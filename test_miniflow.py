@@ -424,7 +424,8 @@ class T02Model(unittest.TestCase):
         self.assertEqual(mf.RUN_STATES, ("running", "success", "failed", "cancelled", "interrupted"))
         self.assertEqual(list(mf.EVENTS), [
             "attempt_started", "attempt_spawned", "attempt_submitted", "attempt_deferred", "attempt_stopping",
-            "attempt_ended", "task_admitted", "task_expanded", "task_settled", "cancel_requested", "run_finished"])
+            "attempt_ended", "task_admitted", "task_reading", "task_expanded", "task_settled", "cancel_requested",
+        "run_finished"])
 
     def test_trigger_rules_mean_what_airflow_documents(self):
         """By whether the upstream holds a success, a skipped and a failed one.
@@ -9900,7 +9901,7 @@ class T42Bundle(unittest.TestCase):
             self.assertEqual(sorted(os.listdir(project.at("empty"))), ["go", "miniflow_output", "out", "seen.json"])
             self.assertEqual(os.listdir(project.at("ro")), ["f.pyz"])
             for args, said in ((["list"], "f "), (["validate"], "g.json: ok"), (["graph"], "a  script in/a.py"),
-                               (["show", "last"], "of flow f"), (["logs", "last"], "==> c"), (["runs"], "success"),
+                               (["show", "last"], "of flow f"), (["logs", "last"], "==> a"), (["runs"], "success"),
                                (["export", "g", "--to", "bash"], "#!/usr"), (["run", "g"], "g-"), (["--help"], None),
                                (["--version"], f"miniflow {mf.__version__}"), (["run", "h"], None)):
                 code, out, err = self.go(project, *args, file="ro/f.pyz", cwd="empty")

@@ -1,8 +1,3 @@
-<<<<<<< HEAD
-"""Holds MiniFlow's trigger rules against those of a real Airflow: python3 .ci/airflow.py PYTHON [DIRECTORY].
-
-PYTHON is one in whose venv Airflow 2.10 or 3 is installed.  Graphs in which tasks succeed, fail, are skipped,
-=======
 """Holds MiniFlow's trigger rules and its export against a real Airflow: python3 .ci/airflow.py PYTHON [DIRECTORY].
 
 PYTHON is one in whose venv Airflow 2.10 or 3 is installed.  Flows, green and red, run with MiniFlow and, exported,
@@ -10,7 +5,6 @@ with Airflow: every task has to end alike, see the same values and be tried as o
 are here have to load.
 
 The rules by themselves: graphs in which tasks succeed, fail, are skipped,
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 fail and are tolerated, and fan out run with both engines, and the end of every task is compared.  Three things
 may differ, and do; anything else fails:
 
@@ -20,11 +14,8 @@ may differ, and do; anything else fails:
   failed if one of its instances has and else succeeded.
 - follows: what is downstream of such a task.
 
-<<<<<<< HEAD
-=======
 An exported fan-out has a task that stands for it, so that of these three only the first is left.
 
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 What Airflow keeps goes below DIRECTORY, by default a temporary one.  Exit status 1 if anything failed.
 """
 import contextlib
@@ -32,10 +23,7 @@ import itertools
 import json
 import os
 import random
-<<<<<<< HEAD
-=======
 import re
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 import subprocess
 import sys
 import tempfile
@@ -86,20 +74,12 @@ def fan_outs():
     return graph
 
 
-<<<<<<< HEAD
-def made(seed):
-=======
 def made(seed, ends=("success",) * 4 + ("failed", "failed", "tolerated", "skipped")):
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
     """A random graph."""
     chance, graph = random.Random(seed), {}
     for n in range(chance.randint(5, 11)):
         upstream = tuple(name for name in graph if chance.random() < 0.35)
-<<<<<<< HEAD
-        end = chance.choice(["success"] * 4 + ["failed", "failed", "tolerated", "skipped"])
-=======
         end = chance.choice(ends)
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
         if chance.random() < 0.15:
             end = [chance.choice(["success", "failed"]) for _ in range(2)]
         graph[f"t{n}"] = (upstream, chance.choice(RULES), end)
@@ -115,8 +95,6 @@ def all_graphs():
 
 # ---- MiniFlow
 
-<<<<<<< HEAD
-=======
 def as_flow(name, graph):
     """Return the JSON of a flow whose tasks end as a graph says."""
     tasks = []
@@ -131,7 +109,6 @@ def as_flow(name, graph):
     return {"name": name, "tasks": tasks}
 
 
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 def miniflow(place, *words):
     """Run MiniFlow's command line in a directory; return its CompletedProcess."""
     return subprocess.run([sys.executable, os.path.join(REPO, "miniflow.py"), *words], cwd=place,
@@ -140,26 +117,10 @@ def miniflow(place, *words):
 
 def miniflow_ends(graph):
     """Return the end of every task as MiniFlow has it; instances are id[0], id[1]."""
-<<<<<<< HEAD
-    tasks = []
-    for name, (upstream, rule, end) in graph.items():
-        task = {"id": name, "depends_on": upstream, "trigger_rule": rule}
-        if isinstance(end, list):
-            task.update(foreach=end, command=["test", "${{ item }}", "=", "success"])
-        else:
-            task.update(command=ENDS[end], allow_failure=end == "tolerated")
-            task.update({"if": "false"} if end == "skipped" else {})
-        tasks.append(task)
-    with tempfile.TemporaryDirectory() as place:
-        os.mkdir(os.path.join(place, "flows"))
-        with open(os.path.join(place, "flows", "rules.json"), "w") as file:
-            json.dump({"name": "rules", "tasks": tasks}, file)
-=======
     with tempfile.TemporaryDirectory() as place:
         os.mkdir(os.path.join(place, "flows"))
         with open(os.path.join(place, "flows", "rules.json"), "w") as file:
             json.dump(as_flow("rules", graph), file)
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
         done = miniflow(place, "run", "rules", "--run-id", "r", "--output", "quiet")
         assert done.returncode == 1, done.stderr.decode()
         with open(os.path.join(place, "miniflow_output", "runs", "r.json")) as file:
@@ -204,11 +165,7 @@ with DAG("rules", schedule=None, start_date=datetime.datetime(2024, 1, 1, tzinfo
 '''
 
 
-<<<<<<< HEAD
-def within_airflow(folder, names):
-=======
 def within_airflow(folder, place, names):
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
     """Print what Airflow says of the DAGs of a directory, as a line of JSON; executed by its Python."""
     import inspect
     try:
@@ -218,10 +175,7 @@ def within_airflow(folder, place, names):
     more = {"include_examples": False} if "include_examples" in inspect.signature(DagBag.__init__).parameters else {}
     bag, found = DagBag(folder, **more), {}
     for name in names:
-<<<<<<< HEAD
-=======
         os.environ["WHERE"] = os.path.join(place, "theirs-" + name)
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
         run = bag.dags[name].test(run_conf={})
         found[name] = {"state": str(run.state), "ends": {
             task.task_id + (f"[{task.map_index}]" if task.map_index >= 0 else ""): str(task.state)
@@ -229,8 +183,6 @@ def within_airflow(folder, place, names):
     print("\n" + json.dumps({"errors": bag.import_errors, "dags": sorted(bag.dags), "runs": found}))
 
 
-<<<<<<< HEAD
-=======
 # ---- exported flows
 
 SEE = r'''
@@ -308,7 +260,6 @@ def flows_here():
             yield from sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".json"))
 
 
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 class Airflow:
     """An installed Airflow, with a directory for what it keeps and another for DAG files."""
 
@@ -332,15 +283,9 @@ class Airflow:
         """Return Airflow's version."""
         return self.execute("-c", "import airflow; print(airflow.__version__)").split()[-1]
 
-<<<<<<< HEAD
-    def run(self, names):
-        """Load the DAG files and run some of the DAGs; return what within_airflow() says."""
-        output = self.execute(os.path.abspath(__file__), "within", self.dags, *names)
-=======
     def run(self, names, place):
         """Load the DAG files and run some of the DAGs, from `place`; return what within_airflow() says."""
         output = self.execute(os.path.abspath(__file__), "within", self.dags, place, *names)
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
         return json.loads(output.strip().splitlines()[-1])
 
 
@@ -400,8 +345,6 @@ def compare_rules(graph, theirs):
     return not bad and known == ("upstream_failed", "skipped", "success", "skipped")
 
 
-<<<<<<< HEAD
-=======
 def seen_in(place):
     """Return the content of the files of a directory."""
     found = {}
@@ -468,7 +411,6 @@ def compare_exported(project, runs):
     return not bad and {runs[name]["state"] for name in project.flows} == {"success", "failed"}
 
 
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 def main(python, home=None):
     """Compare; return the exit status."""
     with contextlib.ExitStack() as stack:
@@ -477,11 +419,6 @@ def main(python, home=None):
         graph = all_graphs()
         with open(os.path.join(airflow.dags, "rules.py"), "w") as file:
             file.write(f"GRAPH = {json.dumps(graph)!r}\n{RULES_DAG}")
-<<<<<<< HEAD
-        found = airflow.run(["rules"])
-        assert not found["errors"], found["errors"]
-        return 0 if compare_rules(graph, found["runs"]["rules"]["ends"]) else 1
-=======
         unasked = ("success",) * 3 + ("failed", "tolerated")        # as an `if` can't be exported
         flows = {f"made{n}": as_flow(f"made{n}", made(n, unasked)) for n in (20, 21)}
         flows.update(green=green(), red=red())
@@ -493,16 +430,11 @@ def main(python, home=None):
         print(f"loaded: {len(names)} exported flows")
         same = [compare_rules(graph, found["runs"]["rules"]["ends"]), compare_exported(project, found["runs"])]
         return 0 if all(same) else 1
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["within"]:
-<<<<<<< HEAD
-        within_airflow(sys.argv[2], sys.argv[3:])
-=======
         within_airflow(sys.argv[2], sys.argv[3], sys.argv[4:])
->>>>>>> f161bfcd904c5a045125a708a4495c6b320b6722
     elif 2 <= len(sys.argv) <= 3:
         sys.exit(main(*sys.argv[1:]))
     else:
