@@ -61,6 +61,10 @@ Contents
     24. RUNNER: how is one run driven to its end?
     25. REPORTING: how is it told to a person?
     26. LIBRARY: what does a Python program use?
+    26.5. FOLLOWING: what happens in runs, as seen from outside their engines?
+    26.6. PAGE: the web page
+    26.7. WEB: what is the answer to a request?
+    26.8. SERVER: how do requests come in, and how do answers go out?
     27. COMMAND LINE: what can be typed?
 
 
@@ -5715,11 +5719,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=Lock.close_in_child)
 
 
-def _locked(path: str, owner: Mapping[str, Any]) -> RunLocked:
-    """Return the error that says who holds the lock at `path`."""
-    run_id = os.path.basename(path).rpartition(".")[0]
+def locked_by(run_id: str, owner: Mapping[str, Any]) -> RunLocked:
+    """Return the error that says who works on a run."""
     return RunLocked(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
                      f"{owner.get('host', '?')} since {owner.get('since', '?')}; wait for it, or cancel it")
+
+
+def _locked(path: str, owner: Mapping[str, Any]) -> RunLocked:
+    """Return the error that says who holds the lock at `path`."""
+    return locked_by(os.path.basename(path).rpartition(".")[0], owner)
 
 
 def _take_by_file(disk: Disk, path: str, me: Mapping[str, Any], force: bool) -> None:
@@ -5969,7 +5977,7 @@ class Store:
         heads = [head for head in map(self.summary, self.ids()) if flow in (None, head["flow"])]
         return sorted(heads, key=lambda head: (head["started"] or "", head["id"]), reverse=True)
 
-    def _peek(self, run_id: str) -> Dict[str, Any]:
+    def peek(self, run_id: str) -> Dict[str, Any]:
         """Return the head of a run's state as it stands there, unchecked; {} if it can't be read."""
         try:
             content = read_file(self.files(run_id).state, 4096, follow=False)
@@ -5991,7 +5999,7 @@ class Store:
                 others.append(run_id)
             elif made[1] == stem:
                 ours.append(run_id)
-        heads = [(self._peek(run_id), run_id) for names in (ours, others)
+        heads = [(self.peek(run_id), run_id) for names in (ours, others)
                  for run_id in heapq.nlargest(_RECENT, names)]
         ended = [(str(head.get("started")), run_id) for head, run_id in heads
                  if head.get("flow") == flow and head.get("status") != RUNNING]
@@ -9130,6 +9138,26 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
         raise
 
 
+def signal_engine(store: Store, run_id: str, name: str) -> bool:
+    """Send a signal to the engine of a run; tell whether there was one, raise UsageError if not ours."""
+    owner = store.owner(run_id)
+    if owner is None:
+        return False
+    if not is_visible(owner):
+        raise UsageError(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
+                         f"{owner.get('host', '?')}, which can't be seen from here; cancel it there")
+    if not is_process(owner.get("pid"), owner.get("ticks")):
+        return store.owner(run_id) is not None
+    try:
+        os.kill(int(owner["pid"]), getattr(signal, name))
+    except (ProcessLookupError, KeyError):
+        return store.owner(run_id) is not None
+    except PermissionError:
+        raise UsageError(f"run {run_id} is being run by process {owner['pid']}, which is another user's; "
+                         "ask that one") from None
+    return True
+
+
 def open_run(store: Store, source: Source, params: Optional[Mapping[str, Any]], order: Order,
              selection: Selection, run_id: Optional[str], note: Callable[[str], None]) -> Opened:
     """Make a run, or take hold of the one that has the given id, which keeps its params and selection."""
@@ -9263,6 +9291,44 @@ def format_verdict(run: Run) -> str:
     reason = f" ({safe(run.reason)})" if run.reason else ""
     return (f"run {run.id}: {run.status}{reason}: {count_states(run)}{warnings} "
             f"in {format_span(span(run.started, run.finished))}")
+
+
+@_remembering
+def _hidden_pattern(texts: Tuple[str, ...]) -> Any:
+    """Return what finds the longest of `texts` in bytes."""
+    return re.compile(b"|".join(re.escape(text.encode("utf-8", "surrogateescape")) for text in texts))
+
+
+def _longest_hidden() -> int:
+    """Return how many bytes the longest that is hidden can be, 0 if nothing is."""
+    return max(map(len, hidden), default=0) * 4
+
+
+def bytes_shown(file: IO[bytes], start: int, end: int) -> bytes:
+    """Return the bytes of a log from `start` to `end`, with *** where something hidden begins among them.
+
+    What is hidden is found also where it reaches over an edge, so that no choice of edges brings it to light.
+    """
+    begin, keep = max(0, start - _longest_hidden()), _longest_hidden()
+    file.seek(begin)
+    content = file.read(end + keep - begin)
+    at, end = start - begin, min(end - begin, len(content))
+    found = b""
+    for match in _hidden_pattern(tuple(hidden)).finditer(content) if hidden else ():
+        if match.end() > at and match.start() < end:
+            if match.start() >= at:
+                found += content[at:match.start()] + MASK.encode()
+            at = min(match.end(), end)
+    return found + content[at:end]
+
+
+def unfinished_secret(file: IO[bytes], end: int) -> int:
+    """Return how many bytes before `end` may be the beginning of something hidden that is being written."""
+    file.seek(max(0, end - _longest_hidden()))
+    tail = file.read(end - file.tell())
+    parts = [text.encode("utf-8", "surrogateescape") for text in hidden]
+    sizes = (size for part in parts for size in range(1, len(part)) if tail.endswith(part[:size]))
+    return max(sizes, default=0)
 
 
 class Lines(Watcher):
@@ -9511,6 +9577,15 @@ class Live(Lines):
         super().end(run)
 
 
+def event_row(run: Run, event: Event) -> Dict[str, Any]:
+    """Return an event that `run` knows of as it is told: with run, task, and the status that follows."""
+    members = event_to_json(event)
+    task = members.get("task")
+    status = (RUNNING if isinstance(event, AttemptSpawned) else
+              run.tasks[task].status if task else run.status)
+    return {**without_secrets(members, hidden), "run": run.id, "task": task, "status": status}
+
+
 class JsonLines(Watcher):
     """Writes each event to stdout as one line of JSON that holds run, task and status."""
 
@@ -9518,14 +9593,8 @@ class JsonLines(Watcher):
         self.run = run
 
     def observe(self, event: Event) -> None:
-        members = event_to_json(event)
-        task = members.get("task")
-        status = (RUNNING if isinstance(event, AttemptSpawned) else
-                  self.run.tasks[task].status if task else self.run.status)
-        text = json.dumps({**without_secrets(members, hidden), "run": self.run.id, "task": task,
-                           "status": status})
         try:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(json.dumps(event_row(self.run, event)) + "\n")
             sys.stdout.flush()
         except OSError:                        # nobody listens: the run goes on all the same
             let_go_of_stdout()
@@ -10020,6 +10089,19 @@ def load_flow(path: str, stem: str, tasks_dir: str, outer: Sequence[str] = (),
     return Source(flow, stem, path)
 
 
+def flow_row(name: str, path: str, load: Callable[[str, str], Flow]) -> Dict[str, Any]:
+    """Return what is told of a flow, broken or not, by `list --json` and by the web."""
+    row: Dict[str, Any] = {"name": name, "path": path, "error": None}
+    try:
+        flow = load(path, name)
+        row.update(flow_name=flow.name, tasks=len(flow.tasks), description=flow.description,
+                   version=flow.version, tags=flow.tags, params=flow_to_json(flow).get("params"))
+    except FlowError as exc:
+        row.update(flow_name=None, tasks=None, description="", version="", tags=[], params=None,
+                   error=exc.problems)
+    return row
+
+
 def write_script(store: Store, stem: str, plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
     """Write the bash script of a plan into the output directory and return its path."""
     check_secrets(plan.flow, params)
@@ -10100,6 +10182,1420 @@ class MiniFlow:
             if not run.ok:
                 raise FlowFailed(format_verdict(run), run)
         return script
+
+
+# ============================================================================
+# == 26.5. FOLLOWING: what happens in runs, as seen from outside their engines?
+# ============================================================================
+# Who wants to know how runs stand, and is not their engine, looks at the files.  An ended run does not
+# change, so its head is read once; of a run that goes on, the journal is read as it grows.  An engine notices
+# none of it: nothing here takes a lock for longer than an instant, or writes.
+
+def signature_of(path: str) -> Optional[Tuple[int, int, int]]:
+    """Return what changes when a file does; None if there is none."""
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def count_rows(content: bytes) -> Dict[str, int]:
+    """Return how many tasks are in which state, by the lines that a state has for them."""
+    counts: Dict[str, int] = {}
+    for found in re.finditer(rb'(?m)^ "(?:[^"\\]|\\.)*": \{"status": "(\w+)"', content):
+        state = found[1].decode()
+        counts[state] = counts.get(state, 0) + 1
+    return counts
+
+
+class History:
+    """The heads of all runs, each read again only when its files have changed."""
+
+    def __init__(self, store: Store) -> None:
+        import threading
+        self.store = store
+        self._known: Dict[str, Tuple[Any, Dict[str, Any]]] = {}
+        self._lock = threading.Lock()
+
+    def head(self, run_id: str) -> Dict[str, Any]:
+        """Return the head of one run, with how many of its `tasks` are in which state."""
+        files = self.store.files(run_id)
+        journal = signature_of(files.journal)
+        live = journal is not None and self.store.owner(run_id) is not None
+        version = journal if not live else None, live, signature_of(files.state)
+        known = self._known.get(run_id)
+        if known and known[0] == version:
+            return known[1]
+        head = self.store.peek(run_id) if live else {}
+        if not head:                           # the whole of a journal is read only where its engine is gone
+            head = dict(self.store.summary(run_id))
+        try:
+            content = read_file(files.state, follow=False)
+        except OSError:
+            content = b""
+        head = {**{name: head.get(name) for name in _HEAD}, "tasks": count_rows(content)}
+        self._known[run_id] = version, head
+        return head
+
+    def heads(self) -> List[Dict[str, Any]]:
+        """Return the heads of all runs, newest first."""
+        with self._lock:
+            ids = self.store.ids()
+            for gone in self._known.keys() - set(ids):
+                del self._known[gone]
+            found = [self.head(run_id) for run_id in ids]
+        return sorted(found, key=lambda head: (head["started"] or "", head["id"]), reverse=True)
+
+
+class Follower:
+    """What happens in one run, read from its journal as that grows; its engine does not notice."""
+
+    def __init__(self, store: Store, run_id: str, after: int = -1) -> None:
+        self.store, self.run_id = store, run_id
+        self.told, self.at = after, -1         # the number of the latest event that was told, and read
+        self.run: Optional[Run] = None
+        self._file: Optional[IO[bytes]] = None
+        self._rest = b""
+
+    def close(self) -> None:
+        """Let go of the journal."""
+        if self._file:
+            self._file.close()
+        self._file, self._rest = None, b""
+
+    def news(self) -> Iterator[Optional[Event]]:
+        """Yield what is new, with its number as `told`; None where the whole run is to be looked at anew."""
+        journal = self.store.files(self.run_id).journal
+        for _ in range(3):                     # a journal that is replaced all the time is for the next call
+            if self._file is None:
+                try:
+                    self._file = open_file(journal)
+                except OSError:
+                    yield from self._from_state()
+                    return
+            yield from self._lines()
+            if self._file is not None and not self._is_gone(journal):
+                return
+            yield from self._lines()           # what was written just before it went
+            self.close()
+
+    def _is_gone(self, journal: str) -> bool:
+        """Tell whether the journal that we read is not the run's any more."""
+        assert self._file
+        try:
+            found = os.stat(journal, follow_symlinks=False)
+            return not os.path.samestat(os.fstat(self._file.fileno()), found)
+        except OSError:
+            return True
+
+    def _from_state(self) -> Iterator[Optional[Event]]:
+        """Look at the state of a run that has no journal."""
+        try:
+            loaded = self.store.load(self.run_id)
+        except MiniFlowError:
+            return                             # removed, or damaged, which other routes tell
+        self.run, self.at = loaded.run, loaded.seq
+        if loaded.seq > self.told:
+            self.told = loaded.seq
+            yield None
+
+    def _lines(self) -> Iterator[Optional[Event]]:
+        """Read whole lines as long as there are any."""
+        while self._file:
+            self._rest += self._file.readline()
+            if not self._rest.endswith(b"\n"):
+                return
+            record, self._rest = decode_record(self._rest), b""
+            follows = record and (record["event"] == "opened" or self.run and record["seq"] == self.at + 1)
+            if record is None or not follows:
+                self.close()                   # it was cut back after a full disk: begin anew
+                return
+            yield from self._take(record)
+
+    def _take(self, record: Mapping[str, Any]) -> Iterator[Optional[Event]]:
+        """Let the run know what a record says, and tell it unless it was told."""
+        event: Optional[Event] = None
+        if record["event"] == "opened":
+            self.run = run_from_json(record["state"])
+        else:
+            assert self.run
+            event = event_from_json(record)
+            self.run.apply(event)
+        self.at = int(record["seq"])
+        if self.at > self.told:
+            self.told = self.at
+            yield event
+
+
+# ============================================================================
+# == 26.6. PAGE: the web page
+# ============================================================================
+# One raw constant with the style, the markup and the script of the page, each under a banner of its own.  It
+# is served in those three parts, so that the browser may be told to run nothing else.  There is no build step
+# and no outside address.  What comes from the API is shown as text alone (textContent), never as HTML.
+
+PAGE = r"""
+<!DOCTYPE html><title>x</title>
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"></svg>
+<style>a{}</style>
+<script>1</script>
+
+"""
+
+
+#: Which elements of the page are served each by itself, and what stands in their place then.
+_PARTS = {"style": '<link rel="stylesheet" href="app.css">', "script": '<script src="app.js" defer></script>',
+          "svg": '<link rel="icon" href="icon.svg">'}
+
+
+def page_parts() -> Dict[str, str]:
+    """Return the page in the parts in which it is served: its style, script and svg, and the html."""
+    parts = {"html": PAGE.strip() + "\n"}
+    for tag, link in _PARTS.items():
+        found = re.search(rf"(?s)<{tag}\b[^>]*>(.*?)</{tag}>", parts["html"])
+        assert found
+        parts[tag] = found[0 if tag == "svg" else 1].strip() + "\n"
+        parts["html"] = parts["html"].replace(found[0], link)
+    return parts
+
+
+# ============================================================================
+# == 26.7. WEB: what is the answer to a request?
+# ============================================================================
+# respond() turns a Request into a Response; it knows no socket.  What can be asked stands in ROUTES, a table
+# from which requests are checked and openapi.json is made, so that the one can't say what the other does not.
+#
+# Flow authors run code here by right.  Not trusted are the pages that the user's browser has open beside
+# ours (Host, Origin and Sec-Fetch-Site are checked first, on every route), whoever has no token, and all that
+# is in a request.  No path of the disk is made from a request but that of a log: out of a run's id, which is
+# checked, and a task and an attempt, which are looked up in the run.
+#
+# The server only reads what is on disk; the engines are processes of their own, in sessions of their own, and
+# know nothing of it.  A flow in Python is imported by a process of its own as well: it may do anything.
+
+MAX_TARGET = 8192                              # bytes of a request's path and query
+MAX_BODY = 2**20
+LOG_PIECE = 2**16
+_ENGINE_S = 30.0                               # how long an engine may take to begin its run
+_POLL_S = 0.2                                  # how often what engines write is looked at
+_BEAT_S = 10.0                                 # how often a quiet stream of events says that it lives
+MAX_STREAMS = 16
+#: Not for the engines that we start: whose run they are in, and what opens this server.
+_OURS = (*OWN_VARIABLES, "MINIFLOW_TOKEN")
+_SAFE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+                               "img-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin"}
+_SANDBOX = {"Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'"}
+_JSON, _PLAIN, _EVENTS = "application/json", "text/plain; charset=utf-8", "text/event-stream"
+
+
+class Request(NamedTuple):
+    """What somebody asks: `read` gives so many bytes of the body, or fewer if there are no more."""
+
+    method: str
+    target: str
+    headers: Sequence[Tuple[str, str]] = ()
+    read: Callable[[int], bytes] = lambda size: b""
+
+
+class Response(NamedTuple):
+    """What is answered; a `body` in pieces is made while it is sent."""
+
+    status: int
+    body: Union[bytes, Iterable[bytes]] = b""
+    kind: str = _JSON
+    headers: Mapping[str, str] = {}
+
+
+class Asked(NamedTuple):
+    """A request that was found to be in order, as the function of a route gets it."""
+
+    path: Mapping[str, str]
+    query: Mapping[str, Any]
+    body: Any
+    headers: Mapping[str, str]
+
+
+class Refused(MiniFlowError):
+    """A request that is not done, with the status that says why."""
+
+    def __init__(self, status: int, text: str, problems: Sequence[str] = (), **headers: str) -> None:
+        super().__init__(text)
+        self.status, self.problems = status, list(problems)
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Route(NamedTuple):
+    """One thing that can be asked: how, what it does, what it takes, what is answered."""
+
+    method: str
+    path: str
+    does: str
+    answer: Callable[[Any, Asked], Response]
+    query: Mapping[str, Schema]
+    body: Optional[Schema]                     # of a POST; a body that may be left out has no `required`
+    answers: Mapping[int, str]
+    kind: str
+    is_open: bool
+
+
+ROUTES: List[Route] = []
+if TYPE_CHECKING:
+    Answer = Callable[[Any, Asked], Response]
+
+
+def route(method: str, path: str, does: str, *, query: Mapping[str, Schema] = {},
+          body: Optional[Schema] = None, answers: Mapping[int, str] = {}, kind: str = _JSON,
+          is_open: bool = False) -> Callable[[Answer], Answer]:
+    """Enter the decorated function into ROUTES."""
+    def enter(function: Answer) -> Answer:
+        ROUTES.append(Route(method, path, does, function, query, body, {200: "it is so", **answers}
+                            if not any(status < 300 for status in answers) else answers, kind, is_open))
+        return function
+    return enter
+
+
+# -- what the server knows --
+
+class Web:
+    """What answers are made from: the flows, the runs, who may ask, and what was asked."""
+
+    def __init__(self, mini: MiniFlow, token: str, is_own: Callable[[str], bool]) -> None:
+        import threading
+        self.mini, self.store, self.token, self.is_own = mini, mini.store, token, is_own
+        self.history = History(mini.store)
+        self.stopped = threading.Event()
+        self.children: List[Any] = []          # engines that we have started, to be waited for
+        self.asked: Dict[Tuple[str, str, int], int] = {}
+        self.streams = 0
+        self.connections: Callable[[], int] = lambda: 0
+        self._flows: Dict[str, Tuple[Any, float, Flow]] = {}
+        self._lock = threading.RLock()
+
+    def count(self, method: str, path: str, status: int) -> None:
+        """Count an answer, for /metrics."""
+        with self._lock:
+            key = method, path, status
+            self.asked[key] = self.asked.get(key, 0) + 1
+
+    def open_stream(self) -> None:
+        """Count one more stream of events; raise Refused beyond MAX_STREAMS."""
+        with self._lock:
+            if self.streams >= MAX_STREAMS:
+                raise Refused(429, f"{self.streams} streams of events are open already; close one",
+                              Retry_After="5")
+            self.streams += 1
+
+    def close_stream(self) -> None:
+        """Count one stream of events less."""
+        with self._lock:
+            self.streams -= 1
+
+    def reap(self) -> None:
+        """Let go of the engines that have ended."""
+        with self._lock:
+            self.children = [child for child in self.children if child.poll() is None]
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Show these secrets to nobody from now on; two threads at once would lose some."""
+        with self._lock:
+            hide(names)
+
+    def flow_path(self, name: str) -> str:
+        """Return the path of a flow, which is looked up and not made from `name`; raise FlowNotFound."""
+        files = flow_files(self.mini.flows_dir)
+        if name not in files:
+            raise FlowNotFound(f"no flow {shown(name)}{near(name, files)}")
+        return files[name]
+
+    def flow(self, path: str, name: str, afresh: bool = False) -> Flow:
+        """Return a checked flow, as it was found up to a few seconds ago; raise FlowError."""
+        with self._lock:
+            now, version = time.monotonic(), signature_of(os.path.realpath(path))
+            known = self._flows.get(name)
+            if known and known[0] == version and now < known[1] and not afresh:
+                return known[2]
+            if path.endswith(".py"):
+                flow = import_elsewhere(self.mini, path)
+            else:
+                flow = load_flow(path, name, self.mini.tasks_dir).flow
+            hide(flow.secrets)
+            took = time.monotonic() - now
+            self._flows[name] = version, now + max(2.0, 20 * took), flow
+            return flow
+
+    def run_id(self, asked: Asked) -> str:
+        """Return the id of the run that a path names; raise Refused or NotFound."""
+        name = asked.path["run"]
+        try:
+            check_run_id(name)
+        except UsageError as exc:
+            raise Refused(400, str(exc)) from None
+        run_id = self.store.resolve(name)
+        if not self.store.exists(run_id):
+            raise NotFound(f"no run {run_id}; see /api/v1/runs")
+        return run_id
+
+    def loaded(self, asked: Asked) -> Loaded:
+        """Return the run that a path names, as it stands."""
+        found = self.store.load(self.run_id(asked))
+        self.hide(found.run.plan.flow.secrets)
+        return found
+
+
+def respond_json(value: Any, status: int = 200, **headers: str) -> Response:
+    """Return an answer in JSON, without what is hidden."""
+    text = json.dumps(masked(value, hidden) if hidden else value, ensure_ascii=True)
+    return Response(status, text.replace("<", "\\u003c").encode() + b"\n", _JSON, headers)
+
+
+# -- other processes --
+
+#: Runs a function of this very file, compiled or not, with the words that come after its name.
+ENGINE_PROGRAM = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("miniflow", sys.argv[1])
+miniflow = sys.modules["miniflow"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(miniflow)
+sys.exit(getattr(miniflow, sys.argv[2])(sys.argv[3:]))
+"""
+
+
+def _launch(function: str, words: Sequence[str], stdin: bytes = b"") -> Tuple[Any, IO[bytes]]:
+    """Start a function of ours in a process and a session of its own; return it, and the file of its stderr.
+
+    The file has no name, and nobody has to read it, as somebody would have to read a pipe.
+    """
+    import subprocess
+    import tempfile
+    env = {name: value for name, value in os.environ.items()
+           if name not in _OURS and not name.startswith("MINIFLOW_PARAM_") or name == "MINIFLOW_COOKIE"}
+    with tempfile.TemporaryFile() as given:
+        given.write(stdin)
+        given.seek(0)
+        told: IO[bytes] = tempfile.TemporaryFile()
+        argv = [sys.executable, "-c", ENGINE_PROGRAM, os.path.abspath(__file__), function, *words]
+        return subprocess.Popen(argv, stdin=given, stdout=told if function != "main" else subprocess.DEVNULL,
+                                stderr=told, env=env, start_new_session=True), told
+
+
+def tell_flow(words: Sequence[str]) -> int:
+    """Print a flow, or what is wrong with it, as JSON: what import_elsewhere() reads."""
+    mini, name = MiniFlow(words[0], words[1], words[2]), words[3]
+    mark, output = words[4], os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)                              # what the flow itself prints is not ours
+    try:
+        told: Any = flow_to_json(mini.load(name))
+    except MiniFlowError as exc:
+        told = list(exc.problems) if isinstance(exc, FlowError) else [str(exc)]
+    output.write(f"\n{mark}{json.dumps(told)}\n")
+    output.close()
+    return 0
+
+
+def import_elsewhere(mini: MiniFlow, path: str) -> Flow:
+    """Return a flow in Python, imported by another process; raise FlowError."""
+    mark = os.urandom(8).hex()
+    process, told = _launch("tell_flow", [mini.flows_dir, mini.tasks_dir, mini.store.path,
+                                         os.path.abspath(path), mark])
+    with told:
+        try:
+            process.wait(_ENGINE_S)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise FlowError([f"{short_path(path)}: importing it takes more than {_ENGINE_S:g} s; "
+                             "do less at the top level"]) from None
+        told.seek(0)
+        found = re.search(rb"(?m)^%s(.*)$" % mark.encode(), told.read())
+    if not found:
+        raise FlowError([f"{short_path(path)}: importing it ended Python with exit code "
+                         f"{process.returncode}"])
+    value = json.loads(found[1])
+    if isinstance(value, list):
+        raise FlowError(value)
+    return recorded_flow(value)
+
+
+def _start_engine(web: Web, words: Sequence[str], stdin: bytes, is_there: Callable[[int], bool]) -> None:
+    """Start an engine and wait until its run `is_there`, or say why it did not come to be."""
+    mini = web.mini
+    process, told = _launch("main", ["-f", mini.flows_dir, "-t", mini.tasks_dir, "-o", web.store.path, *words,
+                                     "--output", "quiet"], stdin)
+    end = time.monotonic() + _ENGINE_S
+    with told:
+        while process.poll() is None and not is_there(process.pid):
+            if time.monotonic() > end:
+                break                          # a slow disk: it goes on, and will be seen
+            time.sleep(0.005)
+        if process.poll() is None:
+            with web._lock:
+                web.children.append(process)
+        elif process.returncode in (2, 3, 4, 70, 74):
+            told.seek(0)
+            lines = without_hidden(told.read(MAX_TARGET)).decode("utf-8", "replace").strip().split("\n")
+            status = {2: 422, 3: 404, 4: 409, 74: 503}.get(process.returncode, 500)
+            lines = [safe(line.partition("error: ")[2] or line) for line in lines]
+            raise Refused(status, lines[0], lines)
+
+
+# -- flows --
+
+_PAGING: Dict[str, Schema] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "at most so many (50)"},
+    "offset": {"type": "integer", "minimum": 0, "description": "leave out the first so many (0)"}}
+_PARAMS: Schema = {"type": "object", "description": "params by their names"}
+
+
+def _page(name: str, rows: Sequence[Any], asked: Asked) -> Dict[str, Any]:
+    """Return the part of a list that was asked for, and how long it is."""
+    limit, offset = asked.query.get("limit", 50), asked.query.get("offset", 0)
+    return {name: rows[offset:offset + limit], "total": len(rows), "limit": limit, "offset": offset}
+
+
+def _flow_rows(web: Web, paths: Mapping[str, str]) -> List[Dict[str, Any]]:
+    """Return what is told of flows: what `list --json` says, and their latest runs."""
+    recent: Dict[str, List[Dict[str, Any]]] = {name: [] for name in paths}
+    for head in web.history.heads():
+        if head["flow"] in recent and len(recent[head["flow"]]) < 12:
+            recent[head["flow"]].append(head)
+    return [{**flow_row(name, path, web.flow),
+             "last_run": recent[name][0] if recent[name] else None, "recent": recent[name]}
+            for name, path in paths.items()]
+
+
+@route("GET", "/api/v1/flows", "the flows, broken ones with what is wrong", query=_PAGING)
+def list_flows(web: Web, asked: Asked) -> Response:
+    """Answer with the flows."""
+    page = _page("flows", list(flow_files(web.mini.flows_dir).items()), asked)
+    return respond_json({**page, "flows": _flow_rows(web, dict(page["flows"]))})
+
+
+@route("GET", "/api/v1/flows/{flow}", "one flow with its definition", answers={404: "there is no such flow"})
+def show_flow(web: Web, asked: Asked) -> Response:
+    """Answer with one flow."""
+    name = asked.path["flow"]
+    path = web.flow_path(name)
+    row = _flow_rows(web, {name: path})[0]
+    return respond_json({**row, "definition": None if row["error"] else flow_to_json(web.flow(path, name))})
+
+
+@route("GET", "/api/v1/flows/{flow}/validate", "check a flow", answers={404: "there is no such flow"})
+@route("POST", "/api/v1/flows/{flow}/validate", "check a flow, and params for it",
+       body={"type": "object", "properties": {"params": _PARAMS}, "additionalProperties": False},
+       answers={200: "whether it is valid, and all problems", 404: "there is no such flow"})
+def validate_flow(web: Web, asked: Asked) -> Response:
+    """Answer with all that is wrong."""
+    name = asked.path["flow"]
+    path, problems = web.flow_path(name), []   # type: str, Sequence[str]
+    try:
+        flow = web.flow(path, name, afresh=True)
+        if asked.body and "params" in asked.body:
+            check_secrets(flow, complete_params(flow, asked.body["params"]))
+    except (FlowError, UsageError) as exc:
+        problems = exc.problems if isinstance(exc, FlowError) else str(exc).split("\n")
+    return respond_json({"flow": name, "valid": not problems, "problems": problems})
+
+
+# -- runs --
+
+_START_BODY: Schema = {
+    "type": "object", "required": ["flow"], "additionalProperties": False,
+    "properties": {"flow": {"type": "string", "minLength": 1, "description": "the name of the flow"},
+                   "params": _PARAMS,
+                   "run_id": {"type": "string", "description": "the id of the run; else one is made"}}}
+
+
+@route("POST", "/api/v1/runs", "start a run, by an engine of its own", body=_START_BODY,
+       answers={201: "it was begun; Location says where it is", 404: "there is no such flow",
+                409: "there is a run of that id", 422: "the flow is invalid, or the params are"})
+def start_run(web: Web, asked: Asked) -> Response:
+    """Start a run and answer with its id, once it is on disk."""
+    name, params, run_id = asked.body["flow"], asked.body.get("params", {}), asked.body.get("run_id")
+    path = web.flow_path(name)
+    flow = web.flow(path, name, afresh=True)
+    try:
+        check_secrets(flow, complete_params(flow, params))
+    except UsageError as exc:
+        raise Refused(422, f"flow {name}: the params don't fit", str(exc).split("\n")) from None
+    if run_id is None:
+        run_id = web.store.new_id(name, time.time())
+    try:
+        check_run_id(run_id)
+    except UsageError as exc:
+        raise Refused(400, f"run_id: {exc}") from None
+    if web.store.exists(run_id):
+        raise Refused(409, f"run {run_id} exists; resume it, or give another run_id")
+    _start_engine(web, ["run", os.path.abspath(path), "--run-id", run_id, "--params", "-"],
+                  json.dumps(params).encode(), lambda pid: web.store.exists(run_id))
+    return respond_json({"id": run_id, "flow": name, "status": web.history.head(run_id)["status"]}, 201,
+                        Location=f"/api/v1/runs/{run_id}")
+
+
+@route("GET", "/api/v1/runs", "the runs, newest first",
+       query={**_PAGING, "flow": {"type": "string", "description": "only runs of this flow"},
+              "status": {"enum": list(RUN_STATES), "description": "only runs with this status"}})
+def list_runs(web: Web, asked: Asked) -> Response:
+    """Answer with heads of runs."""
+    flow, status = asked.query.get("flow"), asked.query.get("status")
+    heads = [head for head in web.history.heads()
+             if flow in (None, head["flow"]) and status in (None, head["status"])]
+    return respond_json(_page("runs", heads, asked))
+
+
+@route("GET", "/api/v1/runs/{run}", "one run: its whole state, as in RUN.json",
+       answers={404: "there is no such run"})
+def show_run(web: Web, asked: Asked) -> Response:
+    """Answer with one run."""
+    loaded = web.loaded(asked)
+    return respond_json({**run_to_json(loaded.run, loaded.engine), "status": loaded.status,
+                         "live": loaded.live, "seq": loaded.seq,
+                         "critical_path": critical_path(loaded.run)})
+
+
+_NO_BODY: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@route("POST", "/api/v1/runs/{run}/cancel", "cancel a run; asked a second time, at once", body=_NO_BODY,
+       answers={202: "its engine was told", 404: "there is no such run", 409: "it does not run"})
+def cancel_run(web: Web, asked: Asked) -> Response:
+    """Tell the engine of a run to end it."""
+    run_id = web.run_id(asked)
+    try:
+        there = signal_engine(web.store, run_id, "SIGTERM")
+    except UsageError as exc:
+        raise Refused(409, str(exc)) from None
+    status = web.history.head(run_id)["status"]
+    if not there:
+        raise Refused(409, f"run {run_id} does not run: it is {status}")
+    return respond_json({"id": run_id, "status": status}, 202)
+
+
+@route("POST", "/api/v1/runs/{run}/resume", "go on with a run that failed, was cancelled or interrupted",
+       body=_NO_BODY,
+       answers={202: "it goes on", 200: "it has succeeded already", 404: "there is no such run",
+                409: "an engine works on it", 422: "its flow is invalid"})
+def resume_run(web: Web, asked: Asked) -> Response:
+    """Start an engine that goes on with a run."""
+    loaded = web.loaded(asked)
+    run_id = loaded.run.id
+    if loaded.run.outcome == SUCCESS:
+        return respond_json({"id": run_id, "status": SUCCESS, "note": "it has succeeded already"})
+    if loaded.live:
+        raise locked_by(run_id, web.store.owner(run_id) or loaded.engine)
+    before = loaded.seq
+
+    def goes_on(pid: int) -> bool:
+        return (web.store.owner(run_id) or {}).get("pid") == pid and web.store.load(run_id).seq > before
+
+    _start_engine(web, ["resume", run_id], b"", goes_on)
+    return respond_json({"id": run_id, "status": web.history.head(run_id)["status"]}, 202)
+
+
+# -- tasks and logs --
+
+@route("GET", "/api/v1/runs/{run}/tasks", "the tasks of a run",
+       query={**_PAGING, "status": {"enum": list(TASK_STATES), "description": "only tasks in this state"}},
+       answers={404: "there is no such run"})
+def list_tasks(web: Web, asked: Asked) -> Response:
+    """Answer with the tasks of a run, in the order of the flow."""
+    run, status = web.loaded(asked).run, asked.query.get("status")
+    names = [name for name, task_run in run.tasks.items() if status in (None, task_run.status)]
+    page = _page("tasks", names, asked)
+    return respond_json({**page, "tasks": [{"id": name, **task_run_to_json(run.tasks[name])}
+                                           for name in page["tasks"]]})
+
+
+def _task_of(run: Run, asked: Asked) -> str:
+    """Return the task that a path names; raise NotFound."""
+    name = asked.path["task"]
+    if name not in run.tasks:
+        raise NotFound(f"run {run.id} has no task {shown(name)}{near(name, run.tasks)}")
+    return name
+
+
+@route("GET", "/api/v1/runs/{run}/tasks/{task}", "one task of a run, with its attempts and its definition",
+       answers={404: "there is no such run or task"})
+def show_task(web: Web, asked: Asked) -> Response:
+    """Answer with one task."""
+    run = web.loaded(asked).run
+    name = _task_of(run, asked)
+    return respond_json({"id": name, "run": run.id, **task_run_to_json(run.tasks[name]),
+                         "definition": task_to_json(run.defs[name])})
+
+
+def _log_pieces(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
+    """Yield a part of an open log a piece at a time, and close it."""
+    with file:
+        for at in range(start, end, LOG_PIECE):
+            yield bytes_shown(file, at, min(at + LOG_PIECE, end))
+
+
+@route("GET", "/api/v1/runs/{run}/tasks/{task}/log", "the log of an attempt, or a part of it", kind=_PLAIN,
+       query={"attempt": {"type": "integer", "minimum": 1, "description": "which attempt (the latest)"},
+              "offset": {"type": "integer", "description": "from this byte on (0); negative: from the end"},
+              "limit": {"type": "integer", "minimum": 1, "description": "at most so many bytes (all)"}},
+       answers={200: "X-Log-Size: its bytes; X-Log-Next: the offset to go on at; X-Log-Ended: true or false",
+                404: "there is no such run, task, attempt or log"})
+def show_log(web: Web, asked: Asked) -> Response:
+    """Answer with bytes of a log as they lie on disk, but for secrets."""
+    loaded = web.loaded(asked)
+    run, name = loaded.run, _task_of(loaded.run, asked)
+    attempts = run.tasks[name].attempts
+    number = asked.query.get("attempt", len(attempts))
+    if not 1 <= number <= len(attempts) or not attempts[number - 1].log:
+        raise NotFound(f"task {name} of run {run.id} has no log of an attempt {number or 1}; "
+                       f"it is {run.tasks[name].status} and had {len(attempts)} attempts")
+    path = os.path.join(web.store.place, *log_name(run.id, name, number).split("/"))
+    try:
+        if os.path.realpath(path) != path:
+            raise OSError(errno.ELOOP, "a symbolic link is on the way")
+        file = open_file(path)
+    except OSError as exc:
+        raise NotFound(f"the log of task {name} of run {run.id} can't be read: {exc.strerror}") from None
+    ended = not loaded.live or attempts[number - 1].status != RUNNING
+    size = end = os.fstat(file.fileno()).st_size
+    start = asked.query.get("offset", 0)
+    start = min(size, start) if start >= 0 else max(0, size + start)
+    end = min(size, start + asked.query.get("limit", size))
+    if end == size and not ended:              # a secret may be half written
+        end = max(start, end - unfinished_secret(file, end))
+    return Response(200, _log_pieces(file, start, end), _PLAIN,
+                    {"X-Log-Size": str(size), "X-Log-Next": str(end), "X-Log-Ended": str(ended).lower(),
+                     **_SANDBOX})
+
+
+# -- events --
+
+def _sse(number: Any, value: Mapping[str, Any]) -> bytes:
+    """Return one server-sent event."""
+    text = json.dumps(masked(value, hidden) if hidden else value)
+    return f"id: {number}\ndata: {text}\n\n".encode()
+
+
+def _state_row(run: Run, live: bool) -> Dict[str, Any]:
+    """Return what a stream tells where it begins, or where a run was begun anew."""
+    status = run.status if live or run.outcome else INTERRUPTED
+    return {"event": "state", "run": run.id, "flow": run.flow, "task": None, "status": status,
+            "tasks": {name: task_run.status for name, task_run in run.tasks.items()}}
+
+
+def _beating(web: Web, passes: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield what each pass yields (b"" ends one), with pauses between them and a beat where nothing comes."""
+    beat = time.monotonic()
+    try:
+        yield b": events\n\n"
+        for text in passes:
+            if text:
+                beat = time.monotonic()
+                yield text
+            elif web.stopped.wait(_POLL_S):
+                return
+            elif time.monotonic() > beat + _BEAT_S:
+                beat = time.monotonic()
+                yield b": still here\n\n"      # a client that has gone is noticed by this
+    finally:
+        web.close_stream()
+
+
+def _tell(web: Web, follower: Follower, live: bool) -> Iterator[Dict[str, Any]]:
+    """Yield a row for each thing that is new in a run."""
+    for event in follower.news():
+        assert follower.run
+        if event is None:
+            web.hide(follower.run.plan.flow.secrets)
+        yield event_row(follower.run, event) if event else _state_row(follower.run, live)
+    run = follower.run
+    if run and (follower.told > follower.at or not live and not run.outcome):
+        follower.told = follower.at            # the client saw another run of that id, or the engine is gone
+        yield _state_row(run, live)
+
+
+def _run_stream(web: Web, follower: Follower) -> Iterator[bytes]:
+    """Yield what happens in one run until nobody works on it any more."""
+    while True:
+        live = web.store.owner(follower.run_id) is not None      # asked first, so that all is told
+        for row in _tell(web, follower, live):
+            yield _sse(follower.told, row)
+        if not live:
+            follower.close()
+            return
+        yield b""
+
+
+@route("GET", "/api/v1/runs/{run}/events", "what happens in a run, until nobody works on it", kind=_EVENTS,
+       answers={200: "events with run, task and status; Last-Event-ID goes on where one was",
+                204: "nobody works on the run, and all of it was told", 404: "there is no such run",
+                429: "too many streams"})
+def run_events(web: Web, asked: Asked) -> Response:
+    """Answer with a stream of events."""
+    run_id, last = web.run_id(asked), asked.headers.get("last-event-id", "")
+    after = int(last) if re.fullmatch("[0-9]{1,15}", last) else -1
+    if after >= 0 and web.store.owner(run_id) is None and web.store.load(run_id).seq == after:
+        return Response(204, b"", _EVENTS)
+    web.hide(web.store.load(run_id).run.plan.flow.secrets)
+    web.open_stream()
+    return Response(200, _beating(web, _run_stream(web, Follower(web.store, run_id, after))), _EVENTS)
+
+
+def _versions(web: Web) -> Iterator[Tuple[str, Optional[Tuple[int, int, int]]]]:
+    """Yield each run with what changes when its state is written."""
+    return ((run_id, signature_of(web.store.files(run_id).state)) for run_id in web.store.ids())
+
+
+def _all_stream(web: Web, since: Optional[float]) -> Iterator[bytes]:
+    """Yield what happens in all runs; ids are times, and what is told again after one overlaps by seconds."""
+    known: Dict[str, Any] = {}
+    followers: Dict[str, Follower] = {}
+    for run_id, version in _versions(web):
+        if since is None or version and version[2] / 1e9 < since - 2:
+            known[run_id] = version            # what has happened until now is not news
+            if os.path.lexists(web.store.files(run_id).journal):
+                followers[run_id] = Follower(web.store, run_id)
+                deque(_tell(web, followers[run_id], True), 0)
+    looked: Any = None
+    while True:
+        folder = signature_of(web.store.runs)  # each state that is written is a change of this directory
+        if folder != looked:
+            looked = folder
+            for run_id, version in _versions(web):
+                if run_id not in followers and known.get(run_id, ()) != version:
+                    followers[run_id], known[run_id] = Follower(web.store, run_id), version
+        for run_id, follower in list(followers.items()):
+            live = web.store.owner(run_id) is not None
+            for row in _tell(web, follower, live):
+                yield _sse(row.get("at") or format_time(time.time()), row)
+            if not live:
+                follower.close()
+                del followers[run_id]
+                known[run_id] = signature_of(web.store.files(run_id).state)
+        yield b""
+
+
+@route("GET", "/api/v1/events", "what happens in all runs, as it happens", kind=_EVENTS,
+       answers={200: "events with run, task and status; Last-Event-ID goes on where one was",
+                429: "too many streams"})
+def all_events(web: Web, asked: Asked) -> Response:
+    """Answer with a stream of events."""
+    try:
+        since = parse_time(asked.headers.get("last-event-id"))
+    except ValueError:
+        since = None
+    web.open_stream()
+    return Response(200, _beating(web, _all_stream(web, since)), _EVENTS)
+
+
+# -- about the server itself --
+
+def _metric(name: str, kind: str, does: str, rows: Iterable[Tuple[Mapping[str, Any], float]]
+            ) -> Iterator[str]:
+    """Yield the lines of one metric in the text format of Prometheus."""
+    escapes = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
+    yield f"# HELP {name} {does}\n# TYPE {name} {kind}"
+    for labels, value in rows:
+        text = ",".join(f'{label}="{str(said).translate(escapes)}"' for label, said in labels.items())
+        yield f"{name}{{{text}}} {value:.15g}" if text else f"{name} {value:.15g}"
+
+
+@route("GET", "/metrics", "numbers for Prometheus", kind=_PLAIN)
+def metrics(web: Web, asked: Asked) -> Response:
+    """Answer with numbers of runs, tasks and requests."""
+    runs: Dict[str, int] = dict.fromkeys(RUN_STATES, 0)
+    tasks: Dict[str, int] = dict.fromkeys(TASK_STATES, 0)
+    took: Dict[Tuple[str, str], List[float]] = {}
+    for head in web.history.heads():
+        runs[head["status"]] = runs.get(head["status"], 0) + 1
+        for state, count in head["tasks"].items():
+            tasks[state] = tasks.get(state, 0) + count
+        if head["duration_s"] is not None:
+            took.setdefault((head["flow"], head["status"]), []).append(head["duration_s"])
+    durations = [({"flow": flow, "status": status}, spans) for (flow, status), spans in sorted(took.items())]
+    with web._lock:
+        asked_for = sorted(web.asked.items())
+    lines = [
+        *_metric("miniflow_info", "gauge", "The version.", [({"version": __version__}, 1)]),
+        *_metric("miniflow_runs", "gauge", "Runs by status.", [({"status": s}, n) for s, n in runs.items()]),
+        *_metric("miniflow_tasks", "gauge", "Tasks of all runs by state.",
+                 [({"status": s}, n) for s, n in tasks.items()]),
+        *_metric("miniflow_run_duration_seconds_sum", "gauge", "How long ended runs took, together.",
+                 [(labels, sum(spans)) for labels, spans in durations]),
+        *_metric("miniflow_run_duration_seconds_count", "gauge", "How many runs that are.",
+                 [(labels, len(spans)) for labels, spans in durations]),
+        *_metric("miniflow_http_requests_total", "counter", "Requests that were answered.",
+                 [({"method": m, "route": r, "status": s}, n) for (m, r, s), n in asked_for]),
+        *_metric("miniflow_http_connections", "gauge", "Open connections.", [({}, web.connections())]),
+        *_metric("miniflow_http_streams", "gauge", "Open streams of events.", [({}, web.streams)])]
+    text = "\n".join(lines) + "\n"
+    return Response(200, str(masked(text, hidden)).encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+@route("GET", "/healthz", "whether the server lives", is_open=True)
+def healthz(web: Web, asked: Asked) -> Response:
+    """Answer that all is well."""
+    return respond_json({"status": "ok"})
+
+
+@route("GET", "/", "the page", kind="text/html; charset=utf-8", is_open=True)
+def show_page(web: Web, asked: Asked) -> Response:
+    """Answer with the page."""
+    return Response(200, page_parts()["html"].encode(), "text/html; charset=utf-8")
+
+
+@route("GET", "/app.css", "the page's style", kind="text/css; charset=utf-8", is_open=True)
+def show_style(web: Web, asked: Asked) -> Response:
+    """Answer with the page's style."""
+    return Response(200, page_parts()["style"].encode(), "text/css; charset=utf-8")
+
+
+@route("GET", "/app.js", "the page's script", kind="text/javascript; charset=utf-8", is_open=True)
+def show_script(web: Web, asked: Asked) -> Response:
+    """Answer with the page's script."""
+    return Response(200, page_parts()["script"].encode(), "text/javascript; charset=utf-8")
+
+
+@route("GET", "/icon.svg", "the page's icon", kind="image/svg+xml", is_open=True)
+def show_icon(web: Web, asked: Asked) -> Response:
+    """Answer with the page's icon."""
+    return Response(200, page_parts()["svg"].encode(), "image/svg+xml")
+
+
+def _describe_route(one: Route) -> Dict[str, Any]:
+    """Return what openapi.json says of a route."""
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                  for name in re.findall(r"{(\w+)}", one.path)]
+    parameters += [{"name": name, "in": "query", "required": False, "schema": schema,
+                    "description": str(schema.get("description", ""))} for name, schema in one.query.items()]
+    if one.kind == _EVENTS:
+        parameters.append({"name": "Last-Event-ID", "in": "header", "required": False,
+                           "schema": {"type": "string"}})
+    error = {"content": {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    answers = {**one.answers, 400: "the request is not in order"}
+    if not one.is_open:
+        answers[401] = "the token is missing or wrong"
+    told: Dict[str, Any] = {"summary": one.does, "operationId": f"{one.method.lower()}_{one.answer.__name__}",
+                            "parameters": parameters, "responses": {
+                                str(status): {"description": text, **(error if status >= 400 else {
+                                    "content": {one.kind.split(";")[0]: {}}})}
+                                for status, text in sorted(answers.items())}}
+    if one.body is not None:
+        told["requestBody"] = {"required": "required" in one.body, "content": {_JSON: {"schema": one.body}}}
+    if one.is_open:
+        told["security"] = []
+    return told
+
+
+@route("GET", "/api/v1/openapi.json", "this description of the API")
+def openapi(web: Web, asked: Asked) -> Response:
+    """Answer with what can be asked, made from ROUTES."""
+    paths: Dict[str, Dict[str, Any]] = {}
+    for one in ROUTES:
+        paths.setdefault(one.path, {})[one.method.lower()] = _describe_route(one)
+    error = {"type": "object", "required": ["error", "problems"], "properties": {
+        "error": {"type": "string"}, "problems": {"type": "array", "items": {"type": "string"}}}}
+    return respond_json({
+        "openapi": "3.1.0", "info": {"title": "MiniFlow", "version": __version__}, "paths": paths,
+        "security": [{"token": []}],
+        "components": {"schemas": {"Error": error},
+                       "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}})
+
+
+# -- from a request to its answer --
+
+def _check_length(headers: Mapping[str, List[str]]) -> Optional[int]:
+    """Return how long the body is, None if that is not said; raise Refused for what can't be."""
+    if "transfer-encoding" in headers:
+        raise Refused(411, "Transfer-Encoding is not taken; send the body whole, with its Content-Length")
+    lengths = headers.get("content-length", [])
+    if len(lengths) > 1 or lengths and not re.fullmatch("[0-9]{1,20}", lengths[0]):
+        raise Refused(400, f"Content-Length: expected one number, got {shown(', '.join(lengths))}")
+    length = int(lengths[0]) if lengths else None
+    if length is not None and length > MAX_BODY:
+        raise Refused(413, f"Content-Length: {length} is more than the {MAX_BODY} bytes that are read")
+    return length
+
+
+def _check_sender(web: Web, headers: Mapping[str, List[str]]) -> None:
+    """Raise Refused for a request that a page of somebody else's may have sent."""
+    hosts = headers.get("host", [])
+    if len(hosts) != 1 or not web.is_own(hosts[0]):
+        raise Refused(421 if len(hosts) < 2 else 400,
+                      f"Host {shown(', '.join(hosts))} is not this server; use the address that it printed")
+    for origin in headers.get("origin", []):
+        scheme, _, host = origin.partition("://")
+        if scheme != "http" or not web.is_own(host):
+            raise Refused(403, f"Origin {shown(origin)} is not this server's page")
+    for site in headers.get("sec-fetch-site", []):
+        if site not in ("same-origin", "none"):
+            raise Refused(403, f"Sec-Fetch-Site is {shown(site)}: only this server's own page may ask; "
+                               "type its address, or open it from the terminal")
+
+
+def _check_token(web: Web, headers: Mapping[str, List[str]]) -> None:
+    """Raise Refused unless the request has the token."""
+    import hmac
+    given = headers.get("authorization", [])
+    scheme, _, token = (given[0] if len(given) == 1 else "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(
+            token.strip().encode("utf-8", "surrogateescape"), web.token.encode()):
+        raise Refused(401, "the token is missing or wrong; send Authorization: Bearer TOKEN, with the token "
+                           "that serve printed or MINIFLOW_TOKEN holds", WWW_Authenticate="Bearer")
+
+
+def _decoded_path(target: str) -> Tuple[List[str], str]:
+    """Return the segments of a path, each decoded once, and the query."""
+    from urllib.parse import unquote_to_bytes
+    path, _, query = target.partition("?")
+    if not path.startswith("/") or not target.isascii() or not target.isprintable():
+        raise Refused(400, f"{shown(target)}: expected a path, as in /api/v1/runs")
+    try:
+        return [unquote_to_bytes(part).decode() for part in path[1:].split("/")], query
+    except UnicodeDecodeError:
+        raise Refused(400, f"{shown(path)}: what is behind % is no UTF-8") from None
+
+
+def find_route(method: str, parts: Sequence[str]) -> Tuple[Route, Dict[str, str]]:
+    """Return the route that a request means, with what its path names; raise Refused."""
+    allowed = []
+    for one in ROUTES:
+        wanted = one.path[1:].split("/")
+        if len(wanted) == len(parts) and all(want.startswith("{") or want == part
+                                             for want, part in zip(wanted, parts)):
+            allowed.append(one.method)
+            if method == one.method or method == "HEAD" and one.method == "GET":
+                return one, {want[1:-1]: part for want, part in zip(wanted, parts) if want.startswith("{")}
+    if allowed:
+        raise Refused(405, f"{method} can't be done here; there is {', '.join(sorted(allowed))}",
+                      Allow=", ".join(sorted({*allowed, *(["HEAD"] if "GET" in allowed else [])})))
+    raise Refused(404, f"there is no /{safe('/'.join(parts))}; see /api/v1/openapi.json")
+
+
+def _read_query(one: Route, query: str) -> Dict[str, Any]:
+    """Return the values behind the ? of a request, as the route declares them."""
+    from urllib.parse import parse_qsl
+    problems: List[str] = []
+    values: Dict[str, Any] = {}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=20)
+    except ValueError as exc:
+        raise Refused(400, f"the query can't be read: {exc}") from None
+    for name, text in pairs:
+        found: List[Problem] = []
+        number = one.query.get(name, {}).get("type") == "integer" and re.fullmatch("-?[0-9]{1,18}", text)
+        values[name] = int(text) if number else text
+        if name not in one.query:
+            problems.append(f"{name}: is not known here{near(name, one.query)}")
+        else:
+            check_schema(one.query[name], values[name], (name,), found)
+        problems += [f"{format_path(problem.path)}: {problem.what}" for problem in found]
+    if problems:
+        raise Refused(400, "the query: " + problems[0], problems)
+    return values
+
+
+def _read_body(one: Route, request: Request, headers: Mapping[str, List[str]], length: Optional[int]) -> Any:
+    """Return the JSON body of a request, checked by the schema of its route."""
+    if one.body is None:
+        return None
+    kinds = headers.get("content-type", [])
+    if kinds and kinds[0].partition(";")[0].strip().lower() != _JSON or not kinds and length:
+        raise Refused(415, f"Content-Type: expected {_JSON}, got {shown(', '.join(kinds))}")
+    if length is None and "required" in one.body:
+        raise Refused(411, "Content-Length is missing, and so is the body: a JSON object")
+    try:
+        content = request.read(length or 0)
+    except OSError:
+        raise Refused(408, f"the {length} bytes of the body did not come in time") from None
+    if len(content) < (length or 0):
+        raise Refused(400, f"the body ended after {len(content)} of {length} bytes")
+    if not content and "required" not in one.body:
+        return {}
+    problems: List[Problem] = []
+    try:
+        value = parse_json(content, "body", MAX_BODY).value
+    except FlowError as exc:
+        raise Refused(400, f"the body is no sound JSON: {exc.problems[0]}", exc.problems) from None
+    check_schema(one.body, value, ("body",), problems)
+    if problems:
+        lines = [f"{format_path(problem.path)}: {problem.what}" for problem in problems]
+        raise Refused(400, lines[0], lines)
+    return value
+
+
+def _find_answer(web: Web, request: Request, count: Callable[[str], None]) -> Response:
+    """Return the answer to a request; raise what is wrong with it."""
+    headers: Dict[str, List[str]] = {}
+    for name, value in request.headers:
+        headers.setdefault(name.lower(), []).append(value)
+    if len(request.target) > MAX_TARGET:
+        raise Refused(414, f"an address of {len(request.target)} bytes, more than {MAX_TARGET}")
+    length = _check_length(headers)
+    _check_sender(web, headers)
+    parts, query = _decoded_path(request.target)
+    if parts[0] in ("api", "metrics"):
+        _check_token(web, headers)
+    one, path = find_route(request.method, parts)
+    count(one.path)
+    body = _read_body(one, request, headers, length)
+    return one.answer(web, Asked(path, _read_query(one, query), body,
+                                 {name: values[0] for name, values in headers.items()}))
+
+
+#: The status for each kind of error that may be raised where an answer is made.
+_STATUSES: Tuple[Tuple[Type[MiniFlowError], int], ...] = (
+    (NotFound, 404), (RunLocked, 409), (RunExists, 409), (FlowError, 422), (UsageError, 400),
+    (StateError, 500))
+
+
+def respond_error(exc: Exception) -> Response:
+    """Return the answer that says what is wrong; of a bug only that it is one: stderr tells more."""
+    if isinstance(exc, Refused):
+        told = {"error": str(exc), "problems": exc.problems}
+        return respond_json(told, exc.status, **exc.headers)
+    if isinstance(exc, MiniFlowError):
+        status = next((status for kind, status in _STATUSES if isinstance(exc, kind)), 500)
+        problems = list(exc.problems) if isinstance(exc, FlowError) else []
+        return respond_json({"error": problems[0] if problems else str(exc), "problems": problems}, status)
+    if isinstance(exc, OSError) and exc.errno in PRESSURE_ERRORS | DISK_ERRORS:
+        return respond_json({"error": f"the system has no means left: {exc.strerror}", "problems": []}, 503)
+    import traceback
+    say("".join(traceback.format_exception(type(exc), exc, exc.__traceback__)))
+    return respond_json({"error": "this is a bug in MiniFlow; what serve wrote to stderr tells more",
+                         "problems": []}, 500)
+
+
+def respond(web: Web, request: Request) -> Response:
+    """Return the answer to a request, whatever that is."""
+    found = ["(none)"]
+    try:
+        response = _find_answer(web, request, lambda path: found.__setitem__(0, path))
+    except Exception as exc:
+        response = respond_error(exc)
+    method = request.method if request.method in ("GET", "HEAD", "POST") else "(other)"
+    web.count(method, found[0], response.status)
+    return response._replace(headers={**_SAFE_HEADERS, **response.headers})
+
+
+# ============================================================================
+# == 26.8. SERVER: how do requests come in, and how do answers go out?
+# ============================================================================
+# A thin rim of http.server around respond().  One request a connection, HTTP/1.0, a thread each: at most
+# MAX_CONNECTIONS of them, and MAX_STREAMS that tell of events.  Whoever is slow costs nobody else a thing:
+#
+#   reading   head and body of a request have to be there within READ_S, all together: a timeout of each read
+#             would let somebody who sends a byte a second stay for hours
+#   writing   each piece of an answer has to be taken within WRITE_S, however it is taken
+#   full      a connection more waits a moment for room, then takes the place of the one that has been silent
+#             for the longest; where all are at work it is told to come back (503)
+
+READ_S = WRITE_S = 10.0
+MAX_CONNECTIONS = 32
+MAX_HEAD = 2**17                               # bytes of a request's first line and headers
+_SILENT_S, _BUSY_S, _ROOM_S = 1.0, 10.0, 1.0   # after how long one may be turned out; how long one waits
+_LAST_S = 2.0                                  # how long the last answers may take when the server ends
+_FULL = (b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 2\r\n"
+         b'Connection: close\r\n\r\n{"error": "too many connections at once; come back", "problems": []}\n')
+
+
+class _HeadTooLarge(Exception):
+    """The head of a request is more than MAX_HEAD bytes."""
+
+
+class Doors:
+    """The open connections, and who has to go where there are too many."""
+
+    def __init__(self) -> None:
+        import threading
+        self._room = threading.Condition()
+        self._open: Dict[Any, Tuple[bool, float]] = {}       # socket to: has it sent its request, since when
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def enter(self, sock: Any) -> bool:
+        """Let a connection in, if need be in place of another; tell whether it may stay."""
+        with self._room:
+            end = time.monotonic() + _ROOM_S
+            while len(self._open) >= MAX_CONNECTIONS:
+                victim = self._victim()
+                if victim is not None:
+                    turn_away(victim)
+                    del self._open[victim]
+                elif time.monotonic() >= end:
+                    return False
+                else:
+                    self._room.wait(0.05)
+            self._open[sock] = False, time.monotonic()
+            return True
+
+    def _victim(self) -> Any:
+        """Return the connection that is to go first, if one has had its time."""
+        at = time.monotonic()
+        late = [(asked, since, id(sock), sock) for sock, (asked, since) in self._open.items()
+                if at > since + (_BUSY_S if asked else _SILENT_S)]
+        return min(late)[3] if late else None
+
+    def asked(self, sock: Any) -> None:
+        """Note that a connection has sent its request."""
+        with self._room:
+            if sock in self._open:
+                self._open[sock] = True, time.monotonic()
+
+    def leave(self, sock: Any) -> None:
+        """Note that a connection is over, or needs no place here any more."""
+        with self._room:
+            self._open.pop(sock, None)
+            self._room.notify()
+
+    def wait_until_empty(self, seconds: float) -> None:
+        """Wait for the answers that are on their way, at most so long."""
+        with self._room:
+            self._room.wait_for(lambda: not self._open, seconds)
+
+
+def turn_away(sock: Any) -> None:
+    """Tell a client that there is no room, without waiting for it, and end the connection."""
+    import socket
+    try:
+        sock.setblocking(False)
+        sock.send(_FULL)
+    except OSError:
+        pass
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass                                   # it has gone by itself
+
+
+def limited_reader(sock: Any, seconds: float) -> Tuple[Any, Callable[[int], None]]:
+    """Return a file to read a request from, all of which has to come within `seconds`.
+
+    Raises TimeoutError, and _HeadTooLarge beyond MAX_HEAD bytes; `allow` so many more for the body.
+    """
+    import io
+    end = time.monotonic() + seconds
+
+    class Limited(io.RawIOBase):
+        left = MAX_HEAD + 1
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            if self.left <= 0:
+                raise _HeadTooLarge
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            size = int(sock.recv_into(buffer))
+            self.left -= size
+            return size
+
+        def allow(self, more: int) -> None:
+            self.left += more
+
+    limited = Limited()
+    return io.BufferedReader(limited, 8192), limited.allow
+
+
+def _drain(sock: Any) -> None:
+    """Read on for a moment what nobody wants: to close with it unread would take the answer back (RST)."""
+    import socket
+    end = time.monotonic() + 1
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        for _ in range(64):
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            if not sock.recv(LOG_PIECE):
+                return
+    except OSError:
+        pass
+
+
+def make_handler(web: Web, doors: Doors) -> Any:
+    """Return the class that reads a request from a connection and writes its answer."""
+    from http.server import BaseHTTPRequestHandler
+
+    class Handler(BaseHTTPRequestHandler):
+        def setup(self) -> None:
+            super().setup()
+            self.rfile, self.allow = limited_reader(self.connection, READ_S)
+
+        def handle(self) -> None:
+            try:
+                self.handle_one_request()
+            except _HeadTooLarge:
+                self.send_error(431)
+            except OSError:
+                pass                           # the client has gone
+            else:
+                _drain(self.connection)
+
+        def answer(self) -> None:
+            self.allow(MAX_BODY)
+            self.write(respond(web, Request(self.command, self.path, self.headers.items(), self.rfile.read)))
+
+        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
+
+        def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+            self.command = self.command or ""
+            text = message or self.responses[code][0]
+            response = respond_error(Refused(int(code), f"the request can't be read: {text}"))
+            web.count("(other)", "(none)", int(code))
+            self.write(response._replace(headers={**_SAFE_HEADERS, **response.headers}))
+
+        def write(self, response: Response) -> None:
+            doors.asked(self.connection)
+            if response.kind == _EVENTS:       # these have a limit of their own
+                doors.leave(self.connection)
+            self.connection.settimeout(WRITE_S)
+            body = response.body
+            headers = {"Content-Type": response.kind, "Connection": "close", **response.headers}
+            if isinstance(body, bytes):
+                headers["Content-Length"] = str(len(body))
+            self.send_response_only(response.status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            pieces = [body] if isinstance(body, bytes) else body
+            try:
+                for piece in pieces if self.command != "HEAD" else ():
+                    self.wfile.write(piece)
+            finally:
+                getattr(pieces, "close", lambda: None)()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass                               # /metrics counts what was asked
+
+    return Handler
+
+
+def make_server(web: Web, address: Tuple[Any, ...], family: int) -> Any:
+    """Return a server that listens at `address`; raise OSError."""
+    import socketserver
+    import threading
+    doors = Doors()
+    web.connections = doors.__len__
+
+    class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        address_family, request_queue_size = family, 128
+        allow_reuse_address, daemon_threads = os.name != "nt", True
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if doors.enter(request):
+                super().process_request(request, client_address)
+            else:
+                turn_away(request)
+                request.close()
+
+        def shutdown_request(self, request: Any) -> None:
+            doors.leave(request)
+            super().shutdown_request(request)
+
+        def service_actions(self) -> None:
+            web.reap()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            say(f"a request could not be answered: {sys.exc_info()[1]!r}")
+
+        def end(self) -> None:
+            self.shutdown()
+            self.socket.close()
+            doors.wait_until_empty(_LAST_S)
+
+    server = Server(address, make_handler(web, doors))
+    server.thread = threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True)  # type: ignore[attr-defined]
+    return server
+
+
+def own_hosts(host: str, address: str, port: int) -> Callable[[str], bool]:
+    """Return what tells whether a Host is this server: another name for it would be somebody else's.
+
+    A page of evil.example can have its name point here, but has to send it; what can't be pointed anywhere is
+    the number of an address, so where we listen on all of them any number will do.
+    """
+    import ipaddress
+    import socket
+    names = {"localhost", "127.0.0.1", "[::1]"}
+    listens = ipaddress.ip_address(address)
+    if not listens.is_loopback:
+        names |= {host.lower(), socket.gethostname().lower(),
+                  f"[{address}]" if listens.version == 6 else address}
+
+    def is_own(given: str) -> bool:
+        name, colon, number = given.lower().rpartition(":") if not given.endswith("]") else (given, "", "")
+        name, number = (name, number) if colon else (given.lower(), "80")
+        if number != str(port):
+            return False
+        if name in names or not listens.is_unspecified:
+            return name in names
+        try:
+            return bool(ipaddress.ip_address(name.strip("[]")))
+        except ValueError:
+            return False
+    return is_own
+
+
+def find_address(host: str, port: int) -> Tuple[int, Tuple[Any, ...], bool]:
+    """Return family and address that a --host means, and whether that is loopback; raise UsageError."""
+    import ipaddress
+    import socket
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as exc:
+        raise UsageError(f"--host {shown(host)}: {exc}; give an address of this machine") from None
+    family, _, _, _, address = found[0]
+    return family, address, ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+
+
+def find_token(is_loopback: bool, host: str) -> Tuple[str, bool]:
+    """Return the token, and whether it was made here and now; raise UsageError."""
+    token = os.environ.get("MINIFLOW_TOKEN", "")
+    if token and (not token.isascii() or not token.isprintable() or " " in token):
+        raise UsageError("MINIFLOW_TOKEN: a token is of printable ASCII characters without spaces; "
+                         "make one: python3 -c 'import secrets; print(secrets.token_urlsafe())'")
+    if not token and not is_loopback:
+        raise UsageError(f"--host {shown(host)}: whoever reaches this address could run what they like; set "
+                         "MINIFLOW_TOKEN, which they then have to know, or leave --host out")
+    if token:
+        return token, False
+    import secrets
+    return secrets.token_urlsafe(32), True
+
+
+#: What runs beside the server, each in a thread, until the event is set.
+if TYPE_CHECKING:
+    Background = Callable[[MiniFlow, Any], None]
+
+
+def serve(mini: MiniFlow, host: str, port: int, background: Sequence[Background],
+          ready: Callable[[str], None]) -> None:
+    """Answer requests until SIGTERM; `ready` is told the page's address once it listens.
+
+    SIGINT raises KeyboardInterrupt.  Runs are processes of their own, and go on.
+    """
+    import threading
+    family, address, is_loopback = find_address(host, port)
+    token, is_new = find_token(is_loopback, host)
+    web = Web(mini, token, lambda given: False)
+    try:
+        server = make_server(web, address, family)
+    except OSError as exc:
+        raise UsageError(f"--host {shown(host)} --port {port}: can't listen there: {exc.strerror}; "
+                         "give another port, or 0 for any that is free") from None
+    number, place = server.server_address[1], str(server.server_address[0])
+    web.is_own = own_hosts(host, place, number)
+    threads = [threading.Thread(target=work, args=(mini, web.stopped), daemon=True) for work in background]
+    shown_host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(place, f"[{place}]" if ":" in place else place)
+    signal.signal(signal.SIGTERM, lambda number, frame: web.stopped.set())
+    try:
+        for thread in [server.thread, *threads]:
+            thread.start()
+        ready(f"http://{shown_host}:{number}/" + (f"#token={token}" if is_new else ""))
+        web.stopped.wait()
+    finally:
+        web.stopped.set()
+        server.end()
 
 
 # ============================================================================
@@ -10289,17 +11785,8 @@ def run_list(options: Any) -> int:
     newest: Dict[str, Dict[str, Any]] = {}
     for head in mini.store.history():
         newest.setdefault(str(head["flow"]), head)
-    rows: List[Dict[str, Any]] = []
-    for name, path in flow_files(mini.flows_dir).items():
-        row: Dict[str, Any] = {"name": name, "path": path, "last_run": newest.get(name), "error": None}
-        try:
-            flow = load_flow(path, name, mini.tasks_dir).flow
-            row.update(flow_name=flow.name, tasks=len(flow.tasks), description=flow.description,
-                       version=flow.version, tags=flow.tags, params=flow_to_json(flow).get("params"))
-        except FlowError as exc:
-            row.update(flow_name=None, tasks=None, description="", version="", tags=[], params=None,
-                       error=exc.problems)
-        rows.append(row)
+    rows = [{**flow_row(name, path, lambda path, name: load_flow(path, name, mini.tasks_dir).flow),
+             "last_run": newest.get(name)} for name, path in flow_files(mini.flows_dir).items()]
     if options.json:
         print_json(rows)
     elif rows:
@@ -10570,26 +12057,6 @@ def run_resume(options: Any) -> int:
     return _finish(run_to_end(opened, mini.store, source, order, _watcher(options, mini.store)), options)
 
 
-def _signal_engine(store: Store, run_id: str, name: str) -> bool:
-    """Send a signal to the engine of a run; tell whether there was one, raise UsageError if not ours."""
-    owner = store.owner(run_id)
-    if owner is None:
-        return False
-    if not is_visible(owner):
-        raise UsageError(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
-                         f"{owner.get('host', '?')}, which can't be seen from here; cancel it there")
-    if not is_process(owner.get("pid"), owner.get("ticks")):
-        return store.owner(run_id) is not None
-    try:
-        os.kill(int(owner["pid"]), getattr(signal, name))
-    except (ProcessLookupError, KeyError):
-        return store.owner(run_id) is not None
-    except PermissionError:
-        raise UsageError(f"run {run_id} is being run by process {owner['pid']}, which is another user's; "
-                         "ask that one") from None
-    return True
-
-
 @command("cancel", "stop a running run from another terminal", "miniflow cancel last", _add_run_id)
 def run_cancel(options: Any) -> int:
     """Cancel a run and wait for its end: as Ctrl-C does, as a second one, at last by killing its engine."""
@@ -10601,7 +12068,7 @@ def run_cancel(options: Any) -> int:
     if any(task.handler == "finally" for task in tasks):
         grace = _FOREVER_S                     # it runs to its end
     for name, patience in (("SIGTERM", grace + CANCEL_S), ("SIGTERM", CANCEL_S), ("SIGKILL", CANCEL_S)):
-        if not _signal_engine(store, run_id, name):
+        if not signal_engine(store, run_id, name):
             break
         end = time.monotonic() + patience
         while store.owner(run_id) is not None and time.monotonic() < end:
@@ -10828,6 +12295,43 @@ def run_clean(options: Any) -> int:
             continue
         print_result(f"{kind} {name}")
     return code
+
+
+def _port(text: str) -> int:
+    """For argparse: the number of a port, 0 for any that is free."""
+    number = int(text)
+    if not 0 <= number < 65536:
+        raise ValueError(text)
+    return number
+
+
+_port.__name__ = "port number"
+#: What `serve` runs beside the web page, each in a thread of its own, until its event is set.
+SERVE_BACKGROUND: List[Background] = []         # MERGE: the loop of the schedule goes here
+
+
+def _add_serve(parser: Any) -> None:
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
+                        help="where to listen (default: 127.0.0.1); another than this machine's own needs "
+                             "MINIFLOW_TOKEN")
+    parser.add_argument("--port", type=_port, default=8080, metavar="N",
+                        help="the port (default: 8080); 0: any that is free")
+    parser.add_argument("--no-schedule", action="store_true", help="start no run by its schedule")
+
+
+@command("serve", "the web page and the REST API", "miniflow serve --port 8080", _add_serve)
+def run_serve(options: Any) -> int:
+    """Serve until SIGTERM."""
+    mini = _miniflow(options)
+    flow_files(mini.flows_dir)                  # is there such a directory?
+    mini.store.prepare("runs")
+    serve(mini, options.host, options.port, [] if options.no_schedule else SERVE_BACKGROUND, _print_address)
+    return 0
+
+
+def _print_address(address: str) -> None:
+    """Print the page's address, with the token, which is for whoever reads it."""
+    _write_out((address + "\n").encode())
 
 
 @command("schema", "print the JSON Schema of the flow file, for editors",
