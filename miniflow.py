@@ -10336,11 +10336,1345 @@ class Follower:
 # and no outside address.  What comes from the API is shown as text alone (textContent), never as HTML.
 
 PAGE = r"""
-<!DOCTYPE html><title>x</title>
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"></svg>
-<style>a{}</style>
-<script>1</script>
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>MiniFlow</title>
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="32" height="32">
+<rect width="32" height="32" rx="8" fill="#4457d6"/>
+<path d="M9 10h4c5 0 3 12 10 12M9 10h14" fill="none" stroke="#fff" stroke-width="2.4"
+ stroke-linecap="round"/>
+<circle cx="9" cy="10" r="3.2" fill="#fff"/><circle cx="23" cy="10" r="3.2" fill="#7ee2b8"/>
+<circle cx="23" cy="22" r="3.2" fill="#fff"/></svg>
+<style>
+/* ---- colours: light, dark by the system's wish, and either by the reader's ---- */
+:root { --bg: #f5f6f9; --surface: #ffffff; --raised: #ffffff; --ink: #1b2333; --soft: #5d687c;
+  --faint: #8b95a7;
+  --line: #e3e7ee; --hover: #f0f2f7; --accent: #4457d6; --on-accent: #ffffff; --code: #f3f5f9;
+  --success: #1f9d6b; --cached: #0d9ba8; --running: #2f7bea; --retrying: #d98a08; --failed: #d63a3a;
+  --upstream_failed: #c06a7c; --cancelled: #8a6d4f; --skipped: #8e99ab; --pending: #b4bdcb;
+    --interrupted: #8b5cd6;
+  --shadow: 0 1px 2px rgba(20, 30, 60, .06), 0 4px 16px rgba(20, 30, 60, .05);
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+    --tall: max(420px, calc(100vh - 322px)); color-scheme: light; }
+:root[data-theme="dark"] { --bg: #0f131b; --surface: #171d28; --raised: #1c2330; --ink: #e6eaf2;
+  --soft: #a0abbe;
+  --faint: #75819a; --line: #283142; --hover: #1f2735; --accent: #8594ff; --on-accent: #0f131b;
+    --code: #111722;
+  --success: #3ecf95; --cached: #35bdca; --running: #5c9dff; --retrying: #f0ad3d; --failed: #ff6b6b;
+  --upstream_failed: #dd8d9d; --cancelled: #b99a78; --skipped: #7f8ba0; --pending: #4b566b;
+    --interrupted: #b08cf5;
+  --shadow: 0 1px 2px rgba(0, 0, 0, .4), 0 6px 20px rgba(0, 0, 0, .25); color-scheme: dark; }
+.s-pending { --c: var(--pending); } .s-running { --c: var(--running); } .s-retrying {
+  --c: var(--retrying); }
+.s-success { --c: var(--success); } .s-cached { --c: var(--cached); } .s-skipped { --c: var(--skipped); }
+.s-failed { --c: var(--failed); } .s-upstream_failed { --c: var(--upstream_failed); }
+.s-cancelled { --c: var(--cancelled); } .s-interrupted { --c: var(--interrupted); } .s-damaged {
+  --c: var(--failed); }
 
+/* ---- the whole ---- */
+* { box-sizing: border-box; }
+html, body { margin: 0; min-height: 100%; }
+body { background: var(--bg); color: var(--ink); font: 14px/1.5 system-ui, -apple-system, "Segoe UI",
+  Roboto,
+  "Helvetica Neue", "DejaVu Sans", sans-serif; overflow-x: hidden; }
+[hidden] { display: none !important; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+h1, h2, h3 { line-height: 1.25; margin: 0; font-weight: 650; letter-spacing: -.01em; }
+h1 { font-size: 21px; } h1.mono { font-size: 17px; letter-spacing: 0; } h2.mono { font-size: 14px; } h2 {
+  font-size: 15px; } h3 { font-size: 13px; }
+h1, h2, p, td, dd, .name { overflow-wrap: anywhere; }
+code, pre, .mono { font-family: var(--mono); font-size: 12px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 6px; }
+.skip { position: absolute; left: -999px; } .skip:focus { left: 8px; top: 8px; z-index: 9;
+  background: var(--surface); padding: 8px; }
+.bar { position: sticky; top: 0; z-index: 3; display: flex; align-items: center; gap: 4px;
+  padding: 0 20px; height: 52px;
+  background: var(--surface); border-bottom: 1px solid var(--line); }
+.bar .brand { display: flex; align-items: center; gap: 9px; font-weight: 680; font-size: 15px;
+  color: var(--ink); margin-right: 14px; }
+.bar .brand img { width: 24px; height: 24px; display: block; }
+.bar nav { display: flex; gap: 2px; flex: 1; }
+.bar nav a { color: var(--soft); padding: 6px 11px; border-radius: 7px; font-weight: 550; }
+.bar nav a:hover { background: var(--hover); text-decoration: none; }
+.bar nav a[aria-current] { color: var(--ink); background: var(--hover); }
+.live { display: flex; align-items: center; gap: 6px; color: var(--faint); font-size: 12px;
+  margin-right: 6px; }
+.live::before { content: ""; width: 7px; height: 7px; border-radius: 50%; background: var(--pending); }
+.live.on::before { background: var(--success); }
+main { max-width: 1320px; margin: 0 auto; padding: 22px 20px 28px; outline: none; }
+.row { display: flex; align-items: center; gap: 10px; flex-wrap: wrap; }
+.row > .grow { flex: 1; min-width: 0; }
+.soft { color: var(--soft); } .faint { color: var(--faint); } .small { font-size: 12px; } .num {
+  font-variant-numeric: tabular-nums; }
+.card { background: var(--surface); border: 1px solid var(--line); border-radius: 12px;
+  box-shadow: var(--shadow); }
+.pad { padding: 16px 18px; }
+.gap { margin-top: 18px; }
+
+/* ---- buttons, fields ---- */
+button, .button { font: inherit; font-weight: 560; color: var(--ink); background: var(--surface);
+  border: 1px solid var(--line);
+  border-radius: 8px; padding: 5px 12px; min-height: 32px; cursor: pointer; display: inline-flex;
+    align-items: center; gap: 6px; }
+button:hover { background: var(--hover); }
+button:disabled { opacity: .5; cursor: default; }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.primary:hover { filter: brightness(1.07); }
+button.go { color: var(--accent); border-color: color-mix(in srgb, var(--accent) 35%, var(--line)); }
+button.go:hover { background: var(--accent); color: var(--on-accent); }
+button.danger { color: var(--failed); border-color: color-mix(in srgb, var(--failed) 40%, var(--line)); }
+button.plain { border-color: transparent; background: none; padding: 5px 8px; color: var(--soft); }
+button.plain:hover { background: var(--hover); }
+input, select, textarea { font: inherit; color: var(--ink); background: var(--surface);
+  border: 1px solid var(--line);
+  border-radius: 8px; padding: 5px 10px; min-height: 32px; max-width: 100%; }
+input[type="checkbox"] { min-height: 0; width: 16px; height: 16px; accent-color: var(--accent); }
+textarea { width: 100%; font-family: var(--mono); font-size: 12px; resize: vertical; }
+input::placeholder { color: var(--faint); }
+[aria-invalid="true"] { border-color: var(--failed); }
+
+/* ---- states ---- */
+.chip { display: inline-flex; align-items: center; gap: 5px; border-radius: 99px;
+  padding: 1px 9px 1px 7px; font-size: 12px; font-weight: 600;
+  white-space: nowrap; color: color-mix(in srgb, var(--c) 78%, var(--ink)); background: color-mix(in srgb,
+    var(--c) 14%, var(--surface)); }
+.chip::before { content: ""; width: 7px; height: 7px; border-radius: 50%; background: var(--c); }
+.chip.s-running::before { animation: pulse 1.4s ease-in-out infinite; }
+.tag { font-size: 11px; color: var(--soft); background: var(--hover); border-radius: 5px;
+  padding: 1px 6px; }
+.meter { display: flex; height: 7px; border-radius: 99px; overflow: hidden; background: var(--hover);
+  gap: 1px; min-width: 40px; }
+.meter i { background: var(--c); min-width: 2px; transition: flex-grow .3s; }
+@keyframes pulse { 50% { opacity: .35; } }
+
+/* ---- flows ---- */
+.flows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr));
+  gap: 14px; }
+.flow { display: flex; flex-direction: column; gap: 10px; padding: 16px 18px; }
+.flow .name { font-size: 15px; font-weight: 650; color: var(--ink); }
+.flow .about { color: var(--soft); margin: 0; display: -webkit-box; -webkit-line-clamp: 2;
+  -webkit-box-orient: vertical; overflow: hidden; }
+.flow .foot { margin-top: auto; padding-top: 4px; }
+.spark { display: flex; align-items: flex-end; gap: 3px; height: 30px; flex: 1; min-width: 0; }
+.spark a { flex: 0 0 9px; border-radius: 3px; background: var(--c); min-height: 5px; opacity: .85; }
+.spark a:hover { opacity: 1; }
+.spark .none { flex: 0 0 9px; height: 5px; border-radius: 3px; background: var(--hover); }
+.trouble { background: color-mix(in srgb, var(--failed) 8%, var(--surface)); border-radius: 8px;
+  padding: 8px 11px; margin: 0;
+  font: 12px/1.5 var(--mono); color: color-mix(in srgb, var(--failed) 80%, var(--ink));
+    white-space: pre-wrap; overflow-wrap: anywhere; }
+
+/* ---- tables ---- */
+.table { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-size: 12px; font-weight: 550; color: var(--faint); padding: 9px 14px;
+  border-bottom: 1px solid var(--line); white-space: nowrap; }
+td { padding: 8px 14px; border-bottom: 1px solid var(--line); vertical-align: middle; }
+tr:last-child td { border-bottom: 0; }
+tbody tr:hover { background: var(--hover); }
+td .meter { width: 110px; }
+.empty { text-align: center; color: var(--soft); padding: 42px 18px; }
+
+/* ---- a run ---- */
+.facts { display: flex; flex-wrap: wrap; gap: 4px 22px; color: var(--soft); font-size: 13px;
+  margin-top: 8px; }
+.facts b { color: var(--ink); font-weight: 560; }
+.progress { margin-top: 14px; } .progress .meter { height: 9px; }
+.legend { display: flex; flex-wrap: wrap; gap: 5px 14px; margin-top: 8px; font-size: 12px;
+  color: var(--soft); }
+.legend span::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 3px;
+  background: var(--c); margin-right: 5px; }
+.tabs { display: flex; gap: 2px; padding: 8px 10px 0; border-bottom: 1px solid var(--line);
+  align-items: flex-end; flex-wrap: wrap; }
+.tabs [role="tab"] { border: 0; background: none; border-radius: 8px 8px 0 0; color: var(--soft);
+  padding: 7px 13px 9px; border-bottom: 2px solid transparent; }
+.tabs [role="tab"][aria-selected="true"] { color: var(--ink); border-bottom-color: var(--accent); }
+.tabs .title { padding: 8px 8px 14px; }
+.tabs .room { flex: 1; min-width: 0; }
+.tabs .tools { display: flex; gap: 6px; align-items: center; justify-content: flex-end;
+  padding-bottom: 7px; min-width: 0; }
+.tabs .tools input { width: 190px; min-width: 0; }
+.split { display: flex; align-items: stretch; }
+.split > .left { flex: 1; min-width: 0; }
+
+/* ---- graph ---- */
+.graph { display: block; width: 100%; height: var(--tall); touch-action: none; cursor: grab;
+  user-select: none;
+  background-image: radial-gradient(var(--line) 1px, transparent 1px); background-size: 22px 22px;
+    border-radius: 0 0 12px 12px; }
+.graph.drag { cursor: grabbing; }
+.edge { fill: none; stroke: var(--faint); stroke-width: 1.3; opacity: .42; }
+.edge.on { stroke: var(--accent); stroke-width: 2.2; opacity: 1; }
+.edge.critical { stroke-width: 2.2; opacity: .75; }
+.node { cursor: pointer; outline: none; }
+.node rect { fill: color-mix(in srgb, var(--c) 11%, var(--surface)); stroke: color-mix(in srgb,
+  var(--c) 60%, var(--line)); stroke-width: 1.3; }
+.node .dot { fill: var(--c); stroke: none; }
+.node text { fill: var(--ink); font-size: 12.5px; font-weight: 540; }
+.node .mark { fill: var(--surface); font-size: 10px; font-weight: 800; text-anchor: middle; }
+.node .count { fill: var(--soft); font-size: 11px; text-anchor: end; }
+.node.s-running rect { stroke: var(--c); stroke-width: 2; } .node.s-running .dot {
+  animation: pulse 1.4s ease-in-out infinite; }
+.node.s-pending text { fill: var(--soft); }
+.node:hover rect { stroke: var(--c); stroke-width: 2; }
+.node:focus-visible rect, .node.on rect { stroke: var(--accent); stroke-width: 2.6; }
+.far .node text, .far .node .dot { display: none; } .far .node rect { fill: var(--c); stroke: none; }
+.far .edge { stroke-width: 2.4; opacity: .22; }
+.dim .node:not(.hit):not(.on) { opacity: .18; } .dim .edge:not(.on) { opacity: .08; }
+
+/* ---- Gantt chart ---- */
+.gantt { max-height: var(--tall); overflow: auto; overflow-x: hidden; border-radius: 0 0 12px 12px; }
+.gantt svg { display: block; width: 100%; }
+.gantt .axis { position: sticky; top: 0; background: var(--surface); border-bottom: 1px solid var(--line);
+  z-index: 1; }
+.gantt text { fill: var(--soft); font-size: 11px; } .gantt .label { fill: var(--ink); font-size: 12px; }
+.gantt .grid { stroke: var(--line); } .gantt .now { stroke: var(--accent); stroke-dasharray: 3 3; }
+.gantt .span { fill: var(--c); } .gantt .span.retry { opacity: .55; } .gantt .line { cursor: pointer;
+  outline: none; }
+.gantt .line .back { fill: transparent; } .gantt .line:hover .back, .gantt .line:focus-visible .back,
+  .gantt .line.on .back { fill: var(--hover); }
+.gantt .line.off { display: none; }
+
+/* ---- a task ---- */
+.drawer { width: 460px; flex: none; border-left: 1px solid var(--line); display: flex;
+  flex-direction: column; outline: none; min-width: 0;
+  height: var(--tall); min-height: 0; overflow: auto; overscroll-behavior: contain;
+    background: var(--surface); border-radius: 0 0 12px 0; }
+.drawer > * { padding: 12px 16px; border-bottom: 1px solid var(--line); } .drawer > :last-child {
+  border-bottom: 0; }
+.drawer h3 { color: var(--soft); font-weight: 600; margin-bottom: 6px; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 3px 14px; margin: 8px 0 0; font-size: 13px; }
+dt { color: var(--faint); } dd { margin: 0; }
+.json { background: var(--code); border-radius: 8px; padding: 9px 12px; margin: 0; max-height: 220px;
+  overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+.log { background: #10151f; color: #d5dceb; border: 1px solid var(--line); border-radius: 8px;
+  padding: 10px 12px; margin: 6px 0 0;
+  min-height: 110px; max-height: 300px; overflow: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; line-height: 1.5; tab-size: 4; }
+.attempts { display: flex; gap: 6px; flex-wrap: wrap; } .attempts button { min-height: 28px;
+  padding: 2px 9px; font-size: 12px; }
+.attempts [aria-pressed="true"] { border-color: var(--accent); background: color-mix(in srgb,
+  var(--accent) 10%, var(--surface)); }
+
+/* ---- dialogs, messages ---- */
+dialog { border: 1px solid var(--line); border-radius: 14px; background: var(--raised); color: var(--ink);
+  padding: 0; width: min(560px, calc(100vw - 24px));
+  box-shadow: 0 20px 60px rgba(0, 0, 0, .3); max-height: calc(100dvh - 24px); }
+dialog::backdrop { background: rgba(10, 14, 24, .45); }
+dialog form { display: flex; flex-direction: column; gap: 14px; padding: 20px 22px; }
+.field { display: flex; flex-direction: column; gap: 3px; } .field > label { font-weight: 560; }
+.field input:not([type="checkbox"]), .field select { width: 100%; }
+.field .wrong { color: var(--failed); font-size: 12px; margin: 0; } .field .req { color: var(--failed); }
+.check { display: flex; align-items: center; gap: 8px; }
+.toasts { position: fixed; bottom: 18px; left: 50%; transform: translateX(-50%); z-index: 10;
+  display: flex; flex-direction: column; gap: 8px; width: max-content;
+  max-width: calc(100vw - 24px); }
+.toast { background: var(--ink); color: var(--bg); border-radius: 9px; padding: 9px 15px;
+  box-shadow: var(--shadow); overflow-wrap: anywhere; }
+.toast.bad { background: var(--failed); color: #fff; }
+
+/* ---- a narrow screen; less motion ---- */
+@media (max-width: 900px) {
+  .split { display: block; }
+  .drawer { position: fixed; inset: 0; z-index: 5; width: auto; height: auto; border: 0; border-radius: 0; }
+}
+@media (max-width: 640px) {
+  main { padding: 16px 12px 40px; } .bar { padding: 0 12px; } .bar .brand { margin-right: 4px; }
+  .bar .brand span, .live span { display: none; }
+  .wide { display: none; } td, th { padding: 8px 10px; } :root { --tall: max(320px, 66vh); }
+  .tabs .room { flex: 1 0 100%; } .tabs .tools input { flex: 1; }
+  .tabs [role="tab"] { padding: 7px 9px 9px; } td .meter { width: 60px; }
+}
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
+</style>
+</head>
+<body>
+<a class="skip" href="#main">to the content</a>
+<header class="bar">
+<a class="brand" href="#/"><img src="icon.svg" alt=""><span>MiniFlow</span></a>
+<nav aria-label="views"><a href="#/" data-nav="">Flows</a><a href="#/runs" data-nav="runs">Runs</a></nav>
+<span class="live" id="live" role="status"><span>offline</span></span>
+<button class="plain" id="theme" aria-label="light or dark">◐</button>
+</header>
+<main id="main" tabindex="-1"></main>
+<div class="toasts" id="toasts" role="status" aria-live="polite"></div>
+<noscript>This page needs JavaScript; the same can be had by: miniflow list, runs, show, logs.</noscript>
+<script>
+"use strict";
+// ---- state: what the page knows ----
+
+const STATES = ["success", "cached", "skipped", "running", "retrying", "failed", "upstream_failed",
+  "cancelled",
+  "interrupted", "pending"];
+const MARKS = {success: "✓", cached: "≡", skipped: "–", running: "▸", retrying: "↻", failed: "✕",
+  upstream_failed: "✕",
+  cancelled: "■", interrupted: "!", pending: ""};
+const app = {token: "", view: null, stop: new AbortController(), returnTo: null};
+const $ = (id) => document.getElementById(id);
+
+function readToken() {
+  const given = /^#token=(.+)$/.exec(location.hash);
+  if (given) {
+    app.token = decodeURIComponent(given[1]);
+    sessionStorage.setItem("token", app.token);
+    history.replaceState(null, "", location.pathname + "#/");
+  }
+  app.token = app.token || sessionStorage.getItem("token") || "";
+}
+
+function place() { // where the reader is: #/runs/ID/gantt/TASK
+  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
+  return {parts: path.split("/").map(decodeURIComponent), query: new URLSearchParams(query || "")};
+}
+
+const link = (...parts) => "#/" + parts.map(encodeURIComponent).join("/");
+const enc = encodeURIComponent;
+const seconds = (text) => text ? Date.parse(text) / 1000 : null;
+
+// ---- fetch: what the API says ----
+
+async function ask(path, options = {}) {
+  const answer = await fetch("." + path, {...options,
+    headers: {Authorization: "Bearer " + app.token, ...options.headers}});
+  if (answer.status === 401) {
+    askForToken();
+    throw new Error("the token is missing or wrong");
+  }
+  if (!answer.ok) {
+    const told = await answer.json().catch(() => ({error: answer.statusText, problems: []}));
+    throw Object.assign(new Error(told.error), {problems: told.problems || [], status: answer.status});
+  }
+  return answer;
+}
+
+const get = async (path, signal) => (await ask(path, {signal})).json();
+
+const post = async (path, body) => (await ask(path, {
+  method: "POST", body: JSON.stringify(body), headers: {"Content-Type": "application/json"}})).json();
+
+async function follow(path, take, signal, ended) { // server-sent events; EventSource could not send the token
+  let last = null, pause = 500;
+  while (!signal.aborted) {
+    try {
+      const answer = await ask(path, {signal, headers: last === null ? {} : {"Last-Event-ID": last}});
+      setLive(true);
+      pause = 500;
+      if (answer.status === 200) {
+        const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+        for (let rest = ""; ;) {
+          const {done, value} = await reader.read();
+          if (done) break;
+          const parts = (rest + value).split("\n\n");
+          rest = parts.pop();
+          for (const part of parts) {
+            const data = /^data: (.*)$/m.exec(part), id = /^id: (.*)$/m.exec(part);
+            if (id) last = id[1];
+            if (data) take(JSON.parse(data[1]));
+          }
+        }
+      }
+      if (ended && !signal.aborted) return ended();
+    } catch (error) {
+      if (signal.aborted) return;
+      setLive(false);
+      pause = Math.min(pause * 2, 10000);
+    }
+    await new Promise((go) => setTimeout(go, pause));
+  }
+}
+
+// ---- draw: small things ----
+
+const SVG = new Set(["svg", "g", "path", "rect", "circle", "text", "line", "title"]);
+
+function el(tag, attrs, ...kids) { // the only way in which the page is made: text stays text
+  const made = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(attrs || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [key, text] of Object.entries(value)) made.style.setProperty(key,
+      text);
+    else made.setAttribute(name, value === true ? "" : value);
+  }
+  for (const kid of kids.flat(Infinity)) {
+    if (kid !== null && kid !== undefined && kid !== false) made.append(kid instanceof Node ? kid
+      : String(kid));
+  }
+  return made;
+}
+
+function fill(parent, ...kids) { // replaces what is there; the keyboard stays where it was
+  const key = parent.contains(document.activeElement) && document.activeElement.dataset.key;
+  parent.replaceChildren(...kids.flat(Infinity).filter((kid) => kid !== null && kid !== undefined
+    && kid !== false));
+  if (key) [...parent.querySelectorAll("[data-key]")].find((found) => found.dataset.key === key)?.focus();
+}
+
+function toast(text, bad) {
+  const made = el("div", {class: "toast" + (bad ? " bad" : "")}, text);
+  $("toasts").append(made);
+  setTimeout(() => made.remove(), bad ? 7000 : 3500);
+}
+
+const complain = (error) => { if (error.name !== "AbortError") toast(
+  [error.message, ...(error.problems || []).filter(
+  (line) => line !== error.message)].join("\n"), true); };
+
+function setLive(on) {
+  $("live").className = "live" + (on ? " on" : "");
+  $("live").firstChild.textContent = on ? "live" : "offline";
+}
+
+function span(value) {
+  if (value === null || value === undefined) return "–";
+  if (value < 10) return value.toFixed(2) + " s";
+  if (value < 60) return value.toFixed(1) + " s";
+  if (value < 3600) return Math.floor(value / 60) + " min " + Math.floor(value % 60) + " s";
+  if (value < 86400) return Math.floor(value / 3600) + " h " + Math.floor(value % 3600 / 60) + " min";
+  return Math.floor(value / 86400) + " d " + Math.floor(value % 86400 / 3600) + " h";
+}
+
+function ago(text) {
+  if (!text) return "never";
+  const past = Date.now() / 1000 - seconds(text);
+  if (Math.abs(past) < 5) return "now";
+  const rounded = Math.abs(past) < 60 ? Math.round(Math.abs(past)) + " s"
+    : Math.abs(past) < 3600 ? Math.round(Math.abs(past) / 60) + " min"
+    : Math.abs(past) < 86400 ? Math.round(Math.abs(past) / 3600) + " h"
+      : Math.round(Math.abs(past) / 86400) + " d";
+  return past > 0 ? rounded + " ago" : "in " + rounded;
+}
+
+const when = (text) => el("time", {datetime: text || "", title: text ? new Date(text).toLocaleString()
+  : ""}, ago(text));
+const chip = (status) => el("span", {class: "chip s-" + status}, status.replace("_", " "));
+const spent = (head) => head.duration_s ?? (head.started && head.status === "running"
+  ? Date.now() / 1000 - seconds(head.started) : null);
+
+function meter(counts) {
+  const total = Object.values(counts).reduce((sum, n) => sum + n, 0);
+  const said = STATES.filter((state) => counts[state]).map((state) => `${counts[state]} ${state}`).join(", ");
+  return el("div", {class: "meter", role: "img", "aria-label": said || "no tasks", title: said},
+    STATES.filter((state) => counts[state] && state !== "pending").map((state) =>
+      el("i", {class: "s-" + state, style: {"flex-grow": counts[state]}})),
+    el("b", {style: {"flex-grow": total ? counts.pending || 0 : 1}}));
+}
+
+const shownJson = (value) => el("pre", {class: "json", tabindex: "0"}, typeof value === "string" ? value
+  : JSON.stringify(value, null, 2));
+
+// ---- draw: flows ----
+
+function flowCard(flow) {
+  const longest = Math.max(...flow.recent.map((head) => spent(head) || 0), 0.001);
+  const bars = [...flow.recent].reverse().map((head) =>
+    el("a", {class: "s-" + head.status, href: link("runs", head.id),
+    style: {height: Math.max(18, 100 * (spent(head) || 0) / longest) + "%"}, "data-key": "spark " + head.id,
+    "aria-label": `run ${head.id}: ${head.status}`,
+      title: `${head.id}\n${head.status}, ${span(spent(head))}, ${ago(head.started)}`}));
+  const next = (flow.next || [])[0];
+  return el("article", {class: "card flow"},
+    el("div", {class: "row"}, el("a", {class: "name grow", href: link("flows", flow.name),
+      "data-key": "flow " + flow.name}, flow.name,
+      flow.flow_name && flow.flow_name !== flow.name ? ` (${flow.flow_name})` : ""),
+      flow.error ? el("span", {class: "chip s-failed"}, "broken")
+        : el("button", {class: "go", "aria-label": "start " + flow.name, "data-key": "start " + flow.name,
+          onclick: () => startDialog(flow)}, "▶ start")),
+    flow.error ? el("pre", {class: "trouble"}, flow.error.slice(0, 4).join("\n"))
+      : el("p", {class: "about"}, flow.description || "no description"),
+    el("div", {class: "row small faint"}, flow.tasks !== null
+      && el("span", null, flow.tasks + (flow.tasks === 1 ? " task" : " tasks")),
+      flow.version && el("span", null, "version " + flow.version), (flow.tags || [])
+        .map((tag) => el("span", {class: "tag"}, tag)),
+      next && el("span", {title: flow.next.map((at) => new Date(at).toLocaleString()).join("\n")}, "next ",
+        when(next))),
+    el("div", {class: "row foot"}, el("div", {class: "spark", "aria-label": "latest runs"}, bars.length
+      ? bars : el("span", {class: "none"})),
+      flow.last_run ? el("span", {class: "row small soft"}, chip(flow.last_run.status),
+        when(flow.last_run.started))
+        : el("span", {class: "small faint"}, "never ran")));
+}
+
+function runRows(heads, withFlow) {
+  return el("div", {class: "table"}, el("table", null,
+    el("thead", null, el("tr", null, el("th", {scope: "col"}, "run"), withFlow
+      && el("th", {scope: "col", class: "wide"}, "flow"),
+      el("th", {scope: "col"}, "status"), el("th", {scope: "col", class: "wide"}, "tasks"),
+        el("th", {scope: "col"}, "started"),
+      el("th", {scope: "col", class: "wide"}, "duration"))),
+    el("tbody", null, heads.map((head) => el("tr", null,
+      el("td", null, el("a", {class: "mono", href: link("runs", head.id), "data-key": head.id}, head.id)),
+      withFlow && el("td", {class: "wide"}, head.flow ? el("a", {href: link("flows", head.flow)}, head.flow)
+        : "–"),
+      el("td", null, chip(head.status)), el("td", {class: "wide"}, meter(head.tasks)),
+        el("td", {class: "small soft"}, when(head.started)),
+      el("td", {class: "wide num small soft"}, span(spent(head))))))));
+}
+
+async function flowsView(main, signal) {
+  const list = el("div", {class: "flows"}), runs = el("div");
+  main.append(el("div", {class: "row"}, el("h1", {class: "grow"}, "Flows")), el("div", {class: "gap"}, list),
+    el("div", {class: "row gap"}, el("h2", {class: "grow"}, "Latest runs"),
+      el("a", {href: "#/runs"}, "all runs")),
+    el("div", {class: "card gap"}, runs));
+  const draw = async () => {
+    const [flows, latest] = await Promise.all(
+      [get("/api/v1/flows?limit=1000", signal), get("/api/v1/runs?limit=8", signal)]);
+    fill(list, flows.flows.length ? flows.flows.map(flowCard)
+      : el("p", {class: "soft"}, "no flows yet; make an example: miniflow init"));
+    fill(runs, latest.runs.length ? runRows(latest.runs, true)
+      : el("p", {class: "empty"}, "nothing ran yet: start a flow"));
+  };
+  await refreshing(draw, signal);
+}
+
+async function runsView(main, signal, query) {
+  const list = el("div"), size = 25;
+  const chosen = {flow: query.get("flow") || "", status: query.get("status") || "",
+    offset: Number(query.get("offset")) || 0};
+  const go = (change) => { location.hash = "#/runs?" + new URLSearchParams(
+    {...chosen, offset: 0, ...change}); };
+  const flows = (await get("/api/v1/flows?limit=1000", signal)).flows.map((flow) => flow.name);
+  const pick = (name, words, label) => el("select",
+    {"aria-label": label, "data-key": name, onchange: (event) => go({[name]: event.target.value})},
+    el("option", {value: ""}, label), words.map((word) =>
+      el("option", {value: word, selected: word === chosen[name]}, word)));
+  main.append(el("div", {class: "row"}, el("h1", {class: "grow"}, "Runs"), pick("flow", flows, "every flow"),
+    pick("status", ["running", "success", "failed", "cancelled", "interrupted"], "every status")),
+      el("div", {class: "card gap"}, list));
+  await refreshing(async () => {
+    const asked = new URLSearchParams({limit: size, offset: chosen.offset});
+    for (const name of ["flow", "status"]) if (chosen[name]) asked.set(name, chosen[name]);
+    const found = await get("/api/v1/runs?" + asked, signal);
+    fill(list, found.runs.length ? runRows(found.runs, true) : el("p", {class: "empty"}, "no such runs"),
+      found.total > size && el("div", {class: "row pad"}, el("span", {class: "grow small soft num"},
+        `${found.offset + 1} to ${found.offset + found.runs.length} of ${found.total}`),
+        el("button", {"data-key": "newer", disabled: !found.offset, onclick: () =>
+          go({offset: Math.max(0, chosen.offset - size)})}, "newer"),
+        el("button", {"data-key": "older", disabled: found.offset + size >= found.total, onclick: () =>
+          go({offset: chosen.offset + size})}, "older")));
+  }, signal);
+}
+
+async function flowView(main, signal, name) {
+  const head = el("div"), problems = el("div"), picture = el("div", {class: "card gap"}),
+    runs = el("div", {class: "card gap"});
+  main.append(head, problems, picture, el("h2", {class: "gap"}, "Runs"), runs);
+  let drawn = "";
+  await refreshing(async () => {
+    const [flow, latest] = await Promise.all([get(`/api/v1/flows/${enc(name)}`, signal),
+      get(`/api/v1/runs?limit=15&flow=${enc(name)}`, signal)]);
+    fill(head, el("div", {class: "row"}, el("h1", {class: "grow"}, flow.name),
+      !flow.error && el("button", {class: "primary", "data-key": "start", onclick: () => startDialog(flow)},
+        "▶ start")),
+      el("p", {class: "soft"}, flow.description || ""), el("div", {class: "row small faint"},
+        flow.tasks !== null && el("span", null, flow.tasks + " tasks"), flow.version
+          && el("span", null, "version " + flow.version),
+        (flow.tags || []).map((tag) => el("span", {class: "tag"}, tag)),
+        (flow.next || []).length > 0 && el("span", null, "next: ", flow.next.slice(0, 3)
+          .map((at, n) => [n ? ", " : "", when(at)]))));
+    fill(problems, flow.error && el("pre", {class: "trouble gap"}, flow.error.join("\n")));
+    fill(runs, latest.runs.length ? runRows(latest.runs, false) : el("p", {class: "empty"}, "it never ran"));
+    const text = JSON.stringify(flow.definition);
+    picture.hidden = !flow.definition;
+    if (flow.definition && text !== drawn) {
+      drawn = text;
+      const graph = makeGraph(tasksOf(flow.definition), () => {});
+      fill(picture, el("div", {class: "tabs"}, el("h2", {class: "title"}, "Graph"),
+        el("div", {class: "room"}, graph.tools)), graph.svg);
+      graph.fit();
+    }
+  }, signal);
+}
+
+async function refreshing(draw, signal) { // draws now, and again a moment after something has happened
+  let timer = null;
+  await draw();
+  follow("/api/v1/events", () => {
+    timer = timer || setTimeout(() => { timer = null; draw().catch(complain); }, 600);
+  }, signal);
+  const beat = setInterval(() => draw().catch(() => {}), 30000);
+  signal.addEventListener("abort", () => { clearInterval(beat); clearTimeout(timer); });
+}
+
+// ---- draw: a graph ----
+
+function tasksOf(definition) { // the tasks of a flow and its handlers, each with what it waits for
+  const found = (definition.tasks || []).map((task) =>
+    ({id: task.id, up: task.depends_on || [], many: Boolean(task.foreach || task.matrix), task}));
+  const waited = new Set(found.flatMap((task) => task.up));
+  let ends = found.filter((task) => !waited.has(task.id)).map((task) => task.id);
+  for (const field of ["on_success", "on_failure", "finally"]) {
+    const task = definition[field];
+    if (!task) continue;
+    found.push({id: task.id || field, up: field === "finally" && found.some((one) => one.handler)
+      ? found.filter((one) => one.handler).map((one) => one.id) : ends, handler: field, task});
+  }
+  return found;
+}
+
+const NODE = {height: 34, across: 56, down: 16};
+
+function layOut(tasks) { // in layers by the longest way to each task; in a layer, near to what it hangs on
+  const at = new Map(tasks.map((task) => [task.id,
+    {...task, up: task.up.filter((up) => up !== task.id), down: [], rank: 0}]));
+  for (const node of at.values()) node.up = node.up.filter((up) => at.has(up));
+  for (const node of at.values()) for (const up of node.up) at.get(up).down.push(node.id);
+  const waits = new Map([...at.values()].map((node) => [node.id, node.up.length]));
+  const ready = [...at.values()].filter((node) => !node.up.length);
+  for (let n = 0; n < ready.length; n++) {
+    for (const id of ready[n].down) {
+      const below = at.get(id);
+      below.rank = Math.max(below.rank, ready[n].rank + 1);
+      waits.set(id, waits.get(id) - 1);
+      if (!waits.get(id)) ready.push(below);
+    }
+  }
+  const layers = [];
+  for (const node of at.values()) (layers[node.rank] = layers[node.rank] || []).push(node);
+  const number = () => { for (const layer of layers) layer.forEach((node, n) =>
+    { node.n = (n + 0.5) / layer.length; }); };
+  number();
+  for (let sweep = 0; sweep < 8; sweep++) {
+    const side = sweep % 2 ? "down" : "up";
+    for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
+      for (const node of layer) {
+        const near = node[side].map((id) => at.get(id).n);
+        node.key = near.length ? near.reduce((sum, n) => sum + n, 0) / near.length : node.n;
+      }
+      layer.sort((a, b) => a.key - b.key);
+      layer.forEach((node, n) => { node.n = (n + 0.5) / layer.length; });
+    }
+  }
+  const upright = innerWidth < 640, longest = Math.max(...tasks.map((task) => task.id.length));
+  const width = Math.min(190, Math.max(84, longest * 7.6 + 48));
+  const most = upright ? Math.max(2, Math.ceil(Math.sqrt(tasks.length) / 2.5))
+    : Math.max(9, Math.ceil(Math.sqrt(tasks.length) * 1.25));
+  let along = 0;
+  // a layer of many tasks is folded into lines; on a narrow screen layers go downwards
+  for (const layer of layers) {
+    const lines = Math.ceil(layer.length / most), per = Math.ceil(layer.length / lines);
+    layer.forEach((node, n) => {
+      const line = Math.floor(n / per), inLine = Math.min(per, layer.length - line * per),
+        side = n % per - (inLine - 1) / 2;
+      node.x = upright ? side * (width + 18) : along + line * (width + 16);
+      node.y = upright ? along + line * (NODE.height + 12) : side * (NODE.height + NODE.down);
+    });
+    along += upright ? lines * (NODE.height + 12) + 30
+      : lines * (width + 16) - 16 + NODE.across + Math.min(60, layer.length * 2);
+  }
+  const nodes = [...at.values()], high = Math.max(...nodes.map((node) => node.y)) - Math.min(
+    ...nodes.map((node) => node.y)) + NODE.height;
+  const spread = upright ? 1 : Math.min(1.9, Math.max(1, along / high / 2.6));
+  for (const node of nodes) node.y *= spread;
+  return {nodes, width, upright};
+}
+
+function makeGraph(tasks, choose) {
+  const {nodes, width, upright} = layOut(tasks), at = new Map(nodes.map((node) => [node.id, node]));
+  const inner = el("g"), svg = el("svg", {class: "graph", role: "group",
+    "aria-label": "graph of the tasks; arrow keys move, + and - zoom", tabindex: "0"}, inner);
+  const edges = [];
+  for (const node of nodes) for (const up of node.up) {
+    const from = at.get(up), x1 = from.x + (upright ? width / 2 : width),
+      y1 = from.y + (upright ? NODE.height : NODE.height / 2);
+    const x2 = node.x + (upright ? width / 2 : 0), y2 = node.y + (upright ? 0 : NODE.height / 2);
+    const bend = Math.max(20, Math.min(120, (upright ? y2 - y1 : x2 - x1) / 2));
+    const path = el("path", {class: "edge", d: upright
+      ? `M${x1} ${y1}C${x1} ${y1 + bend} ${x2} ${y2 - bend} ${x2} ${y2}`
+      : `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}`});
+    edges.push({from: up, to: node.id, path});
+    inner.append(path);
+  }
+  for (const node of nodes) {
+    const letters = Math.floor((width - 42) / 7.4), short = node.id.length > letters
+      ? node.id.slice(0, letters - 1) + "…" : node.id;
+    node.mark = el("text", {class: "mark", x: 17, y: 20.5});
+    node.count = el("text", {class: "count", x: width - 9, y: 21.5});
+    node.tip = el("title", null, node.id);
+    node.g = el("g", {class: "node s-pending", tabindex: "0", role: "button",
+      transform: `translate(${node.x} ${node.y})`, "data-task": node.id,
+      onclick: () => choose(node.id), onfocus: () => light(node.id), onblur: () => light(null),
+      onpointerenter: () => light(node.id), onpointerleave: () => light(null),
+      onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault();
+        choose(node.id); } }},
+      node.tip, el("rect", {width: width, height: NODE.height, rx: 9}),
+        el("circle", {class: "dot", cx: 17, cy: 17, r: 8}), node.mark,
+      el("text", {x: 32, y: 21.5}, short), node.count);
+    inner.append(node.g);
+  }
+  let scale = 1, dx = 0, dy = 0, chosen = null, touched = false;
+  const draw = () => {
+    inner.setAttribute("transform", `translate(${dx} ${dy}) scale(${scale})`);
+    svg.classList.toggle("far", scale < 0.36);
+  };
+  const light = (id) => { for (const edge of edges) edge.path.classList.toggle("on",
+    edge.from === (id || chosen) || edge.to === (id || chosen)); };
+  const fit = () => {
+    const box = svg.getBoundingClientRect();
+    if (!nodes.length || !box.width) return;
+    const left = Math.min(...nodes.map((n) => n.x)), right = Math.max(...nodes.map((n) => n.x)) + width;
+    const top = Math.min(...nodes.map((n) => n.y)), bottom = Math.max(...nodes.map((n) => n.y)) + NODE.height;
+    scale = Math.min(upright ? 1 : 1.15, (box.width - 36) / (right - left),
+      (box.height - 36) / (bottom - top));
+    dx = (box.width - (right + left) * scale) / 2;
+    dy = (box.height - (bottom + top) * scale) / 2;
+    draw();
+  };
+  const zoom = (factor, x, y) => {
+    const box = svg.getBoundingClientRect(), to = Math.min(3, Math.max(0.05, scale * factor));
+    const px = x === undefined ? box.width / 2 : x - box.left, py = y === undefined ? box.height / 2
+      : y - box.top;
+    dx = px - (px - dx) * to / scale;
+    dy = py - (py - dy) * to / scale;
+    scale = to;
+    touched = true;
+    draw();
+  };
+  const centre = (id) => {
+    const node = at.get(id), box = svg.getBoundingClientRect();
+    if (!node) return;
+    scale = Math.max(scale, 0.8);
+    dx = box.width / 2 - (node.x + width / 2) * scale;
+    dy = box.height / 2 - (node.y + NODE.height / 2) * scale;
+    touched = true;
+    draw();
+  };
+  const pointers = new Map();
+  let moved = 0;
+  svg.addEventListener("wheel", (event) => { event.preventDefault();
+    zoom(Math.exp(-event.deltaY * 0.0015), event.clientX, event.clientY); }, {passive: false});
+  svg.addEventListener("pointerdown", (event) => { pointers.set(event.pointerId, event); moved = 0; });
+  svg.addEventListener("pointermove", (event) => {
+    const before = pointers.get(event.pointerId);
+    if (!before) return;
+    const other = [...pointers.values()].find((one) => one.pointerId !== event.pointerId);
+    if (other) {
+      const far = (one) => Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
+      zoom(far(event) / Math.max(1, far(before)), (event.clientX + other.clientX) / 2,
+        (event.clientY + other.clientY) / 2);
+    } else {
+      moved += Math.abs(event.clientX - before.clientX) + Math.abs(event.clientY - before.clientY);
+      if (moved > 4) {
+        if (!svg.hasPointerCapture(event.pointerId)) svg.setPointerCapture(event.pointerId);
+        svg.classList.add("drag");
+        touched = true;
+        dx += event.clientX - before.clientX;
+        dy += event.clientY - before.clientY;
+        draw();
+      }
+    }
+    pointers.set(event.pointerId, event);
+  });
+  for (const word of ["pointerup", "pointercancel"]) svg.addEventListener(word, (event) =>
+    { pointers.delete(event.pointerId); svg.classList.remove("drag"); });
+  svg.addEventListener("click", (event) => { if (moved > 4) event.stopPropagation(); }, true);
+  svg.addEventListener("keydown", (event) => {
+    const step = {ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60]}[event.key];
+    if (step) { dx += step[0]; dy += step[1]; draw();
+      } else if (event.key === "+" || event.key === "=") zoom(1.25);
+    else if (event.key === "-") zoom(0.8); else if (event.key === "0") { touched = false; fit();
+      } else return;
+    event.preventDefault();
+  });
+  new ResizeObserver(() => { if (!touched) fit(); }).observe(svg);
+  let hits = [], shownHit = 0;
+  const search = el("input", {type: "search", placeholder: "find a task", "aria-label": "find a task",
+    oninput: (event) => find(event.target.value),
+    onkeydown: (event) => { if (event.key === "Enter"
+      && hits.length) centre(hits[shownHit++ % hits.length]); }});
+  const find = (text) => {
+    const wanted = text.trim().toLowerCase();
+    hits = wanted ? nodes.filter((node) => node.id.toLowerCase().includes(wanted)).map((node) => node.id)
+      : [];
+    shownHit = 0;
+    svg.classList.toggle("dim", Boolean(wanted));
+    for (const node of nodes) node.g.classList.toggle("hit", hits.includes(node.id));
+  };
+  const tools = el("div", {class: "tools"}, search,
+    el("button", {"aria-label": "zoom in", onclick: () => zoom(1.3)}, "+"),
+    el("button", {"aria-label": "zoom out", onclick: () => zoom(1 / 1.3)}, "−"),
+      el("button", {"aria-label": "show all of the graph", onclick: () => { touched = false; fit(); }},
+      "fit"));
+  const paint = (id, status, note) => {
+    const node = at.get(id);
+    if (!node || node.painted === status + note) return;
+    node.painted = status + note;
+    node.g.setAttribute("class", "node s-" + status + (chosen === id ? " on" : "") + (hits.includes(id)
+      ? " hit" : ""));
+    node.g.setAttribute("aria-label", `${id}: ${status}`);
+    node.tip.textContent = `${id}: ${status}${note ? " " + note : ""}`;
+    node.mark.textContent = MARKS[status] || "";
+    node.count.textContent = note || "";
+  };
+  const select = (id) => {
+    for (const node of nodes) node.g.classList.toggle("on", node.id === id);
+    chosen = id;
+    light(null);
+  };
+  const critical = (path) => { for (const edge of edges) { const n = path.indexOf(edge.from);
+    edge.path.classList.toggle("critical", n >= 0 && path[n + 1] === edge.to); } };
+  for (const node of nodes) paint(node.id, "pending", "");
+  const reveal = (id) => { if (id && scale < 0.6) centre(id); };
+  return {svg, tools, fit, paint, select, critical, reveal};
+}
+
+// ---- draw: a Gantt chart ----
+
+function makeGantt(choose) {
+  const high = 24, axis = el("svg", {class: "axis", height: 28, "aria-hidden": "true"}),
+    body = el("svg", {role: "group", "aria-label": "Gantt chart of the tasks"});
+  const box = el("div", {class: "gantt", tabindex: "0", "aria-label": "Gantt chart"}, axis, body),
+    lines = new Map();
+  const grid = el("g"), now = el("line", {class: "now"});
+  body.append(grid, now);
+  const draw = (run) => {
+    const width = box.clientWidth;
+    if (!width) return;
+    const names = Object.keys(run.tasks).filter((name) => run.tasks[name].attempts.length
+      || run.tasks[name].started);
+    const began = (name) => seconds((run.tasks[name].attempts[0] || run.tasks[name]).started);
+    // instances follow the task that they are of
+    const whole = (name) => name.replace(/\[\d+\]$/, ""), first = new Map();
+    for (const name of names) first.set(whole(name),
+      Math.min(began(name), first.get(whole(name)) ?? Infinity));
+    names.sort((a, b) => first.get(whole(a)) - first.get(whole(b)) || whole(a).localeCompare(whole(b))
+      || a.length - b.length || a.localeCompare(b));
+    const left = Math.min(width < 600 ? 118 : 210, width / 3),
+      start = Math.min(seconds(run.started), ...names.map(began));
+    const clock = run.live ? Date.now() / 1000 : null;
+    const ends = names.flatMap((name) => run.tasks[name].attempts.map((attempt) => seconds(attempt.finished)
+      || clock || seconds(attempt.started)));
+    const end = Math.max(start + 0.05, clock || 0, seconds(run.finished) || 0, ...ends);
+    const x = (at) => left + (at - start) / (end - start) * (width - left - 16);
+    body.setAttribute("height", Math.max(60, names.length * high + 8));
+    const step = niceStep((end - start) / Math.max(2, Math.floor((width - left) / 95))), ticks = [];
+    for (let at = 0; at <= end - start; at += step) ticks.push(at);
+    fill(axis, ...ticks.map((at) => el("text", {x: x(start + at) + 3, y: 18}, tick(at, step))));
+    fill(grid, ...ticks.map((at) => el("line",
+      {class: "grid", x1: x(start + at), x2: x(start + at), y1: 0, y2: names.length * high + 8})));
+    for (const [name, value] of Object.entries(
+      {x1: x(end), x2: x(end), y1: 0, y2: clock ? names.length * high + 8 : 0})) now.setAttribute(name,
+      value);
+    names.forEach((name, n) => line(name, n, run, x, left, width, clock));
+    for (const [name, made] of lines) if (!run.tasks[name]) { made.g.remove(); lines.delete(name); }
+  };
+  const line = (name, n, run, x, left, width, clock) => {
+    const task = run.tasks[name], attempts = task.attempts.length ? task.attempts : [task];
+    let made = lines.get(name);
+    if (!made) {
+      made = {label: el("text", {class: "label", x: 10, y: 16}),
+        back: el("rect", {class: "back", height: high, x: 0, y: 0}), tip: el("title"), spans: el("g")};
+      made.g = el("g", {class: "line", tabindex: "0", role: "button", onclick: () => choose(name),
+        onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault();
+          choose(name); } }}, made.tip, made.back, made.label, made.spans);
+      lines.set(name, made);
+      body.append(made.g);
+    }
+    const letters = Math.floor((left - 16) / 7.1), took = task.started
+      ? (seconds(task.finished) || clock || seconds(task.started)) - seconds(task.started) : 0;
+    made.g.setAttribute("transform", `translate(0 ${n * high + 4})`);
+    made.g.setAttribute("aria-label", `${name}: ${task.status}, ${span(took)}`);
+    made.tip.textContent = `${name}: ${task.status}${task.reason ? " (" + task.reason + ")" : ""}, ${span(
+      took)}`;
+    made.label.textContent = name.length > letters ? name.slice(0, letters - 1) + "…" : name;
+    made.back.setAttribute("width", width);
+    fill(made.spans, ...attempts.map((attempt, k) => {
+      const from = x(seconds(attempt.started)),
+        to = x(seconds(attempt.finished) || clock || seconds(attempt.started));
+      return el("rect", {class: "span s-" + attempt.status + (k < attempts.length - 1 ? " retry" : ""),
+        x: from, y: 5, height: high - 10, rx: 3, width: Math.max(2.5, to - from)});
+    }));
+  };
+  const select = (id) => { for (const [name, made] of lines) made.g.classList.toggle("on", name === id); };
+  return {box, draw, select};
+}
+
+function niceStep(rough) {
+  for (const step of [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800,
+    3600, 7200, 14400, 43200]) if (step >= rough) return step;
+  return Math.ceil(rough / 86400) * 86400;
+}
+
+function tick(at, step) {
+  if (step >= 86400) return Math.round(at / 86400) + " d";
+  if (step >= 3600) return Math.round(at / 3600) + " h";
+  if (step >= 60) return Math.round(at / 60) + " min";
+  return at.toFixed(step < 0.1 ? 2 : step < 1 ? 1 : 0) + " s";
+}
+
+// ---- draw: a run ----
+
+async function runView(main, signal, id, tab, task) {
+  let run = await get(`/api/v1/runs/${enc(id)}`, signal);
+  const head = el("div"), bar = el("div", {class: "progress"}), panel = el("div", {class: "left"}),
+    side = el("aside", {class: "drawer", "aria-label": "task", tabindex: "-1", hidden: true});
+  const tabs = el("div", {class: "tabs"}), list = el("div",
+    {role: "tablist", "aria-label": "views of the run"}), tools = el("div", {class: "room"});
+  const choose = (name) => { app.returnTo = document.activeElement;
+    location.hash = link("runs", run.id, view.tab, name); };
+  let graph = makeGraph(tasksOf(run.definition), choose);
+  const gantt = makeGantt(choose), rows = el("div"), facts = el("div", {class: "pad"});
+  const words = {graph: "Graph", gantt: "Gantt", tasks: "Tasks", data: "Data"};
+  const buttons = Object.entries(words).map(([name, word]) =>
+    el("button", {role: "tab", id: "tab-" + name, "aria-controls": "panel", "data-key": "tab-" + name,
+    onclick: () => { location.hash = link("runs", run.id, name, ...(view.task ? [view.task] : [])); },
+    onkeydown: (event) => {
+      const by = {ArrowRight: 1, ArrowLeft: -1}[event.key], names = Object.keys(words);
+      if (by) $("tab-" + names[(names.indexOf(name) + by + names.length) % names.length]).focus();
+    }}, word));
+  list.append(...buttons);
+  tabs.append(list, tools);
+  panel.id = "panel";
+  panel.setAttribute("role", "tabpanel");
+  main.append(head, bar, el("div", {class: "card gap"}, tabs, el("div", {class: "split"}, panel, side)));
+  const view = {tab: "", task: "", closeTask: null};
+  const status = (name) => run.tasks[name].status === "running" && !run.live ? "interrupted"
+    : run.tasks[name].status;
+  const counts = () => Object.keys(run.tasks).reduce((sum, name) =>
+    { sum[status(name)] = (sum[status(name)] || 0) + 1; return sum; }, {});
+  const note = (name) => {
+    const many = Object.keys(run.tasks).filter((one) => one.startsWith(name + "["));
+    return many.length ? `${many.filter((one) => ["success", "cached", "skipped"].includes(
+      run.tasks[one].status)).length}/${many.length}` : "";
+  };
+  const drawHead = () => {
+    document.title = `${run.status} · ${run.flow} · MiniFlow`;
+    const act = (word) => async (event) => {
+      event.target.disabled = true;
+      try {
+        await (word === "cancel" ? post(`/api/v1/runs/${enc(run.id)}/cancel`, {})
+          : post(`/api/v1/runs/${enc(run.id)}/resume`, {}));
+        toast(word === "cancel" ? "cancel: what runs is being stopped; once more stops it at once"
+          : "resume: it goes on");
+        if (word === "resume") setTimeout(show, 0);
+          else setTimeout(() => { event.target.disabled = false; }, 800);
+      } catch (error) { complain(error); event.target.disabled = false; }
+    };
+    fill(head, el("div", {class: "row"}, el("h1", {class: "mono grow"}, run.id), chip(run.status),
+      run.live ? el("button", {class: "danger", "data-key": "cancel", onclick: act("cancel")}, "■ cancel")
+        : run.status !== "success" && el("button",
+          {class: "primary", "data-key": "resume", onclick: act("resume")}, "↻ resume")),
+      el("div", {class: "facts num"}, el("span", null, "flow ",
+        el("a", {href: link("flows", run.flow)}, run.flow)),
+        el("span", null, "started ", el("b", null, when(run.started))),
+          el("span", null, "took ", el("b", null, span(spent(run)))),
+        run.parent && el("span", null, "part of ",
+          el("a", {class: "mono", href: link("runs", run.parent.run)}, run.parent.run)),
+        run.warnings > 0 && el("span", null, el("b", null, run.warnings), " tolerated failures"), run.reason
+          && el("span", null, run.reason)));
+  };
+  const drawBar = () => {
+    const found = counts();
+    fill(bar, meter(found), el("div", {class: "legend num"}, STATES.filter((state) => found[state])
+      .map((state) =>
+      el("span", {class: "s-" + state}, `${found[state]} ${state.replace("_", " ")}`))));
+  };
+  const drawRows = () => fill(rows, el("div", {class: "table"}, el("table", null,
+    el("thead", null, el("tr", null, ["task", "status", "attempts", "duration", "reason"].map((word, n) =>
+      el("th", {scope: "col", class: n > 2 ? "wide" : null}, word)))),
+    el("tbody", null, Object.entries(run.tasks).map(([name, one]) => el("tr", null,
+      el("td", null, el("a", {href: link("runs", run.id, "tasks", name), "data-key": "task " + name},
+        name)), el("td", null, chip(status(name))),
+      el("td", {class: "num"}, one.attempts.length),
+        el("td", {class: "num wide"}, span(one.duration_s ?? (one.status === "running" ? spent(one) : null))),
+      el("td", {class: "soft wide"}, one.reason || "")))))));
+  const drawFacts = () => fill(facts, el("h3", null, "params"), shownJson(run.params),
+    el("h3", {class: "gap"}, "final context"), shownJson(run.ctx),
+    (run.critical_path || []).length > 0 && [el("h3", {class: "gap"}, "critical path"),
+      el("p", null, run.critical_path.join(" → "))]);
+  const drawTab = () => {
+    if (view.tab === "gantt") gantt.draw(run); else if (view.tab === "tasks") drawRows();
+      else if (view.tab === "data") drawFacts();
+  };
+  const drawAll = () => {
+    drawHead();
+    drawBar();
+    for (const name of Object.keys(run.tasks)) if (!/\[\d+\]$/.test(name)) graph.paint(name, status(name),
+      note(name));
+    graph.critical(run.live ? [] : run.critical_path || []);
+    drawTab();
+  };
+  const showTab = (name) => {
+    for (const button of buttons) {
+      const on = button.id === "tab-" + name;
+      button.setAttribute("aria-selected", on);
+      button.tabIndex = on ? 0 : -1;
+    }
+    panel.setAttribute("aria-labelledby", "tab-" + name);
+    view.tab = name;
+    fill(tools, name === "graph" ? graph.tools : []);
+    fill(panel, {graph: graph.svg, gantt: gantt.box, tasks: rows, data: facts}[name]);
+    drawTab();
+  };
+  const showTask = (name) => {
+    view.closeTask?.();
+    view.closeTask = null;
+    view.task = name && run.tasks[name] ? name : "";
+    side.hidden = !view.task;
+    graph.select(view.task.replace(/\[\d+\]$/, ""));
+    gantt.select(view.task);
+    if (view.task) {
+      view.closeTask = taskDrawer(side, run, view.task, () =>
+        { location.hash = link("runs", run.id, view.tab); });
+      side.focus({preventScroll: true});
+      requestAnimationFrame(() => requestAnimationFrame(() =>
+        { if (view.tab === "graph") graph.reveal(view.task.replace(/\[\d+\]$/, "")); }));
+    } else if (app.returnTo?.isConnected) app.returnTo.focus({preventScroll: true});
+  };
+  app.moved = (parts) => { // within the run, nothing is fetched anew
+    if (parts[0] !== "runs" || parts[1] !== id) return false;
+    if (view.tab !== (parts[2] || "graph")) showTab(words[parts[2]] ? parts[2] : "graph");
+    if (view.task !== (parts[3] || "")) showTask(parts[3] || "");
+    return true;
+  };
+  const load = async () => {
+    const before = JSON.stringify(run.definition);
+    run = await get(`/api/v1/runs/${enc(id)}`, signal);
+    if (JSON.stringify(run.definition) !== before) { graph = makeGraph(tasksOf(run.definition), choose);
+      showTab(view.tab); }
+    drawAll();
+    view.renew?.();
+  };
+  let timer = null, stale = false;
+  const soon = () => { timer = timer || setTimeout(() => { timer = null; drawAll(); }, 120); };
+  const take = (event) => {
+    if (event.event === "state") {
+      run.live = event.status === "running";
+      if (Object.keys(event.tasks).some((name) => !run.tasks[name]
+        || run.tasks[name].status !== event.tasks[name])) load().catch(complain);
+    } else if (event.task && run.tasks[event.task]) {
+      const one = run.tasks[event.task];
+      run.live = true;
+      run.status = "running";
+      one.status = event.status;
+      if (event.event === "attempt_started") {
+        one.attempts[event.attempt - 1] = {status: "running", started: event.at, finished: null,
+          reason: null, log: event.log};
+        one.started = one.started || event.at;
+        one.finished = null;
+      } else if (event.event === "attempt_ended") {
+        Object.assign(one.attempts[event.attempt - 1] || {},
+          {status: event.status === "retrying" ? "failed" : event.status, finished: event.at,
+          reason: event.reason});
+      }
+      if (!["pending", "running", "retrying"].includes(one.status)) Object.assign(one,
+        {finished: event.at, reason: event.reason || null,
+        duration_s: one.started ? seconds(event.at) - seconds(one.started) : null});
+      if (event.event === "task_expanded") load().catch(complain);
+      if (view.task === event.task) side.dispatchEvent(new Event("changed"));
+      soon();
+    } else if (event.event === "run_finished") { run.live = false; run.status = event.status;
+      run.finished = event.at; soon(); }
+  };
+  const watch = () => follow(`/api/v1/runs/${enc(id)}/events`, take, signal, () => load()
+    .then(() => side.dispatchEvent(new Event("changed"))).catch(complain));
+  showTab(words[tab] ? tab : "graph");
+  drawAll();
+  requestAnimationFrame(graph.fit);
+  showTask(task || "");
+  watch();
+  const beat = setInterval(() => { if (run.live) { drawHead(); drawTab(); } }, 1000);
+  const resized = () => drawTab();
+  addEventListener("resize", resized);
+  signal.addEventListener("abort", () => { clearInterval(beat); clearTimeout(timer);
+    removeEventListener("resize", resized); view.closeTask?.(); app.moved = null; });
+}
+
+// ---- draw: a task ----
+
+function taskDrawer(side, run, name, close) { // returns what ends it
+  const over = new AbortController();
+  let shownAttempt = null, log = null;
+  const head = el("div"), attempts = el("div"), logPart = el("div"), data = el("div");
+  side.replaceChildren(head, attempts, logPart, data);
+  const draw = (one) => {
+    fill(head, el("div", {class: "row"}, el("h2", {class: "grow mono"}, name),
+      chip(one.status === "running" && !run.live ? "interrupted" : one.status),
+      el("button", {class: "plain", "aria-label": "close", "data-key": "close", onclick: close}, "✕")),
+      one.definition.description && el("p", {class: "soft"}, one.definition.description),
+      el("dl", null, Object.entries({reason: one.reason, started: one.started && when(one.started),
+        took: one.duration_s !== null && span(one.duration_s),
+        action: actionOf(one.definition), "depends on": (one.definition.depends_on || []).join(", "),
+          rule: one.definition.trigger_rule, if: one.definition.if})
+        .filter(([, value]) => value).map(([word, value]) => [el("dt", null, word), el("dd", null, value)])),
+      one.error && el("pre", {class: "trouble gap"}, one.error));
+    const number = shownAttempt || one.attempts.length;
+    fill(attempts, el("h3", null, "attempts"),
+      el("div", {class: "attempts"}, one.attempts.length ? one.attempts.map((attempt, n) => el("button", {
+      "aria-pressed": String(n + 1 === number), "data-key": "attempt " + n, title: attempt.reason || "",
+        onclick: () => { shownAttempt = n + 1; log?.stop(); log = null; draw(one); }},
+      `${n + 1}`, el("span", {class: "chip s-" + attempt.status}, attempt.status),
+        attempt.duration_s !== null && attempt.duration_s !== undefined && span(attempt.duration_s)))
+      : el("span", {class: "faint"}, "none yet")));
+    const attempt = one.attempts[number - 1];
+    if (attempt?.log && (!log || log.number !== number)) {
+      log?.stop();
+      log = followLog(logPart, run.id, name, number, over.signal);
+    } else if (!attempt?.log) fill(logPart, el("h3", null, "log"),
+      el("p", {class: "faint"}, attempt ? "it ran within its program and has no log of its own"
+      : "it has not run"));
+    fill(data, el("h3", null, "inputs"), Object.keys(one.inputs || {}).length
+      ? el("dl", null, Object.entries(one.inputs).map(([key, from]) =>
+      [el("dt", null, key), el("dd", null, "from ",
+        el("a", {href: link("runs", run.id, place().parts[2] || "graph", from)}, from))]))
+        : el("p", {class: "faint"}, "none"),
+      el("h3", {class: "gap"}, "output"), one.output ? shownJson(one.output)
+        : el("p", {class: "faint"}, "none"),
+      el("h3", {class: "gap"}, "definition"), shownJson(one.definition));
+  };
+  const load = () => get(`/api/v1/runs/${enc(run.id)}/tasks/${enc(name)}`, over.signal).then(draw)
+    .catch(complain);
+  let timer = null;
+  side.addEventListener("changed", () => { timer = timer
+    || setTimeout(() => { timer = null; load(); }, 150); }, {signal: over.signal});
+  side.addEventListener("keydown", (event) => { if (event.key === "Escape") close(); },
+    {signal: over.signal});
+  load();
+  return () => { over.abort(); clearTimeout(timer); log?.stop(); side.replaceChildren(); };
+}
+
+function actionOf(task) {
+  const word = ["script", "command", "function", "flow", "http", "wait_for"].find((one) =>
+    task[one] !== undefined);
+  const value = task[word];
+  return word ? `${word} ${typeof value === "string" ? value : JSON.stringify(value)}` : "";
+}
+
+const ESCAPES = /\x1b\[[0-9;?]*[ -\/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)/g;
+const CONTROLS = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g;
+
+// the end of a log first, then what comes, then what came before
+function followLog(parent, runId, task, number, signal) {
+  const TAIL = 65536, MOST = 600000, out = el("pre",
+    {class: "log", tabindex: "0", role: "log", "aria-label": `log of ${task}, attempt ${number}`});
+  const info = el("span", {class: "grow small faint num"}),
+    earlier = el("button", {class: "plain", hidden: true, onclick: () => before()}, "earlier");
+  const keep = el("input", {type: "checkbox", checked: true, id: "follow-log"});
+  fill(parent, el("div", {class: "row"}, el("h3", null, "log"), info, earlier,
+    el("label", {class: "check small soft", for: "follow-log"}, keep, "follow")), out);
+  let first = null, next = null, size = 0, stopped = false, timer = null, decoder = new TextDecoder();
+  const path = `/api/v1/runs/${enc(runId)}/tasks/${enc(task)}/log?attempt=${number}`;
+  const clean = (text) => text.replace(/\r\n/g, "\n").replace(ESCAPES, "").replace(CONTROLS, "");
+  const tell = () => {
+    earlier.hidden = !first;
+    info.textContent = size ? `${size.toLocaleString()} bytes` + (first
+      ? `, shown from ${first.toLocaleString()}` : "") : "";
+  };
+  const poll = async () => {
+    try {
+      const from = next === null ? -TAIL : next;
+      const answer = await ask(`${path}&offset=${from}&limit=${TAIL}`, {signal});
+      const bytes = await answer.arrayBuffer(), ended = answer.headers.get("X-Log-Ended") === "true";
+      if (stopped) return;
+      size = Number(answer.headers.get("X-Log-Size"));
+      if (next === null) first = Math.max(0, size - TAIL);
+      next = Number(answer.headers.get("X-Log-Next"));
+      if (bytes.byteLength) {
+        out.append(clean(decoder.decode(bytes, {stream: true})));
+        while (out.textContent.length > MOST && out.childNodes.length > 1) out.firstChild.remove();
+        if (keep.checked) out.scrollTop = out.scrollHeight;
+      }
+      tell();
+      if (!size && ended) out.textContent = "(it said nothing)";
+      if (next < size || !ended) timer = setTimeout(poll, next < size ? 0 : 700);
+    } catch (error) {
+      if (!stopped && error.name !== "AbortError") { info.textContent = error.message;
+        timer = setTimeout(poll, 3000); }
+    }
+  };
+  const before = async () => {
+    const from = Math.max(0, first - TAIL);
+    const answer = await ask(`${path}&offset=${from}&limit=${first - from}`, {signal});
+    keep.checked = false;
+    const tall = out.scrollHeight;
+    out.prepend(clean(new TextDecoder().decode(await answer.arrayBuffer())));
+    out.scrollTop = out.scrollHeight - tall;
+    first = from;
+    tell();
+  };
+  poll();
+  return {number, stop: () => { stopped = true; clearTimeout(timer); }};
+}
+
+// ---- draw: dialogs ----
+
+function kindOf(param) {
+  const like = param.default ?? (param.enum || [])[0];
+  return param.type || (typeof like === "boolean" ? "boolean" : typeof like === "number" ? "number"
+    : Array.isArray(like) ? "array"
+    : like !== null && typeof like === "object" ? "object" : "string");
+}
+
+// one param: its field, and how its value is read (undefined: not given)
+function paramField(name, param, number) {
+  const id = "param-" + number, kind = kindOf(param), start = param.default,
+    given = {id, name, "aria-describedby": id + "-about"};
+  let input, read;
+  if (param.enum) {
+    input = el("select", given, start === undefined && el("option", {value: ""}, "–"),
+      param.enum.map((value, n) =>
+      el("option", {value: n, selected: JSON.stringify(value) === JSON.stringify(start)},
+        typeof value === "string" ? value : JSON.stringify(value))));
+    read = () => input.value === "" ? undefined : param.enum[Number(input.value)];
+  } else if (kind === "boolean") {
+    input = el("input", {...given, type: "checkbox", checked: start === true});
+    read = () => input.checked;
+  } else if (kind === "integer" || kind === "number") {
+    input = el("input", {...given, type: "number", step: kind === "integer" ? 1 : "any", min: param.min,
+      max: param.max, value: start ?? ""});
+    read = () => input.value === "" ? undefined : Number(input.value);
+  } else if (kind === "array" || kind === "object") {
+    input = el("textarea", {...given, rows: 3, spellcheck: "false"}, start === undefined ? ""
+      : JSON.stringify(start, null, 1));
+    read = () => input.value.trim() === "" ? undefined : JSON.parse(input.value);
+  } else {
+    input = el("input", {...given, type: "text", value: start ?? "", pattern: null, autocomplete: "off"});
+    read = () => input.value === "" && (start === undefined || start === "") ? undefined : input.value;
+  }
+  const bounds = [param.min !== undefined && "from " + param.min, param.max !== undefined
+    && "to " + param.max, param.pattern && "matching " + param.pattern].filter(Boolean).join(" ");
+  const wrong = el("p", {class: "wrong", role: "alert"});
+  const label = el("label", {for: id}, name, param.required
+    && el("span", {class: "req", title: "required"}, " *"), " ",
+    el("span", {class: "small faint"}, kind, bounds ? ", " + bounds : ""));
+  return {name, read, input, wrong, start, field: el("div", {class: "field"}, kind === "boolean"
+    && !param.enum ? el("div", {class: "check"}, input, label) : [label, input],
+    el("span", {class: "small soft", id: id + "-about"}, param.description || ""), wrong)};
+}
+
+function startDialog(flow) {
+  const declared = flow.params;
+  const fields = declared ? Object.entries(declared).map(([name, param], n) => paramField(name, param, n))
+    : [];
+  const free = declared ? null : paramField("params",
+    {type: "object", description: "any params, as a JSON object"}, 0);
+  const wrong = el("pre", {class: "trouble", role: "alert", hidden: true}),
+    go = el("button", {class: "primary", type: "submit"}, "▶ start");
+  const dialog = el("dialog", {"aria-label": "start " + flow.name},
+    el("form", {method: "dialog", novalidate: true, onsubmit: (event) => { event.preventDefault(); send(); }},
+    el("div", {class: "row"}, el("h2", {class: "grow"}, "start " + flow.name),
+      el("button", {class: "plain", type: "button", "aria-label": "close", onclick: () => dialog.close()},
+      "✕")),
+    fields.map((one) => one.field), free && free.field, declared && !fields.length
+      && el("p", {class: "soft"}, "this flow takes no params"), wrong,
+    el("div", {class: "row"}, el("span", {class: "grow"}),
+      el("button", {type: "button", onclick: () => dialog.close()}, "not now"), go)));
+  const send = async () => {
+    let bad = false, params = {};
+    wrong.hidden = true;
+    for (const one of [...fields, ...(free ? [free] : [])]) {
+      one.wrong.textContent = "";
+      one.input.removeAttribute("aria-invalid");
+      try {
+        const value = one.read();
+        if (one === free) params = value || {};
+        else if (value !== undefined && JSON.stringify(value) !== JSON.stringify(
+          one.start)) params[one.name] = value;
+      } catch (error) { one.wrong.textContent = "no JSON: " + error.message;
+        one.input.setAttribute("aria-invalid", "true"); bad = true; }
+    }
+    if (bad) return;
+    go.disabled = true;
+    try {
+      const made = await post("/api/v1/runs", {flow: flow.name, params});
+      dialog.close();
+      location.hash = link("runs", made.id);
+    } catch (error) {
+      const rest = (error.problems || []).filter((line) => {
+        const one = fields.find((field) => line.startsWith(`params.${field.name}:`)
+          || line.startsWith(`params.${field.name}[`));
+        if (one) { one.wrong.textContent = line.slice(line.indexOf(": ") + 2);
+          one.input.setAttribute("aria-invalid", "true"); }
+        return !one;
+      });
+      wrong.textContent = (error.problems || []).length ? rest.join("\n") : error.message;
+      wrong.hidden = !wrong.textContent;
+      dialog.querySelector("[aria-invalid]")?.focus();
+      go.disabled = false;
+    }
+  };
+  openDialog(dialog);
+}
+
+function openDialog(dialog) {
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+function askForToken() {
+  if ($("token-dialog")) return;
+  const field = el("input", {id: "token", type: "password", autocomplete: "off", required: true});
+  openDialog(el("dialog", {id: "token-dialog", "aria-label": "token"},
+    el("form", {method: "dialog", onsubmit: () => {
+    app.token = field.value.trim();
+    sessionStorage.setItem("token", app.token);
+    show();
+  }}, el("h2", null, "Who is there?"), el("p", {class: "soft"},
+    "Give the token: MINIFLOW_TOKEN of the server, or open the address that miniflow serve printed."),
+    el("div", {class: "field"}, el("label", {for: "token"}, "token"), field),
+      el("div", {class: "row"}, el("span", {class: "grow"}), el("button", {class: "primary"}, "go on")))));
+}
+
+// ---- wire: where the reader is, decides what is shown ----
+
+async function show() {
+  const {parts, query} = place();
+  app.stop.abort();
+  app.stop = new AbortController();
+  app.moved = null;
+  setLive(false);
+  const main = $("main"), signal = app.stop.signal;
+  main.replaceChildren();
+  document.title = "MiniFlow";
+  for (const one of document.querySelectorAll("[data-nav]")) {
+    if (one.dataset.nav === (parts[0] === "flows" ? "" : parts[0])) one.setAttribute("aria-current",
+      "page"); else one.removeAttribute("aria-current");
+  }
+  try {
+    if (parts[0] === "runs" && parts[1]) await runView(main, signal, parts[1], parts[2] || "graph", parts[3]
+      || "");
+    else if (parts[0] === "runs") await runsView(main, signal, query);
+    else if (parts[0] === "flows" && parts[1]) await flowView(main, signal, parts[1]);
+    else await flowsView(main, signal);
+  } catch (error) {
+    if (!signal.aborted) main.append(el("p", {class: "empty", role: "alert"}, error.message));
+  }
+}
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme
+    || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+}
+
+$("theme").addEventListener("click", () => {
+  const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  localStorage.setItem("theme", theme);
+  setTheme(theme);
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
+  setTheme(localStorage.getItem("theme")));
+addEventListener("hashchange", () => {
+  if (location.hash.startsWith("#token=")) readToken();
+  if (location.hash === "#main") return;
+  if (!app.moved?.(place().parts)) show();
+});
+document.addEventListener("visibilitychange", () =>
+  { if (document.hidden) app.hidden = setTimeout(() => { app.stop.abort(); app.asleep = true; }, 60000);
+  else { clearTimeout(app.hidden); if (app.asleep) { app.asleep = false; show(); } } });
+readToken();
+setTheme(localStorage.getItem("theme"));
+show();
+</script>
+</body>
+</html>
 """
 
 
