@@ -10200,9 +10200,25 @@ def signature_of(path: str) -> Optional[Tuple[int, int, int]]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def count_rows(content: bytes) -> Dict[str, int]:
-    """Return how many tasks are in which state, by the lines that a state has for them."""
+def last_event(journal: str) -> Optional[str]:
+    """Return the word of the event at the end of a journal, if it is there and whole."""
+    try:
+        with open_file(journal) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return None
+    record = decode_record(lines[-1]) if lines else None
+    return str(record["event"]) if record else None
+
+
+def count_rows(path: str) -> Dict[str, int]:
+    """Return how many tasks are in which state, by the lines that the state at `path` has for them."""
     counts: Dict[str, int] = {}
+    try:
+        content = read_file(path, follow=False)
+    except OSError:
+        return counts
     for found in re.finditer(rb'(?m)^ "(?:[^"\\]|\\.)*": \{"status": "(\w+)"', content):
         state = found[1].decode()
         counts[state] = counts.get(state, 0) + 1
@@ -10221,22 +10237,19 @@ class History:
     def head(self, run_id: str) -> Dict[str, Any]:
         """Return the head of one run, with how many of its `tasks` are in which state."""
         files = self.store.files(run_id)
-        journal = signature_of(files.journal)
+        journal, state = signature_of(files.journal), signature_of(files.state)
         live = journal is not None and self.store.owner(run_id) is not None
-        version = journal if not live else None, live, signature_of(files.state)
         known = self._known.get(run_id)
-        if known and known[0] == version:
+        if known and known[0] == (live, journal, state):
             return known[1]
-        head = self.store.peek(run_id) if live else {}
-        if not head:                           # the whole of a journal is read only where its engine is gone
-            head = dict(self.store.summary(run_id))
-        try:
-            content = read_file(files.state, follow=False)
-        except OSError:
-            content = b""
-        head = {**{name: head.get(name) for name in _HEAD}, "tasks": count_rows(content)}
-        self._known[run_id] = version, head
-        return head
+        head: Mapping[str, Any] = {}
+        if live and last_event(files.journal) != EVENT_WORDS[RunFinished]:
+            head = self.store.peek(run_id)     # the whole of a journal is read only where that can't be helped
+        head = head or self.store.summary(run_id)
+        counts = known[1]["tasks"] if known and known[0][2] == state else count_rows(files.state)
+        found = {**{name: head.get(name) for name in _HEAD}, "tasks": counts}
+        self._known[run_id] = (live, journal, state), found
+        return found
 
     def heads(self) -> List[Dict[str, Any]]:
         """Return the heads of all runs, newest first."""
@@ -11373,13 +11386,16 @@ async function runView(main, signal, id, tab, task) {
     } else if (event.event === "run_finished") { run.live = false; run.status = event.status;
       run.finished = event.at; soon(); }
   };
-  const watch = () => follow(`/api/v1/runs/${enc(id)}/events`, take, signal, () => load()
-    .then(() => side.dispatchEvent(new Event("changed"))).catch(complain));
+  const watch = () => follow(`/api/v1/runs/${enc(id)}/events`, take, signal, () =>
+    load().then(() => { side.dispatchEvent(new Event("changed")); wake(); }).catch(complain));
+  const wake = () => follow("/api/v1/events", (event) => { // somebody may resume it
+    if (event.run === id && event.status === "running") show();
+  }, signal);
   showTab(words[tab] ? tab : "graph");
   drawAll();
   requestAnimationFrame(graph.fit);
   showTask(task || "");
-  watch();
+  if (run.live) watch(); else wake();
   const beat = setInterval(() => { if (run.live) { drawHead(); drawTab(); } }, 1000);
   const resized = () => drawTab();
   addEventListener("resize", resized);
@@ -12205,9 +12221,9 @@ def show_log(web: Web, asked: Asked) -> Response:
 # -- events --
 
 def _sse(number: Any, value: Mapping[str, Any]) -> bytes:
-    """Return one server-sent event."""
+    """Return one server-sent event; without a number a client does not take up the thread there."""
     text = json.dumps(masked(value, hidden) if hidden else value)
-    return f"id: {number}\ndata: {text}\n\n".encode()
+    return (f"id: {number}\n" if number is not None else "").encode() + f"data: {text}\n\n".encode()
 
 
 def _state_row(run: Run, live: bool) -> Dict[str, Any]:
@@ -12235,17 +12251,45 @@ def _beating(web: Web, passes: Iterator[bytes]) -> Iterator[bytes]:
         web.close_stream()
 
 
+def _recounted(run: Run) -> Iterator[Dict[str, Any]]:
+    """Yield what happened in a run that has ended, as far as its record tells, in the order of time."""
+    found: List[Tuple[float, int, Event, str]] = []
+    for name, task_run in run.tasks.items():
+        for number, attempt in enumerate(task_run.attempts, 1):
+            found.append((attempt.started, 0, AttemptStarted(attempt.started, name, number, attempt.log), RUNNING))
+            if attempt.finished is not None:
+                last = number == len(task_run.attempts)
+                found.append((attempt.finished, 1, AttemptEnded(
+                    attempt.finished, name, number, attempt.status, attempt.reason, error=attempt.error),
+                    task_run.status if last else RETRYING))
+        if not task_run.attempts and task_run.finished is not None:
+            found.append((task_run.finished, 1, TaskSettled(
+                task_run.finished, name, task_run.status, task_run.reason), task_run.status))
+    for _, _, event, status in sorted(found, key=lambda row: row[:2]):
+        yield {**event_row(run, event), "status": status}
+    yield event_row(run, RunFinished(run.finished or run.started, run.status, run.reason))
+
+
+def _whole(run: Run, live: bool) -> Iterator[Dict[str, Any]]:
+    """Yield how a run stands, and what led there if it is over."""
+    yield _state_row(run, live)
+    if run.outcome:
+        yield from _recounted(run)
+
+
 def _tell(web: Web, follower: Follower, live: bool) -> Iterator[Dict[str, Any]]:
-    """Yield a row for each thing that is new in a run."""
+    """Yield a row for each thing that is new in a run; what was over before we looked is recounted."""
     for event in follower.news():
         assert follower.run
-        if event is None:
-            web.hide(follower.run.plan.flow.secrets)
-        yield event_row(follower.run, event) if event else _state_row(follower.run, live)
+        if event:
+            yield event_row(follower.run, event)
+            continue
+        web.hide(follower.run.plan.flow.secrets)
+        yield from _whole(follower.run, live)
     run = follower.run
     if run and (follower.told > follower.at or not live and not run.outcome):
         follower.told = follower.at            # the client saw another run of that id, or the engine is gone
-        yield _state_row(run, live)
+        yield from _whole(run, live)
 
 
 def _run_stream(web: Web, follower: Follower) -> Iterator[bytes]:
@@ -12253,7 +12297,8 @@ def _run_stream(web: Web, follower: Follower) -> Iterator[bytes]:
     while True:
         live = web.store.owner(follower.run_id) is not None      # asked first, so that all is told
         for row in _tell(web, follower, live):
-            yield _sse(follower.told, row)
+            is_past = follower.run and follower.run.outcome and row["event"] != "run_finished"
+            yield _sse(None if is_past else follower.told, row)
         if not live:
             follower.close()
             return
@@ -12787,6 +12832,7 @@ def make_handler(web: Web, doors: Doors) -> Any:
             headers = {"Content-Type": response.kind, "Connection": "close", **response.headers}
             if isinstance(body, bytes):
                 headers["Content-Length"] = str(len(body))
+            self.request_version = "HTTP/1.0"      # also where what came was no HTTP at all
             self.send_response_only(response.status)
             for name, value in headers.items():
                 self.send_header(name, value)
