@@ -10244,7 +10244,7 @@ class History:
             return known[1]
         head: Mapping[str, Any] = {}
         if live and last_event(files.journal) != EVENT_WORDS[RunFinished]:
-            head = self.store.peek(run_id)     # the whole of a journal is read only where that can't be helped
+            head = self.store.peek(run_id)     # the whole of a journal is read only where it has to be
         head = head or self.store.summary(run_id)
         counts = known[1]["tasks"] if known and known[0][2] == state else count_rows(files.state)
         found = {**{name: head.get(name) for name in _HEAD}, "tasks": counts}
@@ -11599,6 +11599,8 @@ function startDialog(flow) {
     if (bad) return;
     go.disabled = true;
     try {
+      const found = await post(`/api/v1/flows/${enc(flow.name)}/validate`, {params});
+      if (!found.valid) throw Object.assign(new Error("it can't be started"), found);
       const made = await post("/api/v1/runs", {flow: flow.name, params});
       dialog.close();
       location.hash = link("runs", made.id);
@@ -11808,6 +11810,74 @@ def route(method: str, path: str, does: str, *, query: Mapping[str, Schema] = {}
     return enter
 
 
+# -- other processes --
+
+#: Runs a function of this very file, compiled or not, with the words that come after its name.
+ENGINE_PROGRAM = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("miniflow", sys.argv[1])
+miniflow = sys.modules["miniflow"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(miniflow)
+sys.exit(getattr(miniflow, sys.argv[2])(sys.argv[3:]))
+"""
+
+
+def _launch(function: str, words: Sequence[str], stdin: bytes = b"") -> Tuple[Any, IO[bytes]]:
+    """Start a function of ours in a process and a session of its own; return it, and the file of its stderr.
+
+    The file has no name, and nobody has to read it, as somebody would have to read a pipe.
+    """
+    import subprocess
+    import tempfile
+    env = {name: value for name, value in os.environ.items()
+           if name not in _OURS and not name.startswith("MINIFLOW_PARAM_") or name == "MINIFLOW_COOKIE"}
+    with tempfile.TemporaryFile() as given:
+        given.write(stdin)
+        given.seek(0)
+        told: IO[bytes] = tempfile.TemporaryFile()
+        argv = [sys.executable, "-c", ENGINE_PROGRAM, os.path.abspath(__file__), function, *words]
+        return subprocess.Popen(argv, stdin=given, stdout=told if function != "main" else subprocess.DEVNULL,
+                                stderr=told, env=env, start_new_session=True), told
+
+
+def tell_flow(words: Sequence[str]) -> int:
+    """Print a flow, or what is wrong with it, as JSON: what import_elsewhere() reads."""
+    mini, name = MiniFlow(words[0], words[1], words[2]), words[3]
+    mark, output = words[4], os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)                              # what the flow itself prints is not ours
+    try:
+        told: Any = flow_to_json(mini.load(name))
+    except MiniFlowError as exc:
+        told = list(exc.problems) if isinstance(exc, FlowError) else [str(exc)]
+    output.write(f"\n{mark}{json.dumps(told)}\n")
+    output.close()
+    return 0
+
+
+def import_elsewhere(mini: MiniFlow, path: str) -> Flow:
+    """Return a flow in Python, imported by another process; raise FlowError."""
+    mark = os.urandom(8).hex()
+    process, told = _launch("tell_flow", [mini.flows_dir, mini.tasks_dir, mini.store.path,
+                                         os.path.abspath(path), mark])
+    with told:
+        try:
+            process.wait(_ENGINE_S)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise FlowError([f"{short_path(path)}: importing it takes more than {_ENGINE_S:g} s; "
+                             "do less at the top level"]) from None
+        told.seek(0)
+        found = re.search(rb"(?m)^%s(.*)$" % mark.encode(), told.read())
+    if not found:
+        raise FlowError([f"{short_path(path)}: importing it ended Python with exit code "
+                         f"{process.returncode}"])
+    value = json.loads(found[1])
+    if isinstance(value, list):
+        raise FlowError(value)
+    return recorded_flow(value)
+
+
 # -- what the server knows --
 
 class Web:
@@ -11900,74 +11970,6 @@ def respond_json(value: Any, status: int = 200, **headers: str) -> Response:
     """Return an answer in JSON, without what is hidden."""
     text = json.dumps(masked(value, hidden) if hidden else value, ensure_ascii=True)
     return Response(status, text.replace("<", "\\u003c").encode() + b"\n", _JSON, headers)
-
-
-# -- other processes --
-
-#: Runs a function of this very file, compiled or not, with the words that come after its name.
-ENGINE_PROGRAM = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("miniflow", sys.argv[1])
-miniflow = sys.modules["miniflow"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(miniflow)
-sys.exit(getattr(miniflow, sys.argv[2])(sys.argv[3:]))
-"""
-
-
-def _launch(function: str, words: Sequence[str], stdin: bytes = b"") -> Tuple[Any, IO[bytes]]:
-    """Start a function of ours in a process and a session of its own; return it, and the file of its stderr.
-
-    The file has no name, and nobody has to read it, as somebody would have to read a pipe.
-    """
-    import subprocess
-    import tempfile
-    env = {name: value for name, value in os.environ.items()
-           if name not in _OURS and not name.startswith("MINIFLOW_PARAM_") or name == "MINIFLOW_COOKIE"}
-    with tempfile.TemporaryFile() as given:
-        given.write(stdin)
-        given.seek(0)
-        told: IO[bytes] = tempfile.TemporaryFile()
-        argv = [sys.executable, "-c", ENGINE_PROGRAM, os.path.abspath(__file__), function, *words]
-        return subprocess.Popen(argv, stdin=given, stdout=told if function != "main" else subprocess.DEVNULL,
-                                stderr=told, env=env, start_new_session=True), told
-
-
-def tell_flow(words: Sequence[str]) -> int:
-    """Print a flow, or what is wrong with it, as JSON: what import_elsewhere() reads."""
-    mini, name = MiniFlow(words[0], words[1], words[2]), words[3]
-    mark, output = words[4], os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)                              # what the flow itself prints is not ours
-    try:
-        told: Any = flow_to_json(mini.load(name))
-    except MiniFlowError as exc:
-        told = list(exc.problems) if isinstance(exc, FlowError) else [str(exc)]
-    output.write(f"\n{mark}{json.dumps(told)}\n")
-    output.close()
-    return 0
-
-
-def import_elsewhere(mini: MiniFlow, path: str) -> Flow:
-    """Return a flow in Python, imported by another process; raise FlowError."""
-    mark = os.urandom(8).hex()
-    process, told = _launch("tell_flow", [mini.flows_dir, mini.tasks_dir, mini.store.path,
-                                         os.path.abspath(path), mark])
-    with told:
-        try:
-            process.wait(_ENGINE_S)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise FlowError([f"{short_path(path)}: importing it takes more than {_ENGINE_S:g} s; "
-                             "do less at the top level"]) from None
-        told.seek(0)
-        found = re.search(rb"(?m)^%s(.*)$" % mark.encode(), told.read())
-    if not found:
-        raise FlowError([f"{short_path(path)}: importing it ended Python with exit code "
-                         f"{process.returncode}"])
-    value = json.loads(found[1])
-    if isinstance(value, list):
-        raise FlowError(value)
-    return recorded_flow(value)
 
 
 def _start_engine(web: Web, words: Sequence[str], stdin: bytes, is_there: Callable[[int], bool]) -> None:
@@ -12234,7 +12236,10 @@ def _state_row(run: Run, live: bool) -> Dict[str, Any]:
 
 
 def _beating(web: Web, passes: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield what each pass yields (b"" ends one), with pauses between them and a beat where nothing comes."""
+    """Yield what each pass yields (b"" ends one), with pauses between them and a beat where nothing comes.
+
+    After each pause comes b"", so that whoever sends this may see whether anybody listens.
+    """
     beat = time.monotonic()
     try:
         yield b": events\n\n"
@@ -12246,7 +12251,9 @@ def _beating(web: Web, passes: Iterator[bytes]) -> Iterator[bytes]:
                 return
             elif time.monotonic() > beat + _BEAT_S:
                 beat = time.monotonic()
-                yield b": still here\n\n"      # a client that has gone is noticed by this
+                yield b": still here\n\n"
+            else:
+                yield b""
     finally:
         web.close_stream()
 
@@ -12256,7 +12263,8 @@ def _recounted(run: Run) -> Iterator[Dict[str, Any]]:
     found: List[Tuple[float, int, Event, str]] = []
     for name, task_run in run.tasks.items():
         for number, attempt in enumerate(task_run.attempts, 1):
-            found.append((attempt.started, 0, AttemptStarted(attempt.started, name, number, attempt.log), RUNNING))
+            found.append((attempt.started, 0, AttemptStarted(
+                attempt.started, name, number, attempt.log), RUNNING))
             if attempt.finished is not None:
                 last = number == len(task_run.attempts)
                 found.append((attempt.finished, 1, AttemptEnded(
@@ -12682,6 +12690,20 @@ class _HeadTooLarge(Exception):
     """The head of a request is more than MAX_HEAD bytes."""
 
 
+def turn_away(sock: Any) -> None:
+    """Tell a client that there is no room, without waiting for it, and end the connection."""
+    import socket
+    try:
+        sock.setblocking(False)
+        sock.send(_FULL)
+    except OSError:
+        pass
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass                                   # it has gone by itself
+
+
 class Doors:
     """The open connections, and who has to go where there are too many."""
 
@@ -12734,20 +12756,6 @@ class Doors:
             self._room.wait_for(lambda: not self._open, seconds)
 
 
-def turn_away(sock: Any) -> None:
-    """Tell a client that there is no room, without waiting for it, and end the connection."""
-    import socket
-    try:
-        sock.setblocking(False)
-        sock.send(_FULL)
-    except OSError:
-        pass
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass                                   # it has gone by itself
-
-
 def limited_reader(sock: Any, seconds: float) -> Tuple[Any, Callable[[int], None]]:
     """Return a file to read a request from, all of which has to come within `seconds`.
 
@@ -12775,6 +12783,20 @@ def limited_reader(sock: Any, seconds: float) -> Tuple[Any, Callable[[int], None
 
     limited = Limited()
     return io.BufferedReader(limited, 8192), limited.allow
+
+
+def has_gone(sock: Any) -> bool:
+    """Tell whether a client that has asked and waits for more has closed its end."""
+    import socket
+    try:
+        sock.setblocking(False)
+        return not sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        sock.settimeout(WRITE_S)
 
 
 def _drain(sock: Any) -> None:
@@ -12840,6 +12862,8 @@ def make_handler(web: Web, doors: Doors) -> Any:
             pieces = [body] if isinstance(body, bytes) else body
             try:
                 for piece in pieces if self.command != "HEAD" else ():
+                    if not piece and has_gone(self.connection):
+                        break
                     self.wfile.write(piece)
             finally:
                 getattr(pieces, "close", lambda: None)()
@@ -12860,6 +12884,9 @@ def make_server(web: Web, address: Tuple[Any, ...], family: int) -> Any:
     class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         address_family, request_queue_size = family, 128
         allow_reuse_address, daemon_threads = os.name != "nt", True
+
+        def begin(self) -> None:
+            threading.Thread(target=self.serve_forever, args=(0.2,), daemon=True).start()
 
         def process_request(self, request: Any, client_address: Any) -> None:
             if doors.enter(request):
@@ -12883,9 +12910,7 @@ def make_server(web: Web, address: Tuple[Any, ...], family: int) -> Any:
             self.socket.close()
             doors.wait_until_empty(_LAST_S)
 
-    server = Server(address, make_handler(web, doors))
-    server.thread = threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True)  # type: ignore[attr-defined]
-    return server
+    return Server(address, make_handler(web, doors))
 
 
 def own_hosts(host: str, address: str, port: int) -> Callable[[str], bool]:
@@ -12969,7 +12994,8 @@ def serve(mini: MiniFlow, host: str, port: int, background: Sequence[Background]
     shown_host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(place, f"[{place}]" if ":" in place else place)
     signal.signal(signal.SIGTERM, lambda number, frame: web.stopped.set())
     try:
-        for thread in [server.thread, *threads]:
+        server.begin()
+        for thread in threads:
             thread.start()
         ready(f"http://{shown_host}:{number}/" + (f"#token={token}" if is_new else ""))
         web.stopped.wait()
@@ -13699,6 +13725,11 @@ def _add_serve(parser: Any) -> None:
     parser.add_argument("--no-schedule", action="store_true", help="start no run by its schedule")
 
 
+def _print_address(address: str) -> None:
+    """Print the page's address, with the token, which is for whoever reads it."""
+    _write_out((address + "\n").encode())
+
+
 @command("serve", "the web page and the REST API", "miniflow serve --port 8080", _add_serve)
 def run_serve(options: Any) -> int:
     """Serve until SIGTERM."""
@@ -13707,11 +13738,6 @@ def run_serve(options: Any) -> int:
     mini.store.prepare("runs")
     serve(mini, options.host, options.port, [] if options.no_schedule else SERVE_BACKGROUND, _print_address)
     return 0
-
-
-def _print_address(address: str) -> None:
-    """Print the page's address, with the token, which is for whoever reads it."""
-    _write_out((address + "\n").encode())
 
 
 @command("schema", "print the JSON Schema of the flow file, for editors",

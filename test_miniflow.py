@@ -6695,7 +6695,8 @@ class Served:
                 + "sys.exit(miniflow.main(sys.argv[1:]))")
         env = {**os.environ, **dict(env), **({"MINIFLOW_TOKEN": token} if token else {})}
         self.process = subprocess.Popen([sys.executable, "-c", code, "serve", "--port", "0", *args], cwd=project.path,
-                                        env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                        env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE)
         self.address = self.process.stdout.readline().decode().strip()
         found = re.fullmatch(r"http://(.+):(\d+)/(?:#token=(.+))?", self.address)
         assert found, (self.address, self.process.stderr.read())
@@ -6832,8 +6833,10 @@ class T25dWeb(unittest.TestCase):
             self.assertEqual(self.tree(project), before)
 
     def test_ids_from_attackers_reach_no_file(self):
-        ids = ["../x", "..%2fx", "%2e%2e/x", "%2e%2e%2fr", "..%252fx", "/etc/passwd", "%2fetc%2fpasswd", "C:%5Cx", "a%00b",
-               ".", "..", "", "CON", "r.json", "x" * 300, "%EF%BD%81", "-rf", "r%0d%0aX:%201", "%ff", "r/../r", "r%2f..%2fr"]
+        ids = ["../x", "..%2fx", "%2e%2e/x", "%2e%2e%2fr", "..%252fx", "/etc/passwd", "%2fetc%2fpasswd", "C:%5Cx",
+               "a%00b",
+               ".", "..", "", "CON", "r.json", "x" * 300, "%EF%BD%81", "-rf", "r%0d%0aX:%201", "%ff", "r/../r",
+               "r%2f..%2fr"]
         with one(task("a", command="echo secret")) as project:
             project.run(run_id="r")
             project.write("x", "x")
@@ -6862,14 +6865,17 @@ class T25dWeb(unittest.TestCase):
                     (b"{", 400, "JSON"), (b"[1]", 400, "object"), (b'"f"', 400, "object"), (b"\xff", 400, "JSON"),
                     (b'{"flow": "f", "flow": "f"}', 400, "flow"), (b'{"flow": NaN}', 400, "NaN"),
                     (b"[" * 100_000, 400, "JSON"), (b"{}", 400, "flow is missing"), (b'{"flow": 1}', 400, "a string"),
-                    (b'{"flow": "f", "parms": {}}', 400, "did you mean params?"), (b'{"flow": "f", "params": [1]}', 400, "object"),
-                    (b'{"flow": "f", "params": {"n": 4}}', 422, "at most 3"), (b'{"flow": "f", "params": {"m": 4}}', 422, "no such param"),
+                    (b'{"flow": "f", "parms": {}}', 400, "did you mean params?"),
+                    (b'{"flow": "f", "params": [1]}', 400, "object"),
+                    (b'{"flow": "f", "params": {"n": 4}}', 422, "at most 3"),
+                    (b'{"flow": "f", "params": {"m": 4}}', 422, "no such param"),
                     (b'{"flow": "bad"}', 422, "tasks"), (b'{"flow": "ff"}', 404, "did you mean f?")]:
                 with self.subTest(body=body[:60]):
                     response, told = self.ask(web, "POST", "/api/v1/runs", (), body)
                     self.assertEqual(response.status, status, told)
                     self.assertIn(words, " ".join([told["error"], *told["problems"]]))
-            for query, words in [("limit=0", "limit"), ("limit=x", "limit"), ("limit=1001", "1000"), ("offset=-1", "offset"),
+            for query, words in [("limit=0", "limit"), ("limit=x", "limit"), ("limit=1001", "1000"),
+                                 ("offset=-1", "offset"),
                                  ("status=red", "one of"), ("limt=1", "did you mean limit?"), ("flow=%ff", "read"),
                                  ("&".join(["a=1"] * 50), "read"), ("limit=" + "9" * 5000, "limit")]:
                 with self.subTest(query=query[:40]):
@@ -6895,13 +6901,15 @@ class T25dWeb(unittest.TestCase):
         with one(task("a", description=evil), description=evil) as project:
             project.run(run_id="r")
             web = self.web(project)
-            for target in ("/", "/app.css", "/app.js", "/icon.svg", "/healthz", "/nowhere", "/api/v1/flows", "/api/v1/runs/r",
+            for target in ("/", "/app.css", "/app.js", "/icon.svg", "/healthz", "/nowhere", "/api/v1/flows",
+                           "/api/v1/runs/r",
                            "/api/v1/runs/r/tasks/a", "/api/v1/runs/r/tasks/a/log", "/metrics"):
                 response, _ = self.ask(web, "GET", target)
                 for name in ("Content-Security-Policy", "X-Content-Type-Options", "Referrer-Policy", "Cache-Control"):
                     self.assertIn(name, response.headers, target)
                 self.assertNotIn("unsafe-inline", response.headers["Content-Security-Policy"])
-                self.assertFalse({name.lower() for name in response.headers} & {"server", "access-control-allow-origin"})
+                self.assertFalse({name.lower() for name in response.headers} & {"server",
+                                                                                "access-control-allow-origin"})
                 if response.kind == "application/json":
                     self.assertNotIn(b"<", response.body)
             log = self.ask(web, "GET", "/api/v1/runs/r/tasks/a/log")[0]
@@ -6911,10 +6919,14 @@ class T25dWeb(unittest.TestCase):
     def test_which_hosts_are_this_server(self):
         name = socket.gethostname().lower()
         for host, address, good, bad in [
-                ("127.0.0.1", "127.0.0.1", ["127.0.0.1:80", "localhost:80", "LOCALHOST:80", "[::1]:80", "localhost", "[::1]"],
-                 ["", ":80", "127.0.0.1:81", "10.0.0.1:80", "evil:80", "127.0.0.1.evil:80", "localhost:80:80", "[::1", name + "x:80"]),
-                ("0.0.0.0", "0.0.0.0", ["10.0.0.1:80", "[fe80::1]:80", f"{name}:80", "127.0.0.1"], ["evil:80", "10.0.0.1:81"]),
-                ("flows.lan", "10.0.0.7", ["flows.lan:80", "10.0.0.7:80", "127.0.0.1:80"], ["10.0.0.8:80", "evil.lan:80"]),
+                ("127.0.0.1", "127.0.0.1", ["127.0.0.1:80", "localhost:80", "LOCALHOST:80", "[::1]:80", "localhost",
+                                            "[::1]"],
+                 ["", ":80", "127.0.0.1:81", "10.0.0.1:80", "evil:80", "127.0.0.1.evil:80", "localhost:80:80", "[::1",
+                  name + "x:80"]),
+                ("0.0.0.0", "0.0.0.0", ["10.0.0.1:80", "[fe80::1]:80", f"{name}:80", "127.0.0.1"],
+                 ["evil:80", "10.0.0.1:81"]),
+                ("flows.lan", "10.0.0.7", ["flows.lan:80", "10.0.0.7:80", "127.0.0.1:80"],
+                 ["10.0.0.8:80", "evil.lan:80"]),
                 ("::1", "::1", ["[::1]:80", "localhost:80"], ["::1:80", "[::2]:80"])]:
             is_own = mf.own_hosts(host, address, 80)
             self.assertEqual([given for given in good if not is_own(given)], [], host)
@@ -6940,7 +6952,8 @@ class T25dWeb(unittest.TestCase):
         self.assertGreater(len(asked), 8)
         for text in asked:
             path = re.sub(r"\$\{[^}]*\}", "x", text)
-            self.assertTrue([found for found in mf.ROUTES if re.fullmatch(re.sub(r"{\w+}", "[^/]+", found.path), path)], text)
+            self.assertTrue([found for found in mf.ROUTES if re.fullmatch(re.sub(r"{\w+}", "[^/]+", found.path), path)],
+                            text)
         for state in mf.TASK_STATES + mf.RUN_STATES:
             self.assertRegex(parts["style"], rf"\.s-{state} {{\s*--c: var\(--{state}\)")
             self.assertEqual(len(re.findall(rf"\s--{state}: #", parts["style"])), 2, state)      # light and dark
@@ -6977,13 +6990,15 @@ class T25dWeb(unittest.TestCase):
             project.run(run_id="r")
             web, whole = self.web(project), project.log("r", "a", 2)
             size = len(whole)
-            for query, wanted in [("", whole), ("offset=100", whole[100:]), ("offset=-7", whole[-7:]), ("offset=-99999999", whole),
+            for query, wanted in [("", whole), ("offset=100", whole[100:]), ("offset=-7", whole[-7:]),
+                                  ("offset=-99999999", whole),
                                   ("offset=5&limit=20", whole[5:25]), (f"offset={size}", b""), ("offset=99999999", b""),
                                   ("attempt=1", project.log("r", "a", 1)), ("limit=1", whole[:1])]:
                 with self.subTest(query=query):
                     response, content = self.ask(web, "GET", "/api/v1/runs/r/tasks/a/log?" + query)
                     self.assertEqual((response.status, content), (200, wanted))
-                    self.assertEqual((response.headers["X-Log-Size"], response.headers["X-Log-Ended"]), (str(size), "true"))
+                    self.assertEqual((response.headers["X-Log-Size"], response.headers["X-Log-Ended"]),
+                                     (str(size), "true"))
             self.assertEqual(self.ask(web, "GET", "/api/v1/runs/r/tasks/a/log?attempt=3")[0].status, 404)
             secret = project.at("secret")
             project.write("secret", "secret")
@@ -7035,7 +7050,8 @@ class T25dWeb(unittest.TestCase):
                 told += [follower.told for _ in follower.news()]
                 self.assertEqual(told, list(range(max(1, after + 1), len(lines) + 1)), after)
                 self.assertEqual(ends(follower.run), ends(run))
-                store.disk.put(journal_path, b"".join(mf.encode_opened(begun, {}, 90, mf.encode_definition(plan.flow))), False)
+                store.disk.put(journal_path, b"".join(mf.encode_opened(begun, {}, 90, mf.encode_definition(plan.flow))),
+                               False)
                 self.assertEqual([(event, follower.told) for event in follower.news()], [(None, 90)])
                 follower.close()
                 os.unlink(journal_path)
@@ -7043,13 +7059,15 @@ class T25dWeb(unittest.TestCase):
     @unittest.skipUnless(LINUX, "asks for /proc")
     def test_runs_are_started_watched_cancelled_and_resumed_over_http(self):
         slow = flow_json(task("a", command="echo to-$MINIFLOW_PARAM_WHOM; test -z \"$MINIFLOW_TOKEN\""),
-                         task("b", "a", command="test -e go || { echo waits; sleep 60; }"), params={"whom": {"required": True}})
+                         task("b", "a", command="test -e go || { echo waits; sleep 60; }"),
+                         params={"whom": {"required": True}})
         with Project({"slow": slow, "quick": flow_json(task("x"))}) as project, Served(project) as served:
             served.start("slow", "r", whom="you")
             wait_for(lambda: b"waits" in (served.ask("GET", "/api/v1/runs/r/tasks/b/log")[2] or b""), "the log of b")
             self.assertEqual(served.get("/api/v1/runs/r/tasks/a/log"), b"to-you\n")
             for method, path, body, status, words in [
-                    ("POST", "/api/v1/runs", {"flow": "slow", "params": {"whom": "me"}, "run_id": "r"}, 409, "run r exists"),
+                    ("POST", "/api/v1/runs", {"flow": "slow", "params": {"whom": "me"}, "run_id": "r"}, 409,
+                     "run r exists"),
                     ("POST", "/api/v1/runs/r/resume", {}, 409, "is being run by process"),
                     ("POST", "/api/v1/runs", {"flow": "slow"}, 422, "params"),
                     ("POST", "/api/v1/runs/none/cancel", {}, 404, "no run none")]:
@@ -7118,11 +7136,13 @@ class T25dWeb(unittest.TestCase):
             again = events_in(served.ask("GET", "/api/v1/runs/r/events", Last_Event_ID="9999")[2])
             self.assertEqual([(data["event"], data["task"], data["status"]) for _, data in again], [
                 ("state", None, "success"), ("attempt_started", "a", "running"), ("attempt_ended", "a", "success"),
-                ("attempt_started", "b", "running"), ("attempt_ended", "b", "success"), ("run_finished", None, "success")])
+                ("attempt_started", "b", "running"), ("attempt_ended", "b", "success"),
+                ("run_finished", None, "success")])
 
     def test_streams_of_events_have_a_limit_of_their_own(self):
         with one(task("a")) as project, Served(project, constants={"MAX_STREAMS": 2}) as served:
-            ask = (f"GET /api/v1/events HTTP/1.0\r\nHost: localhost:{served.port}\r\nAuthorization: Bearer tok\r\n\r\n").encode()
+            ask = (f"GET /api/v1/events HTTP/1.0\r\nHost: localhost:{served.port}\r\n"
+                   "Authorization: Bearer tok\r\n\r\n").encode()
             with contextlib.ExitStack() as stack:
                 for _ in range(2):
                     sock = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=20))
@@ -7130,6 +7150,7 @@ class T25dWeb(unittest.TestCase):
                     self.assertIn(b" 200 ", sock.recv(4096))
                 self.assertIn(b" 429 ", served.raw(ask))
                 self.assertEqual(served.get("/healthz"), {"status": "ok"})
+            wait_for(lambda: b"miniflow_http_streams 0" in served.get("/metrics"), "those who have gone to be noticed", 5)
 
     @unittest.skipUnless(LINUX, "asks for /proc")
     def test_runs_outlive_the_server_however_it_dies(self):
@@ -7139,7 +7160,8 @@ class T25dWeb(unittest.TestCase):
                     served.start("f", f"r{number}")
                     served.process.send_signal(getattr(signal, name))
                     self.assertEqual(served.process.wait(10), {"SIGKILL": -9, "SIGTERM": 0, "SIGINT": 130}[name])
-            self.assertEqual({head["status"] for head in mf.Store(project.at("miniflow_output")).history()}, {"running"})
+            self.assertEqual({head["status"] for head in mf.Store(project.at("miniflow_output")).history()},
+                             {"running"})
             project.write("go", "")
             for number in range(3):
                 wait_for(lambda number=number: project.state(f"r{number}")["status"] == "success", "the run")
@@ -7151,13 +7173,19 @@ class T25dWeb(unittest.TestCase):
             for name, content, wanted in [
                     ("70 kB of address", b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n" + host + b"\r\n", b" 414 "),
                     ("10 kB of address", b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\n" + host + b"\r\n", b" 414 "),
-                    ("120 headers", b"GET / HTTP/1.1\r\n" + host + b"".join(b"X-%d: 1\r\n" % n for n in range(120)) + b"\r\n", b" 431 "),
-                    ("a header of 100 kB", b"GET / HTTP/1.1\r\n" + host + b"X: " + b"y" * 100_000 + b"\r\n\r\n", b" 431 "),
-                    ("headers of 1 MB", b"GET / HTTP/1.1\r\n" + host + b"".join(b"X-%d: %s\r\n" % (n, b"y" * 60_000) for n in range(20)), b" 431 "),
-                    ("length of 10**12", b"POST /api/v1/runs HTTP/1.1\r\n" + host + b"Content-Length: 1000000000000\r\n\r\n", b" 413 "),
-                    ("negative length", b"POST /api/v1/runs HTTP/1.1\r\n" + host + b"Content-Length: -1\r\n\r\n", b" 400 "),
-                    ("two lengths", b"POST / HTTP/1.1\r\n" + host + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", b" 400 "),
-                    ("chunked", b"POST /api/v1/runs HTTP/1.1\r\n" + host + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", b" 411 "),
+                    ("120 headers", b"GET / HTTP/1.1\r\n" + host + b"".join(b"X-%d: 1\r\n" % n
+                                                                            for n in range(120)) + b"\r\n", b" 431 "),
+                    ("a header of 100 kB", b"GET / HTTP/1.1\r\n" + host + b"X: " + b"y" * 100_000 + b"\r\n\r\n",
+                     b" 431 "),
+                    ("headers of 1 MB", b"GET / HTTP/1.1\r\n" + host + b"".join(b"X-%d: %s\r\n" % (n, b"y" * 60_000)
+                                                                                for n in range(20)), b" 431 "),
+                    ("huge length", b"POST / HTTP/1.1\r\n" + host + b"Content-Length: 100000000000\r\n\r\n", b" 413 "),
+                    ("negative length", b"POST /api/v1/runs HTTP/1.1\r\n" + host + b"Content-Length: -1\r\n\r\n",
+                     b" 400 "),
+                    ("two lengths", b"POST / HTTP/1.1\r\n" + host + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+                     b" 400 "),
+                    ("chunked", b"POST / HTTP/1.1\r\n" + host
+                     + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", b" 411 "),
                     ("garbage", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b" 400 "),
                     ("an unknown method", b"FOO / HTTP/1.1\r\n" + host + b"\r\n", b" 501 "),
                     ("an unknown version", b"GET / HTTP/9.9\r\n" + host + b"\r\n", b" 505 "),
@@ -7178,7 +7206,8 @@ class T25dWeb(unittest.TestCase):
         with one(task("a")) as project, Served(project, constants={"READ_S": 1.5, "_SILENT_S": 0.3}) as served:
             began = time.monotonic()
             for head in (b"GET / HTTP/1.1\r\nX: ", f"POST /api/v1/runs HTTP/1.0\r\nHost: localhost:{served.port}\r\n"
-                         "Authorization: Bearer tok\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n".encode()):
+                         "Authorization: Bearer tok\r\nContent-Type: application/json\r\n"
+                         "Content-Length: 900\r\n\r\n".encode()):
                 with socket.create_connection(("127.0.0.1", served.port), timeout=0.1) as sock:
                     sock.sendall(head)
                     told = None
@@ -7190,7 +7219,8 @@ class T25dWeb(unittest.TestCase):
                             self.assertTrue(told == b"" or b" 408 " in told, told)
             self.assertLess(time.monotonic() - began, 8)
             with contextlib.ExitStack() as stack:
-                idle = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=20)) for _ in range(200)]
+                idle = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=20))
+                        for _ in range(200)]
                 self.assertEqual(served.get("/healthz"), {"status": "ok"})
                 for sock in idle:                  # sooner or later each is told that there is no room, or just closed
                     told = sock.recv(1000)
@@ -7200,7 +7230,8 @@ class T25dWeb(unittest.TestCase):
         with one(task("a")) as project:
             env = {name: value for name, value in os.environ.items() if name != "MINIFLOW_TOKEN"}
             for args, words in [(("--host", "0.0.0.0"), "MINIFLOW_TOKEN"), (("--host", "::"), "MINIFLOW_TOKEN"),
-                                (("--host", "no.such.host.invalid"), "give an address"), (("--port", "x"), "port number"),
+                                (("--host", "no.such.host.invalid"), "give an address"),
+                                (("--port", "x"), "port number"),
                                 (("--port", "70000"), "port number")]:
                 done = project.cli("serve", *args, env=env)
                 self.assertEqual(done.returncode, 2, done.stderr)
@@ -7223,30 +7254,35 @@ class T25dWeb(unittest.TestCase):
                         self.assertEqual(served.get("/healthz"), {"status": "ok"})
 
     def test_secrets_are_in_no_answer(self):
-        flow = flow_json(task("a", command="echo \"key is $API_KEY.\"; echo \"{\\\"x\\\": \\\"$API_KEY\\\"}\" > $MINIFLOW_OUTPUT"),
-                         task("b", command="echo $API_KEY; exit 3"), secrets=["API_KEY"], env={"OTHER": "${{ env.API_KEY }}"})
+        flow = flow_json(task("a", command="echo \"key is $API_KEY.\"; echo \"x=$API_KEY\" > $MINIFLOW_OUTPUT"),
+                         task("b", command="echo $API_KEY; exit 3"), secrets=["API_KEY"],
+                         env={"OTHER": "${{ env.API_KEY }}"})
         with Project({"f": flow}) as project, Served(project, env={"API_KEY": "hunter2hunter2"}) as served:
             served.start("f", "r")
             served.ended("r")
             self.assertEqual(served.get("/api/v1/runs/r/tasks/a/log"), b"key is ***.\n")
             self.assertEqual(served.get("/api/v1/runs/r/tasks/a/log?offset=12"), b".\n")
-            for path in ("/api/v1/runs/r", "/api/v1/runs/r/tasks", "/api/v1/runs/r/tasks/a", "/api/v1/flows/f", "/api/v1/flows",
-                         "/api/v1/runs/r/events", "/metrics", *(f"/api/v1/runs/r/tasks/a/log?offset={n}&limit=6" for n in range(25))):
+            for path in ("/api/v1/runs/r", "/api/v1/runs/r/tasks", "/api/v1/runs/r/tasks/a", "/api/v1/flows/f",
+                         "/api/v1/flows",
+                         "/api/v1/runs/r/events", "/metrics",
+                         *(f"/api/v1/runs/r/tasks/a/log?offset={n}&limit=6" for n in range(25))):
                 self.assertFalse(re.search("hunt|nter2", str(served.get(path))), path)
             status, _, told = served.ask("POST", "/api/v1/runs", {"flow": "f", "params": {"x": "hunter2hunter2"}})
             self.assertEqual((status, "hunter2" in json.dumps(told)), (422, False))
 
     def test_flows_are_told_with_their_runs_and_a_flow_in_python_hurts_nobody(self):
-        with Project({"good": flow_json(task("a"), params={"n": 1}), "bad": '{"name": "bad", "tasks": [{}]}'}) as project:
+        with Project({"good": flow_json(task("a"), params={"n": 1}),
+                      "bad": '{"name": "bad", "tasks": [{}]}'}) as project:
             project.write("flows/exits.py", "import os\nos._exit(3)\n")
-            project.write("flows/py.py", "from miniflow import task, Workflow\nprint('noise')\n@task()\ndef step(ctx):\n"
+            project.write("flows/py.py", "from miniflow import task, Workflow\nprint('noise')\n@task\ndef step(ctx):\n"
                           "    return {'n': 1}\nworkflow = Workflow([step], name='py')\n")
             with Served(project) as served:
                 served.start("good", "r1")
                 self.assertEqual(served.ended("r1"), "success")
                 flows = {flow["name"]: flow for flow in served.get("/api/v1/flows")["flows"]}
                 self.assertEqual(set(flows), {"bad", "exits", "good", "py"})
-                self.assertEqual((flows["good"]["last_run"]["id"], flows["good"]["last_run"]["tasks"]), ("r1", {"success": 1}))
+                self.assertEqual((flows["good"]["last_run"]["id"], flows["good"]["last_run"]["tasks"]),
+                                 ("r1", {"success": 1}))
                 self.assertIn("exit code 3", flows["exits"]["error"][0])
                 self.assertEqual((flows["py"]["tasks"], flows["py"]["error"]), (1, None))
                 self.assertEqual(served.get("/api/v1/flows?limit=1&offset=2")["flows"][0]["name"], "good")
