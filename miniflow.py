@@ -10245,11 +10245,24 @@ class History:
         head: Mapping[str, Any] = {}
         if live and last_event(files.journal) != EVENT_WORDS[RunFinished]:
             head = self.store.peek(run_id)     # the whole of a journal is read only where it has to be
+        if journal is None or head:
+            counts = known[1]["tasks"] if known and known[0][2] == state else count_rows(files.state)
+        else:
+            counts = self._count_tasks(run_id)
         head = head or self.store.summary(run_id)
-        counts = known[1]["tasks"] if known and known[0][2] == state else count_rows(files.state)
         found = {**{name: head.get(name) for name in _HEAD}, "tasks": counts}
         self._known[run_id] = (live, journal, state), found
         return found
+
+    def _count_tasks(self, run_id: str) -> Dict[str, int]:
+        """Return how many tasks are in which state by the journal, which knows more than the state."""
+        counts: Dict[str, int] = {}
+        try:
+            for task_run in self.store.load(run_id).run.tasks.values():
+                counts[task_run.status] = counts.get(task_run.status, 0) + 1
+        except MiniFlowError:
+            pass                               # its head says that it is damaged
+        return counts
 
     def heads(self) -> List[Dict[str, Any]]:
         """Return the heads of all runs, newest first."""
@@ -10965,7 +10978,8 @@ function layOut(tasks) { // in layers by the longest way to each task; in a laye
       layer.forEach((node, n) => { node.n = (n + 0.5) / layer.length; });
     }
   }
-  const upright = innerWidth < 640, longest = Math.max(...tasks.map((task) => task.id.length));
+  const upright = innerWidth < 640;
+  const longest = Math.max(...tasks.map((task) => task.id.length + (task.many ? 5 : 0)));
   const width = Math.min(190, Math.max(84, longest * 7.6 + 48));
   const most = upright ? Math.max(2, Math.ceil(Math.sqrt(tasks.length) / 2.5))
     : Math.max(9, Math.ceil(Math.sqrt(tasks.length) * 1.25));
@@ -12116,11 +12130,11 @@ _NO_BODY: Schema = {"type": "object", "properties": {}, "additionalProperties": 
 def cancel_run(web: Web, asked: Asked) -> Response:
     """Tell the engine of a run to end it."""
     run_id = web.run_id(asked)
+    status = web.history.head(run_id)["status"]
     try:
-        there = signal_engine(web.store, run_id, "SIGTERM")
+        there = status == RUNNING and signal_engine(web.store, run_id, "SIGTERM")
     except UsageError as exc:
         raise Refused(409, str(exc)) from None
-    status = web.history.head(run_id)["status"]
     if not there:
         raise Refused(409, f"run {run_id} does not run: it is {status}")
     return respond_json({"id": run_id, "status": status}, 202)
@@ -12132,7 +12146,10 @@ def cancel_run(web: Web, asked: Asked) -> Response:
                 409: "an engine works on it", 422: "its flow is invalid"})
 def resume_run(web: Web, asked: Asked) -> Response:
     """Start an engine that goes on with a run."""
-    loaded = web.loaded(asked)
+    loaded, end = web.loaded(asked), time.monotonic() + 2
+    while loaded.live and loaded.run.outcome and time.monotonic() < end:
+        time.sleep(0.01)                       # its engine is tidying up
+        loaded = web.loaded(asked)
     run_id = loaded.run.id
     if loaded.run.outcome == SUCCESS:
         return respond_json({"id": run_id, "status": SUCCESS, "note": "it has succeeded already"})
