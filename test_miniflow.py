@@ -7150,7 +7150,7 @@ class T25dWeb(unittest.TestCase):
                     self.assertIn(b" 200 ", sock.recv(4096))
                 self.assertIn(b" 429 ", served.raw(ask))
                 self.assertEqual(served.get("/healthz"), {"status": "ok"})
-            wait_for(lambda: b"miniflow_http_streams 0" in served.get("/metrics"), "those who have gone to be noticed", 5)
+            wait_for(lambda: b"miniflow_http_streams 0" in served.get("/metrics"), "those who went to be noticed", 5)
 
     @unittest.skipUnless(LINUX, "asks for /proc")
     def test_runs_outlive_the_server_however_it_dies(self):

@@ -35,15 +35,18 @@ def flows():
         "list": {"type": "array", "default": [1]}}, "tasks": [
             {"id": "first", "description": EVIL, "command": "printf '%s\\n' \"$1\"; printf '\\033[31mred\\033[0m\\n'; "
              "echo \"$MINIFLOW_PARAM_GREETING times $MINIFLOW_PARAM_TIMES\"", "args": [EVIL]},
-            {"id": "each", "depends_on": ["first"], "foreach": [1, 2, 3], "command": "echo $1", "args": ["${{ item }}"]},
+            {"id": "each", "depends_on": ["first"], "foreach": [1, 2, 3], "command": "echo $1",
+             "args": ["${{ item }}"]},
             {"id": "waits", "depends_on": ["each"], "command": "while test ! -e go; do echo waiting; sleep 0.1; done"},
-            {"id": "last", "depends_on": ["waits"], "command": "echo \"said=$MINIFLOW_PARAM_GREETING\" > $MINIFLOW_OUTPUT"}]}
+            {"id": "last", "depends_on": ["waits"],
+             "command": "echo \"said=$MINIFLOW_PARAM_GREETING\" > $MINIFLOW_OUTPUT"}]}
     dice, tasks = random.Random(5), []
     for n in range(500):
         up = dice.sample(range(max(0, n - 60), n), min(n, dice.choice([0, 1, 1, 2, 2, 3]))) if n > 12 else []
         tasks.append({"id": f"task_{n:03}", "command": "true", "depends_on": [f"task_{m:03}" for m in sorted(up)]})
     return {"slow": slow, "big": {"name": "big", "tasks": tasks}, "red": {"name": "red", "tasks": [
-        {"id": "boom", "command": "echo it went wrong here >&2; exit 4"}]}, "bad": {"name": "bad", "tasks": [{"id": EVIL}]}}
+        {"id": "boom", "command": "echo it went wrong here >&2; exit 4"}]},
+            "bad": {"name": "bad", "tasks": [{"id": EVIL}]}}
 
 
 class Server:
@@ -142,7 +145,8 @@ def try_page(shots):
         page.wait("document.querySelector('.chip')?.textContent === 'success'")
         status, content = server.ask("GET", f"/api/v1/runs/{run_id}")
         told = json.loads(content)
-        assert (told["status"], told["params"]["times"], told["ctx"]["said"]) == ("success", 3, "hello <b>you</b>"), told
+        assert (told["status"], told["params"]["times"], told["ctx"]["said"]) == ("success", 3,
+            "hello <b>you</b>"), told
         page.click("#tab-data")
         page.wait("document.querySelector('.json')?.textContent.includes('hello <b>you</b>')")
         dark = try_looks(page, server, shoot)
@@ -160,7 +164,8 @@ def try_looks(page, server, shoot):
     status, content = server.ask("POST", "/api/v1/runs", {"flow": "big"})
     assert status == 201, content
     big = json.loads(content)["id"]
-    views = ["", f"runs/{big}", f"runs/{big}/gantt", f"runs/{big}/tasks", f"runs/{big}/graph/task_007", "runs", "flows/slow"]
+    views = ["", f"runs/{big}", f"runs/{big}/gantt", f"runs/{big}/tasks", f"runs/{big}/graph/task_007", "runs",
+             "flows/slow"]
     dark = b""
     for width, is_dark in ((1280, True), (1280, False), (375, False), (375, True)):
         page.resize(width, 800, is_dark)
@@ -173,8 +178,9 @@ def try_looks(page, server, shoot):
             picture = shoot(page, f"{view.split('/')[0] or 'flows'}{view.count('/')}-{view.split('/')[-1][:9]}-{width}"
                             + ("-dark" if is_dark else ""))
             dark = picture if is_dark and not view and width == 1280 else dark
-            out = page.evaluate("[...document.querySelectorAll('body *')].filter(e => !e.closest('svg, .table, .json, .log')"
-                                " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + '.' + e.className)")
+            out = page.evaluate("""[...document.querySelectorAll('body *')]
+                .filter((e) => !e.closest('svg, .table, .json, .log') && e.getBoundingClientRect().right > innerWidth + 1)
+                .map((e) => e.tagName + '.' + e.className)""")
             assert not out, (width, view, out)
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (width, view)
     return dark
