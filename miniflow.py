@@ -76,8 +76,12 @@ Contents
     39. REPORT: how does a run become one page that stands for itself?
     40. LIBRARY: what does a Python program use?
     41. DAEMON: how is what is due started, exactly once?
-    42. BUNDLE: how does a flow travel, with all that it needs, in one file?
-    43. COMMAND LINE: what can be typed?
+    42. FOLLOWING: what happens in runs, as seen from outside their engines?
+    43. PAGE: the web page
+    44. WEB: what is the answer to a request?
+    45. SERVER: how do requests come in, and how do answers go out?
+    46. BUNDLE: how does a flow travel, with all that it needs, in one file?
+    47. COMMAND LINE: what can be typed?
 
 
 Licence (MIT)
@@ -181,7 +185,7 @@ __all__ = [
     "due", "next_wake", "drive",
     # 40. LIBRARY
     "MiniFlow", "Workflow", "StateStore", "JSONStateStore", "MemoryStateStore",
-    # 43. COMMAND LINE
+    # 47. COMMAND LINE
     "main",
 ]
 
@@ -9525,11 +9529,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=Lock.close_in_child)
 
 
-def _locked(path: str, owner: Mapping[str, Any]) -> RunLocked:
-    """Return the error that says who holds the lock at `path`."""
-    run_id = os.path.basename(path).rpartition(".")[0]
+def locked_by(run_id: str, owner: Mapping[str, Any]) -> RunLocked:
+    """Return the error that says who works on a run."""
     return RunLocked(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
                      f"{owner.get('host', '?')} since {owner.get('since', '?')}; wait for it, or cancel it")
+
+
+def _locked(path: str, owner: Mapping[str, Any]) -> RunLocked:
+    """Return the error that says who holds the lock at `path`."""
+    return locked_by(os.path.basename(path).rpartition(".")[0], owner)
 
 
 def _take_by_file(disk: Disk, path: str, me: Mapping[str, Any], force: bool) -> None:
@@ -9784,7 +9792,7 @@ class Store:
         heads = [head for head in map(self.summary, self.ids()) if flow in (None, head["flow"])]
         return sorted(heads, key=lambda head: (head["started"] or "", head["id"]), reverse=True)
 
-    def _peek(self, run_id: str) -> Dict[str, Any]:
+    def peek(self, run_id: str) -> Dict[str, Any]:
         """Return the head of a run's state as it stands there, unchecked; {} if it can't be read."""
         try:
             content = read_file(self.files(run_id).state, 4096, follow=False)
@@ -9806,7 +9814,7 @@ class Store:
                 others.append(run_id)
             elif made[1] == stem:
                 ours.append(run_id)
-        heads = [(self._peek(run_id), run_id) for names in (ours, others)
+        heads = [(self.peek(run_id), run_id) for names in (ours, others)
                  for run_id in heapq.nlargest(_RECENT, names)]
         ended = [(str(head.get("started")), run_id) for head, run_id in heads
                  if head.get("flow") == flow and head.get("status") != RUNNING]
@@ -12168,7 +12176,7 @@ def check_slurm(flow: Flow) -> None:
         slurm_setting(name)
 
 
-class Answer(NamedTuple):
+class Said(NamedTuple):
     """What a call of one of Slurm's programs gave; code None: nothing in time."""
 
     code: Optional[int]
@@ -12189,7 +12197,7 @@ class Inquiry:
     __slots__ = ("process", "pidfd", "began", "take", "_files")
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], stdin: str, began: float,
-                 take: Callable[[Answer], List[Event]]) -> None:
+                 take: Callable[[Said], List[Event]]) -> None:
         import tempfile
         self.began, self.take = began, take
         self._files = [tempfile.TemporaryFile() for _ in range(3)]     # pipes could fill up
@@ -12199,13 +12207,13 @@ class Inquiry:
         self.process = spawn(argv, env, os.getcwd(), files)
         self.pidfd: Optional[int] = None
 
-    def answer(self, code: Optional[int]) -> Answer:
+    def answer(self, code: Optional[int]) -> Said:
         """Return what came of it."""
         texts = []
         for file in self._files[1:]:
             file.seek(0)
             texts.append(file.read(2**26).decode("utf-8", "replace"))
-        return Answer(code, texts[0], texts[1], self.began)
+        return Said(code, texts[0], texts[1], self.began)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -12222,15 +12230,15 @@ class Inquiries:
                      if name == "SLURM_CONF" or not name.startswith(_NOT_OURS)}
         self._call_s = slurm_setting("MINIFLOW_SLURM_CALL_S")
         self._calls: List[Inquiry] = []
-        self._failed: List[Tuple[Callable[[Answer], List[Event]], Answer]] = []
+        self._failed: List[Tuple[Callable[[Said], List[Event]], Said]] = []
 
-    def make(self, argv: Sequence[str], take: Callable[[Answer], List[Event]], stdin: str = "") -> None:
+    def make(self, argv: Sequence[str], take: Callable[[Said], List[Event]], stdin: str = "") -> None:
         """Begin a call; `take` is given its answer and returns what has happened by it."""
         self._watchdog.ready()
         try:
             call = Inquiry(argv, self._env, stdin, self._now(), take)
         except OSError as exc:
-            self._failed.append((take, Answer(None, "", f"{argv[0]}: {exc.strerror}", self._now())))
+            self._failed.append((take, Said(None, "", f"{argv[0]}: {exc.strerror}", self._now())))
             return
         call.pidfd = self._waiter.watch(call.process.pid)
         self._watchdog.add(call.process.pid)   # for the engine may be killed while nobody answers
@@ -12572,7 +12580,7 @@ class Jobs(JobTable):
         uid = os.getuid() if hasattr(os, "getuid") else 0
         self._calls.make(squeue_argv(self._run.id, uid, self._clusters), self._take_queue)
 
-    def _take_queue(self, answer: Answer) -> List[Event]:
+    def _take_queue(self, answer: Said) -> List[Event]:
         """Take in what squeue has answered; what it does not know is known only if it answers well."""
         self._asking = False
         try:
@@ -12648,7 +12656,7 @@ class Jobs(JobTable):
         argv = sbatch_argv(run.id, task, comment, self._exchange.log_path(action), invocation.cwd)
         return argv, job_script(self._setting.python, job.base)
 
-    def _take_submitted(self, job: Job, answer: Answer) -> List[Event]:
+    def _take_submitted(self, job: Job, answer: Said) -> List[Event]:
         """Take in what sbatch has answered."""
         self._sending -= 1
         number = parse_submitted(answer.out) if answer.code == 0 else None
@@ -13741,6 +13749,26 @@ def open_again(store: Store, run_id: str, source: Optional[Source], params: Opti
         raise
 
 
+def signal_engine(store: Store, run_id: str, name: str) -> bool:
+    """Send a signal to the engine of a run; tell whether there was one, raise UsageError if not ours."""
+    owner = store.owner(run_id)
+    if owner is None:
+        return False
+    if not is_visible(owner):
+        raise UsageError(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
+                         f"{owner.get('host', '?')}, which can't be seen from here; cancel it there")
+    if not is_process(owner.get("pid"), owner.get("ticks")):
+        return store.owner(run_id) is not None
+    try:
+        os.kill(int(owner["pid"]), getattr(signal, name))
+    except (ProcessLookupError, KeyError):
+        return store.owner(run_id) is not None
+    except PermissionError:
+        raise UsageError(f"run {run_id} is being run by process {owner['pid']}, which is another user's; "
+                         "ask that one") from None
+    return True
+
+
 def open_run(store: Store, source: Source, params: Optional[Mapping[str, Any]], order: Order,
              selection: Selection, run_id: Optional[str], note: Callable[[str], None]) -> Opened:
     """Make a run, or take hold of the one that has the given id, which keeps its params and selection."""
@@ -13879,6 +13907,44 @@ def format_verdict(run: Run) -> str:
     reason = f" ({safe(run.reason)})" if run.reason else ""
     return (f"run {run.id}: {run.status}{reason}: {count_states(run)}{warnings} "
             f"in {format_span(span(run.started, run.finished))}")
+
+
+@_remembering
+def _hidden_pattern(texts: Tuple[str, ...]) -> Any:
+    """Return what finds the longest of `texts` in bytes."""
+    return re.compile(b"|".join(re.escape(text.encode("utf-8", "surrogateescape")) for text in texts))
+
+
+def _longest_hidden() -> int:
+    """Return how many bytes the longest that is hidden can be, 0 if nothing is."""
+    return max(map(len, hidden), default=0) * 4
+
+
+def bytes_shown(file: IO[bytes], start: int, end: int) -> bytes:
+    """Return the bytes of a log from `start` to `end`, with *** where something hidden begins among them.
+
+    What is hidden is found also where it reaches over an edge, so that no choice of edges brings it to light.
+    """
+    begin, keep = max(0, start - _longest_hidden()), _longest_hidden()
+    file.seek(begin)
+    content = file.read(end + keep - begin)
+    at, end = start - begin, min(end - begin, len(content))
+    found = b""
+    for match in _hidden_pattern(tuple(hidden)).finditer(content) if hidden else ():
+        if match.end() > at and match.start() < end:
+            if match.start() >= at:
+                found += content[at:match.start()] + MASK.encode()
+            at = min(match.end(), end)
+    return found + content[at:end]
+
+
+def unfinished_secret(file: IO[bytes], end: int) -> int:
+    """Return how many bytes before `end` may be the beginning of something hidden that is being written."""
+    file.seek(max(0, end - _longest_hidden()))
+    tail = file.read(end - file.tell())
+    parts = [text.encode("utf-8", "surrogateescape") for text in hidden]
+    sizes = (size for part in parts for size in range(1, len(part)) if tail.endswith(part[:size]))
+    return max(sizes, default=0)
 
 
 class Lines(Watcher):
@@ -14064,6 +14130,15 @@ class Prefixed(Lines):
         super().ended(event)
 
 
+def event_row(run: Run, event: Event) -> Dict[str, Any]:
+    """Return an event that `run` knows of as it is told: with run, task, and the status that follows."""
+    members = event_to_json(event)
+    task = members.get("task")
+    status = (RUNNING if isinstance(event, (AttemptSpawned, AttemptSubmitted)) else
+              run.tasks[task].status if task else run.status)
+    return {**without_secrets(members, hidden), "run": run.id, "task": task, "status": status}
+
+
 class JsonLines(Watcher):
     """Writes each event to stdout as one line of JSON that holds run, task and status."""
 
@@ -14071,14 +14146,8 @@ class JsonLines(Watcher):
         self.run = run
 
     def observe(self, event: Event) -> None:
-        members = event_to_json(event)
-        task = members.get("task")
-        status = (RUNNING if isinstance(event, (AttemptSpawned, AttemptSubmitted)) else
-                  self.run.tasks[task].status if task else self.run.status)
-        text = json.dumps({**without_secrets(members, hidden), "run": self.run.id, "task": task,
-                           "status": status})
         try:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(json.dumps(event_row(self.run, event)) + "\n")
             sys.stdout.flush()
         except OSError:                        # nobody listens: the run goes on all the same
             let_go_of_stdout()
@@ -15304,6 +15373,21 @@ def load_flow(path: str, stem: str, tasks_dir: str, outer: Sequence[str] = (),
     return Source(flow, stem, path)
 
 
+def flow_row(name: str, path: str, load: Callable[[str, str], Flow]) -> Dict[str, Any]:
+    """Return what is told of a flow, broken or not, by `list --json` and by the web."""
+    row: Dict[str, Any] = {"name": name, "path": path, "error": None}
+    try:
+        flow = load(path, name)
+        row.update(flow_name=flow.name, tasks=len(flow.tasks), description=flow.description,
+                   version=flow.version, tags=flow.tags, params=flow_to_json(flow).get("params"),
+                   schedule=schedules_to_json(flow.schedule) if flow.schedule else None,
+                   next=[scheduled_text(at) for at in islice(upcoming(flow.schedule, int(time.time())), 5)])
+    except FlowError as exc:
+        row.update(flow_name=None, tasks=None, description="", version="", tags=[], params=None,
+                   schedule=None, next=[], error=exc.problems)
+    return row
+
+
 def write_script(store: Store, stem: str, plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
     """Write the bash script of a plan into the output directory and return its path."""
     check_secrets(plan.flow, params)
@@ -15649,7 +15733,2838 @@ def schedule_loop(scheduler: Scheduler, rest: Callable[[float], bool], clock: Ca
 
 
 # ============================================================================
-# == 42. BUNDLE: how does a flow travel, with all that it needs, in one file?
+# == 42. FOLLOWING: what happens in runs, as seen from outside their engines?
+# ============================================================================
+# Who wants to know how runs stand, and is not their engine, looks at the files.  An ended run does not
+# change, so its head is read once; of a run that goes on, the journal is read as it grows.  An engine notices
+# none of it: nothing here takes a lock for longer than an instant, or writes.
+
+def signature_of(path: str) -> Optional[Tuple[int, int, int]]:
+    """Return what changes when a file does; None if there is none."""
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def last_event(journal: str) -> Optional[str]:
+    """Return the word of the event at the end of a journal, if it is there and whole."""
+    try:
+        with open_file(journal) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return None
+    record = decode_record(lines[-1]) if lines else None
+    return str(record["event"]) if record else None
+
+
+def count_rows(path: str) -> Dict[str, int]:
+    """Return how many tasks are in which state, by the lines that the state at `path` has for them."""
+    counts: Dict[str, int] = {}
+    try:
+        content = read_file(path, follow=False)
+    except OSError:
+        return counts
+    for found in re.finditer(rb'(?m)^ "(?:[^"\\]|\\.)*": \{"status": "(\w+)"', content):
+        state = found[1].decode()
+        counts[state] = counts.get(state, 0) + 1
+    return counts
+
+
+class History:
+    """The heads of all runs, each read again only when its files have changed."""
+
+    def __init__(self, store: Store) -> None:
+        import threading
+        self.store = store
+        self._known: Dict[str, Tuple[Any, Dict[str, Any]]] = {}
+        self._lock = threading.Lock()
+
+    def head(self, run_id: str) -> Dict[str, Any]:
+        """Return the head of one run, with how many of its `tasks` are in which state."""
+        files = self.store.files(run_id)
+        journal, state = signature_of(files.journal), signature_of(files.state)
+        live = journal is not None and self.store.owner(run_id) is not None
+        known = self._known.get(run_id)
+        if known and known[0] == (live, journal, state):
+            return known[1]
+        head: Mapping[str, Any] = {}
+        if live and last_event(files.journal) != EVENT_WORDS[RunFinished]:
+            head = self.store.peek(run_id)     # the whole of a journal is read only where it has to be
+        if journal is None or head:
+            counts = known[1]["tasks"] if known and known[0][2] == state else count_rows(files.state)
+        else:
+            counts = self._count_tasks(run_id)
+        head = head or self.store.summary(run_id)
+        found = {**{name: head.get(name) for name in _HEAD}, "tasks": counts}
+        self._known[run_id] = (live, journal, state), found
+        return found
+
+    def _count_tasks(self, run_id: str) -> Dict[str, int]:
+        """Return how many tasks are in which state by the journal, which knows more than the state."""
+        counts: Dict[str, int] = {}
+        try:
+            for task_run in self.store.load(run_id).run.tasks.values():
+                counts[task_run.status] = counts.get(task_run.status, 0) + 1
+        except MiniFlowError:
+            pass                               # its head says that it is damaged
+        return counts
+
+    def heads(self) -> List[Dict[str, Any]]:
+        """Return the heads of all runs, newest first."""
+        with self._lock:
+            ids = self.store.ids()
+            for gone in self._known.keys() - set(ids):
+                del self._known[gone]
+            found = [self.head(run_id) for run_id in ids]
+        return sorted(found, key=lambda head: (head["started"] or "", head["id"]), reverse=True)
+
+
+class Follower:
+    """What happens in one run, read from its journal as that grows; its engine does not notice."""
+
+    def __init__(self, store: Store, run_id: str, after: int = -1) -> None:
+        self.store, self.run_id = store, run_id
+        self.told, self.at = after, -1         # the number of the latest event that was told, and read
+        self.run: Optional[Run] = None
+        self._file: Optional[IO[bytes]] = None
+        self._rest = b""
+
+    def close(self) -> None:
+        """Let go of the journal."""
+        if self._file:
+            self._file.close()
+        self._file, self._rest = None, b""
+
+    def news(self) -> Iterator[Optional[Event]]:
+        """Yield what is new, with its number as `told`; None where the whole run is to be looked at anew."""
+        journal = self.store.files(self.run_id).journal
+        for _ in range(3):                     # a journal that is replaced all the time is for the next call
+            if self._file is None:
+                try:
+                    self._file = open_file(journal)
+                except OSError:
+                    yield from self._from_state()
+                    return
+            yield from self._lines()
+            if self._file is not None and not self._is_gone(journal):
+                return
+            yield from self._lines()           # what was written just before it went
+            self.close()
+
+    def _is_gone(self, journal: str) -> bool:
+        """Tell whether the journal that we read is not the run's any more."""
+        assert self._file
+        try:
+            found = os.stat(journal, follow_symlinks=False)
+            return not os.path.samestat(os.fstat(self._file.fileno()), found)
+        except OSError:
+            return True
+
+    def _from_state(self) -> Iterator[Optional[Event]]:
+        """Look at the state of a run that has no journal."""
+        try:
+            loaded = self.store.load(self.run_id)
+        except MiniFlowError:
+            return                             # removed, or damaged, which other routes tell
+        self.run, self.at = loaded.run, loaded.seq
+        if loaded.seq > self.told:
+            self.told = loaded.seq
+            yield None
+
+    def _lines(self) -> Iterator[Optional[Event]]:
+        """Read whole lines as long as there are any."""
+        while self._file:
+            self._rest += self._file.readline()
+            if not self._rest.endswith(b"\n"):
+                return
+            record, self._rest = decode_record(self._rest), b""
+            follows = record and (record["event"] == "opened" or self.run and record["seq"] == self.at + 1)
+            if record is None or not follows:
+                self.close()                   # it was cut back after a full disk: begin anew
+                return
+            yield from self._take(record)
+
+    def _take(self, record: Mapping[str, Any]) -> Iterator[Optional[Event]]:
+        """Let the run know what a record says, and tell it unless it was told."""
+        event: Optional[Event] = None
+        if record["event"] == "opened":
+            self.run = run_from_json(record["state"])
+        else:
+            assert self.run
+            event = event_from_json(record)
+            self.run.apply(event)
+        self.at = int(record["seq"])
+        if self.at > self.told:
+            self.told = self.at
+            yield event
+
+
+# ============================================================================
+# == 43. PAGE: the web page
+# ============================================================================
+# One raw constant with the style, the markup and the script of the page, each under a banner of its own.  It
+# is served in those three parts, so that the browser may be told to run nothing else.  There is no build step
+# and no outside address.  What comes from the API is shown as text alone (textContent), never as HTML.
+
+PAGE = r"""
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>MiniFlow</title>
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="32" height="32">
+<rect width="32" height="32" rx="8" fill="#4457d6"/>
+<path d="M9 10h4c5 0 3 12 10 12M9 10h14" fill="none" stroke="#fff" stroke-width="2.4"
+ stroke-linecap="round"/>
+<circle cx="9" cy="10" r="3.2" fill="#fff"/><circle cx="23" cy="10" r="3.2" fill="#7ee2b8"/>
+<circle cx="23" cy="22" r="3.2" fill="#fff"/></svg>
+<style>
+/* ---- colours: light, dark by the system's wish, and either by the reader's ---- */
+:root { --bg: #f5f6f9; --surface: #ffffff; --raised: #ffffff; --ink: #1b2333; --soft: #5d687c;
+  --faint: #8b95a7;
+  --line: #e3e7ee; --hover: #f0f2f7; --accent: #4457d6; --on-accent: #ffffff; --code: #f3f5f9;
+  --success: #1f9d6b; --cached: #0d9ba8; --running: #2f7bea; --retrying: #d98a08; --failed: #d63a3a;
+  --upstream_failed: #c06a7c; --cancelled: #8a6d4f; --skipped: #8e99ab; --pending: #b4bdcb;
+    --interrupted: #8b5cd6;
+  --shadow: 0 1px 2px rgba(20, 30, 60, .06), 0 4px 16px rgba(20, 30, 60, .05);
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+    --tall: max(420px, calc(100vh - 322px)); color-scheme: light; }
+:root[data-theme="dark"] { --bg: #0f131b; --surface: #171d28; --raised: #1c2330; --ink: #e6eaf2;
+  --soft: #a0abbe;
+  --faint: #75819a; --line: #283142; --hover: #1f2735; --accent: #8594ff; --on-accent: #0f131b;
+    --code: #111722;
+  --success: #3ecf95; --cached: #35bdca; --running: #5c9dff; --retrying: #f0ad3d; --failed: #ff6b6b;
+  --upstream_failed: #dd8d9d; --cancelled: #b99a78; --skipped: #7f8ba0; --pending: #4b566b;
+    --interrupted: #b08cf5;
+  --shadow: 0 1px 2px rgba(0, 0, 0, .4), 0 6px 20px rgba(0, 0, 0, .25); color-scheme: dark; }
+.s-pending { --c: var(--pending); } .s-running { --c: var(--running); } .s-retrying {
+  --c: var(--retrying); }
+.s-success { --c: var(--success); } .s-cached { --c: var(--cached); } .s-skipped { --c: var(--skipped); }
+.s-failed { --c: var(--failed); } .s-upstream_failed { --c: var(--upstream_failed); }
+.s-cancelled { --c: var(--cancelled); } .s-interrupted { --c: var(--interrupted); } .s-damaged {
+  --c: var(--failed); }
+
+/* ---- the whole ---- */
+* { box-sizing: border-box; }
+html, body { margin: 0; min-height: 100%; }
+body { background: var(--bg); color: var(--ink); font: 14px/1.5 system-ui, -apple-system, "Segoe UI",
+  Roboto,
+  "Helvetica Neue", "DejaVu Sans", sans-serif; overflow-x: hidden; }
+[hidden] { display: none !important; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+h1, h2, h3 { line-height: 1.25; margin: 0; font-weight: 650; letter-spacing: -.01em; }
+h1 { font-size: 21px; } h1.mono { font-size: 17px; letter-spacing: 0; } h2.mono { font-size: 14px; } h2 {
+  font-size: 15px; } h3 { font-size: 13px; }
+h1, h2, p, td, dd, .name { overflow-wrap: anywhere; }
+code, pre, .mono { font-family: var(--mono); font-size: 12px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 6px; }
+.skip { position: absolute; left: -999px; } .skip:focus { left: 8px; top: 8px; z-index: 9;
+  background: var(--surface); padding: 8px; }
+.bar { position: sticky; top: 0; z-index: 3; display: flex; align-items: center; gap: 4px;
+  padding: 0 20px; height: 52px;
+  background: var(--surface); border-bottom: 1px solid var(--line); }
+.bar .brand { display: flex; align-items: center; gap: 9px; font-weight: 680; font-size: 15px;
+  color: var(--ink); margin-right: 14px; }
+.bar .brand img { width: 24px; height: 24px; display: block; }
+.bar nav { display: flex; gap: 2px; flex: 1; }
+.bar nav a { color: var(--soft); padding: 6px 11px; border-radius: 7px; font-weight: 550; }
+.bar nav a:hover { background: var(--hover); text-decoration: none; }
+.bar nav a[aria-current] { color: var(--ink); background: var(--hover); }
+.live { display: flex; align-items: center; gap: 6px; color: var(--faint); font-size: 12px;
+  margin-right: 6px; }
+.live::before { content: ""; width: 7px; height: 7px; border-radius: 50%; background: var(--pending); }
+.live.on::before { background: var(--success); }
+main { max-width: 1320px; margin: 0 auto; padding: 22px 20px 28px; outline: none; }
+.row { display: flex; align-items: center; gap: 10px; flex-wrap: wrap; }
+.row > .grow { flex: 1; min-width: 0; }
+.soft { color: var(--soft); } .faint { color: var(--faint); } .small { font-size: 12px; } .num {
+  font-variant-numeric: tabular-nums; }
+.card { background: var(--surface); border: 1px solid var(--line); border-radius: 12px;
+  box-shadow: var(--shadow); }
+.pad { padding: 16px 18px; }
+.gap { margin-top: 18px; }
+
+/* ---- buttons, fields ---- */
+button, .button { font: inherit; font-weight: 560; color: var(--ink); background: var(--surface);
+  border: 1px solid var(--line);
+  border-radius: 8px; padding: 5px 12px; min-height: 32px; cursor: pointer; display: inline-flex;
+    align-items: center; gap: 6px; }
+button:hover { background: var(--hover); }
+button:disabled { opacity: .5; cursor: default; }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.primary:hover { filter: brightness(1.07); }
+button.go { color: var(--accent); border-color: color-mix(in srgb, var(--accent) 35%, var(--line)); }
+button.go:hover { background: var(--accent); color: var(--on-accent); }
+button.danger { color: var(--failed); border-color: color-mix(in srgb, var(--failed) 40%, var(--line)); }
+button.plain { border-color: transparent; background: none; padding: 5px 8px; color: var(--soft); }
+button.plain:hover { background: var(--hover); }
+input, select, textarea { font: inherit; color: var(--ink); background: var(--surface);
+  border: 1px solid var(--line);
+  border-radius: 8px; padding: 5px 10px; min-height: 32px; max-width: 100%; }
+input[type="checkbox"] { min-height: 0; width: 16px; height: 16px; accent-color: var(--accent); }
+textarea { width: 100%; font-family: var(--mono); font-size: 12px; resize: vertical; }
+input::placeholder { color: var(--faint); }
+[aria-invalid="true"] { border-color: var(--failed); }
+
+/* ---- states ---- */
+.chip { display: inline-flex; align-items: center; gap: 5px; border-radius: 99px;
+  padding: 1px 9px 1px 7px; font-size: 12px; font-weight: 600;
+  white-space: nowrap; color: color-mix(in srgb, var(--c) 78%, var(--ink)); background: color-mix(in srgb,
+    var(--c) 14%, var(--surface)); }
+.chip::before { content: ""; width: 7px; height: 7px; border-radius: 50%; background: var(--c); }
+.chip.s-running::before { animation: pulse 1.4s ease-in-out infinite; }
+.tag { font-size: 11px; color: var(--soft); background: var(--hover); border-radius: 5px;
+  padding: 1px 6px; }
+.meter { display: flex; height: 7px; border-radius: 99px; overflow: hidden; background: var(--hover);
+  gap: 1px; min-width: 40px; }
+.meter i { background: var(--c); min-width: 2px; transition: flex-grow .3s; }
+@keyframes pulse { 50% { opacity: .35; } }
+
+/* ---- flows ---- */
+.flows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr));
+  gap: 14px; }
+.flow { display: flex; flex-direction: column; gap: 10px; padding: 16px 18px; }
+.flow .name { font-size: 15px; font-weight: 650; color: var(--ink); }
+.flow .about { color: var(--soft); margin: 0; display: -webkit-box; -webkit-line-clamp: 2;
+  -webkit-box-orient: vertical; overflow: hidden; }
+.flow .foot { margin-top: auto; padding-top: 4px; }
+.spark { display: flex; align-items: flex-end; gap: 3px; height: 30px; flex: 1; min-width: 0; }
+.spark a { flex: 0 0 9px; border-radius: 3px; background: var(--c); min-height: 5px; opacity: .85; }
+.spark a:hover { opacity: 1; }
+.spark .none { flex: 0 0 9px; height: 5px; border-radius: 3px; background: var(--hover); }
+.trouble { background: color-mix(in srgb, var(--failed) 8%, var(--surface)); border-radius: 8px;
+  padding: 8px 11px; margin: 0;
+  font: 12px/1.5 var(--mono); color: color-mix(in srgb, var(--failed) 80%, var(--ink));
+    white-space: pre-wrap; overflow-wrap: anywhere; }
+
+/* ---- tables ---- */
+.table { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-size: 12px; font-weight: 550; color: var(--faint); padding: 9px 14px;
+  border-bottom: 1px solid var(--line); white-space: nowrap; }
+td { padding: 8px 14px; border-bottom: 1px solid var(--line); vertical-align: middle; }
+tr:last-child td { border-bottom: 0; }
+tbody tr:hover { background: var(--hover); }
+td .meter { width: 110px; }
+.empty { text-align: center; color: var(--soft); padding: 42px 18px; }
+
+/* ---- a run ---- */
+.facts { display: flex; flex-wrap: wrap; gap: 4px 22px; color: var(--soft); font-size: 13px;
+  margin-top: 8px; }
+.facts b { color: var(--ink); font-weight: 560; }
+.progress { margin-top: 14px; } .progress .meter { height: 9px; }
+.legend { display: flex; flex-wrap: wrap; gap: 5px 14px; margin-top: 8px; font-size: 12px;
+  color: var(--soft); }
+.legend span::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 3px;
+  background: var(--c); margin-right: 5px; }
+.tabs { display: flex; gap: 2px; padding: 8px 10px 0; border-bottom: 1px solid var(--line);
+  align-items: flex-end; flex-wrap: wrap; }
+.tabs [role="tab"] { border: 0; background: none; border-radius: 8px 8px 0 0; color: var(--soft);
+  padding: 7px 13px 9px; border-bottom: 2px solid transparent; }
+.tabs [role="tab"][aria-selected="true"] { color: var(--ink); border-bottom-color: var(--accent); }
+.tabs .title { padding: 8px 8px 14px; }
+.tabs .room { flex: 1; min-width: 0; }
+.tabs .tools { display: flex; gap: 6px; align-items: center; justify-content: flex-end;
+  padding-bottom: 7px; min-width: 0; }
+.tabs .tools input { width: 190px; min-width: 0; }
+.split { display: flex; align-items: stretch; }
+.split > .left { flex: 1; min-width: 0; }
+
+/* ---- graph ---- */
+.graph { display: block; width: 100%; height: var(--tall); touch-action: none; cursor: grab;
+  user-select: none;
+  background-image: radial-gradient(var(--line) 1px, transparent 1px); background-size: 22px 22px;
+    border-radius: 0 0 12px 12px; }
+.graph.drag { cursor: grabbing; }
+.edge { fill: none; stroke: var(--faint); stroke-width: 1.3; opacity: .42; }
+.edge.on { stroke: var(--accent); stroke-width: 2.2; opacity: 1; }
+.edge.critical { stroke-width: 2.2; opacity: .75; }
+.node { cursor: pointer; outline: none; }
+.node rect { fill: color-mix(in srgb, var(--c) 11%, var(--surface)); stroke: color-mix(in srgb,
+  var(--c) 60%, var(--line)); stroke-width: 1.3; }
+.node .dot { fill: var(--c); stroke: none; }
+.node text { fill: var(--ink); font-size: 12.5px; font-weight: 540; }
+.node .mark { fill: var(--surface); font-size: 10px; font-weight: 800; text-anchor: middle; }
+.node .count { fill: var(--soft); font-size: 11px; text-anchor: end; }
+.node.s-running rect { stroke: var(--c); stroke-width: 2; } .node.s-running .dot {
+  animation: pulse 1.4s ease-in-out infinite; }
+.node.s-pending text { fill: var(--soft); }
+.node:hover rect { stroke: var(--c); stroke-width: 2; }
+.node:focus-visible rect, .node.on rect { stroke: var(--accent); stroke-width: 2.6; }
+.far .node text, .far .node .dot { display: none; } .far .node rect { fill: var(--c); stroke: none; }
+.far .edge { stroke-width: 2.4; opacity: .22; }
+.dim .node:not(.hit):not(.on) { opacity: .18; } .dim .edge:not(.on) { opacity: .08; }
+
+/* ---- Gantt chart ---- */
+.gantt { max-height: var(--tall); overflow: auto; overflow-x: hidden; border-radius: 0 0 12px 12px; }
+.gantt svg { display: block; width: 100%; }
+.gantt .axis { position: sticky; top: 0; background: var(--surface); border-bottom: 1px solid var(--line);
+  z-index: 1; }
+.gantt text { fill: var(--soft); font-size: 11px; } .gantt .label { fill: var(--ink); font-size: 12px; }
+.gantt .grid { stroke: var(--line); } .gantt .now { stroke: var(--accent); stroke-dasharray: 3 3; }
+.gantt .span { fill: var(--c); } .gantt .span.retry { opacity: .55; } .gantt .line { cursor: pointer;
+  outline: none; }
+.gantt .line .back { fill: transparent; } .gantt .line:hover .back, .gantt .line:focus-visible .back,
+  .gantt .line.on .back { fill: var(--hover); }
+.gantt .line.off { display: none; }
+
+/* ---- a task ---- */
+.drawer { width: 460px; flex: none; border-left: 1px solid var(--line); display: flex;
+  flex-direction: column; outline: none; min-width: 0;
+  height: var(--tall); min-height: 0; overflow: auto; overscroll-behavior: contain;
+    background: var(--surface); border-radius: 0 0 12px 0; }
+.drawer > * { padding: 12px 16px; border-bottom: 1px solid var(--line); } .drawer > :last-child {
+  border-bottom: 0; }
+.drawer h3 { color: var(--soft); font-weight: 600; margin-bottom: 6px; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 3px 14px; margin: 8px 0 0; font-size: 13px; }
+dt { color: var(--faint); } dd { margin: 0; }
+.json { background: var(--code); border-radius: 8px; padding: 9px 12px; margin: 0; max-height: 220px;
+  overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+.log { background: #10151f; color: #d5dceb; border: 1px solid var(--line); border-radius: 8px;
+  padding: 10px 12px; margin: 6px 0 0;
+  min-height: 110px; max-height: 300px; overflow: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; line-height: 1.5; tab-size: 4; }
+.attempts { display: flex; gap: 6px; flex-wrap: wrap; } .attempts button { min-height: 28px;
+  padding: 2px 9px; font-size: 12px; }
+.attempts [aria-pressed="true"] { border-color: var(--accent); background: color-mix(in srgb,
+  var(--accent) 10%, var(--surface)); }
+
+/* ---- dialogs, messages ---- */
+dialog { border: 1px solid var(--line); border-radius: 14px; background: var(--raised); color: var(--ink);
+  padding: 0; width: min(560px, calc(100vw - 24px));
+  box-shadow: 0 20px 60px rgba(0, 0, 0, .3); max-height: calc(100dvh - 24px); }
+dialog::backdrop { background: rgba(10, 14, 24, .45); }
+dialog form { display: flex; flex-direction: column; gap: 14px; padding: 20px 22px; }
+.field { display: flex; flex-direction: column; gap: 3px; } .field > label { font-weight: 560; }
+.field input:not([type="checkbox"]), .field select { width: 100%; }
+.field .wrong { color: var(--failed); font-size: 12px; margin: 0; } .field .req { color: var(--failed); }
+.check { display: flex; align-items: center; gap: 8px; }
+.toasts { position: fixed; bottom: 18px; left: 50%; transform: translateX(-50%); z-index: 10;
+  display: flex; flex-direction: column; gap: 8px; width: max-content;
+  max-width: calc(100vw - 24px); }
+.toast { background: var(--ink); color: var(--bg); border-radius: 9px; padding: 9px 15px;
+  box-shadow: var(--shadow); overflow-wrap: anywhere; }
+.toast.bad { background: var(--failed); color: #fff; }
+
+/* ---- a narrow screen; less motion ---- */
+@media (max-width: 900px) {
+  .split { display: block; }
+  .drawer { position: fixed; inset: 0; z-index: 5; width: auto; height: auto; border: 0; border-radius: 0; }
+}
+@media (max-width: 640px) {
+  main { padding: 16px 12px 40px; } .bar { padding: 0 12px; } .bar .brand { margin-right: 4px; }
+  .bar .brand span, .live span { display: none; }
+  .wide { display: none; } td, th { padding: 8px 10px; } :root { --tall: max(320px, 66vh); }
+  .tabs .room { flex: 1 0 100%; } .tabs .tools input { flex: 1; }
+  .tabs [role="tab"] { padding: 7px 9px 9px; } td .meter { width: 60px; }
+}
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
+</style>
+</head>
+<body>
+<a class="skip" href="#main">to the content</a>
+<header class="bar">
+<a class="brand" href="#/"><img src="icon.svg" alt=""><span>MiniFlow</span></a>
+<nav aria-label="views"><a href="#/" data-nav="">Flows</a><a href="#/runs" data-nav="runs">Runs</a></nav>
+<span class="live" id="live" role="status"><span>offline</span></span>
+<button class="plain" id="theme" aria-label="light or dark">◐</button>
+</header>
+<main id="main" tabindex="-1"></main>
+<div class="toasts" id="toasts" role="status" aria-live="polite"></div>
+<noscript>This page needs JavaScript; the same can be had by: miniflow list, runs, show, logs.</noscript>
+<script>
+"use strict";
+// ---- state: what the page knows ----
+
+const STATES = ["success", "cached", "skipped", "running", "retrying", "failed", "upstream_failed",
+  "cancelled",
+  "interrupted", "pending"];
+const MARKS = {success: "✓", cached: "≡", skipped: "–", running: "▸", retrying: "↻", failed: "✕",
+  upstream_failed: "✕",
+  cancelled: "■", interrupted: "!", pending: ""};
+const app = {token: "", view: null, stop: new AbortController(), returnTo: null};
+const $ = (id) => document.getElementById(id);
+
+function readToken() {
+  const given = /^#token=(.+)$/.exec(location.hash);
+  if (given) {
+    app.token = decodeURIComponent(given[1]);
+    sessionStorage.setItem("token", app.token);
+    history.replaceState(null, "", location.pathname + "#/");
+  }
+  app.token = app.token || sessionStorage.getItem("token") || "";
+}
+
+function place() { // where the reader is: #/runs/ID/gantt/TASK
+  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
+  return {parts: path.split("/").map(decodeURIComponent), query: new URLSearchParams(query || "")};
+}
+
+const link = (...parts) => "#/" + parts.map(encodeURIComponent).join("/");
+const enc = encodeURIComponent;
+const seconds = (text) => text ? Date.parse(text) / 1000 : null;
+
+// ---- fetch: what the API says ----
+
+async function ask(path, options = {}) {
+  const answer = await fetch("." + path, {...options,
+    headers: {Authorization: "Bearer " + app.token, ...options.headers}});
+  if (answer.status === 401) {
+    askForToken();
+    throw new Error("the token is missing or wrong");
+  }
+  if (!answer.ok) {
+    const told = await answer.json().catch(() => ({error: answer.statusText, problems: []}));
+    throw Object.assign(new Error(told.error), {problems: told.problems || [], status: answer.status});
+  }
+  return answer;
+}
+
+const get = async (path, signal) => (await ask(path, {signal})).json();
+
+const post = async (path, body) => (await ask(path, {
+  method: "POST", body: JSON.stringify(body), headers: {"Content-Type": "application/json"}})).json();
+
+async function follow(path, take, signal, ended) { // server-sent events; EventSource could not send the token
+  let last = null, pause = 500;
+  while (!signal.aborted) {
+    try {
+      const answer = await ask(path, {signal, headers: last === null ? {} : {"Last-Event-ID": last}});
+      setLive(true);
+      pause = 500;
+      if (answer.status === 200) {
+        const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+        for (let rest = ""; ;) {
+          const {done, value} = await reader.read();
+          if (done) break;
+          const parts = (rest + value).split("\n\n");
+          rest = parts.pop();
+          for (const part of parts) {
+            const data = /^data: (.*)$/m.exec(part), id = /^id: (.*)$/m.exec(part);
+            if (id) last = id[1];
+            if (data) take(JSON.parse(data[1]));
+          }
+        }
+      }
+      if (ended && !signal.aborted) return ended();
+    } catch (error) {
+      if (signal.aborted) return;
+      setLive(false);
+      pause = Math.min(pause * 2, 10000);
+    }
+    await new Promise((go) => setTimeout(go, pause));
+  }
+}
+
+// ---- draw: small things ----
+
+const SVG = new Set(["svg", "g", "path", "rect", "circle", "text", "line", "title"]);
+
+function el(tag, attrs, ...kids) { // the only way in which the page is made: text stays text
+  const made = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(attrs || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [key, text] of Object.entries(value)) made.style.setProperty(key,
+      text);
+    else made.setAttribute(name, value === true ? "" : value);
+  }
+  for (const kid of kids.flat(Infinity)) {
+    if (kid !== null && kid !== undefined && kid !== false) made.append(kid instanceof Node ? kid
+      : String(kid));
+  }
+  return made;
+}
+
+function fill(parent, ...kids) { // replaces what is there; the keyboard stays where it was
+  const key = parent.contains(document.activeElement) && document.activeElement.dataset.key;
+  parent.replaceChildren(...kids.flat(Infinity).filter((kid) => kid !== null && kid !== undefined
+    && kid !== false));
+  if (key) [...parent.querySelectorAll("[data-key]")].find((found) => found.dataset.key === key)?.focus();
+}
+
+function toast(text, bad) {
+  const made = el("div", {class: "toast" + (bad ? " bad" : "")}, text);
+  $("toasts").append(made);
+  setTimeout(() => made.remove(), bad ? 7000 : 3500);
+}
+
+const complain = (error) => { if (error.name !== "AbortError") toast(
+  [error.message, ...(error.problems || []).filter(
+  (line) => line !== error.message)].join("\n"), true); };
+
+function setLive(on) {
+  $("live").className = "live" + (on ? " on" : "");
+  $("live").firstChild.textContent = on ? "live" : "offline";
+}
+
+function span(value) {
+  if (value === null || value === undefined) return "–";
+  if (value < 10) return value.toFixed(2) + " s";
+  if (value < 60) return value.toFixed(1) + " s";
+  if (value < 3600) return Math.floor(value / 60) + " min " + Math.floor(value % 60) + " s";
+  if (value < 86400) return Math.floor(value / 3600) + " h " + Math.floor(value % 3600 / 60) + " min";
+  return Math.floor(value / 86400) + " d " + Math.floor(value % 86400 / 3600) + " h";
+}
+
+function ago(text) {
+  if (!text) return "never";
+  const past = Date.now() / 1000 - seconds(text);
+  if (Math.abs(past) < 5) return "now";
+  const rounded = Math.abs(past) < 60 ? Math.round(Math.abs(past)) + " s"
+    : Math.abs(past) < 3600 ? Math.round(Math.abs(past) / 60) + " min"
+    : Math.abs(past) < 86400 ? Math.round(Math.abs(past) / 3600) + " h"
+      : Math.round(Math.abs(past) / 86400) + " d";
+  return past > 0 ? rounded + " ago" : "in " + rounded;
+}
+
+const when = (text) => el("time", {datetime: text || "", title: text ? new Date(text).toLocaleString()
+  : ""}, ago(text));
+const chip = (status) => el("span", {class: "chip s-" + status}, status.replace("_", " "));
+const spent = (head) => head.duration_s ?? (head.started && head.status === "running"
+  ? Date.now() / 1000 - seconds(head.started) : null);
+
+function meter(counts) {
+  const total = Object.values(counts).reduce((sum, n) => sum + n, 0);
+  const said = STATES.filter((state) => counts[state]).map((state) => `${counts[state]} ${state}`).join(", ");
+  return el("div", {class: "meter", role: "img", "aria-label": said || "no tasks", title: said},
+    STATES.filter((state) => counts[state] && state !== "pending").map((state) =>
+      el("i", {class: "s-" + state, style: {"flex-grow": counts[state]}})),
+    el("b", {style: {"flex-grow": total ? counts.pending || 0 : 1}}));
+}
+
+const shownJson = (value) => el("pre", {class: "json", tabindex: "0"}, typeof value === "string" ? value
+  : JSON.stringify(value, null, 2));
+
+// ---- draw: flows ----
+
+function flowCard(flow) {
+  const longest = Math.max(...flow.recent.map((head) => spent(head) || 0), 0.001);
+  const bars = [...flow.recent].reverse().map((head) =>
+    el("a", {class: "s-" + head.status, href: link("runs", head.id),
+    style: {height: Math.max(18, 100 * (spent(head) || 0) / longest) + "%"}, "data-key": "spark " + head.id,
+    "aria-label": `run ${head.id}: ${head.status}`,
+      title: `${head.id}\n${head.status}, ${span(spent(head))}, ${ago(head.started)}`}));
+  const next = (flow.next || [])[0];
+  return el("article", {class: "card flow"},
+    el("div", {class: "row"}, el("a", {class: "name grow", href: link("flows", flow.name),
+      "data-key": "flow " + flow.name}, flow.name,
+      flow.flow_name && flow.flow_name !== flow.name ? ` (${flow.flow_name})` : ""),
+      flow.error ? el("span", {class: "chip s-failed"}, "broken")
+        : el("button", {class: "go", "aria-label": "start " + flow.name, "data-key": "start " + flow.name,
+          onclick: () => startDialog(flow)}, "▶ start")),
+    flow.error ? el("pre", {class: "trouble"}, flow.error.slice(0, 4).join("\n"))
+      : el("p", {class: "about"}, flow.description || "no description"),
+    el("div", {class: "row small faint"}, flow.tasks !== null
+      && el("span", null, flow.tasks + (flow.tasks === 1 ? " task" : " tasks")),
+      flow.version && el("span", null, "version " + flow.version), (flow.tags || [])
+        .map((tag) => el("span", {class: "tag"}, tag)),
+      next && el("span", {title: flow.next.map((at) => new Date(at).toLocaleString()).join("\n")}, "next ",
+        when(next))),
+    el("div", {class: "row foot"}, el("div", {class: "spark", "aria-label": "latest runs"}, bars.length
+      ? bars : el("span", {class: "none"})),
+      flow.last_run ? el("span", {class: "row small soft"}, chip(flow.last_run.status),
+        when(flow.last_run.started))
+        : el("span", {class: "small faint"}, "never ran")));
+}
+
+function runRows(heads, withFlow) {
+  return el("div", {class: "table"}, el("table", null,
+    el("thead", null, el("tr", null, el("th", {scope: "col"}, "run"), withFlow
+      && el("th", {scope: "col", class: "wide"}, "flow"),
+      el("th", {scope: "col"}, "status"), el("th", {scope: "col", class: "wide"}, "tasks"),
+        el("th", {scope: "col"}, "started"),
+      el("th", {scope: "col", class: "wide"}, "duration"))),
+    el("tbody", null, heads.map((head) => el("tr", null,
+      el("td", null, el("a", {class: "mono", href: link("runs", head.id), "data-key": head.id}, head.id)),
+      withFlow && el("td", {class: "wide"}, head.flow ? el("a", {href: link("flows", head.flow)}, head.flow)
+        : "–"),
+      el("td", null, chip(head.status)), el("td", {class: "wide"}, meter(head.tasks)),
+        el("td", {class: "small soft"}, when(head.started)),
+      el("td", {class: "wide num small soft"}, span(spent(head))))))));
+}
+
+async function flowsView(main, signal) {
+  const list = el("div", {class: "flows"}), runs = el("div");
+  main.append(el("div", {class: "row"}, el("h1", {class: "grow"}, "Flows")), el("div", {class: "gap"}, list),
+    el("div", {class: "row gap"}, el("h2", {class: "grow"}, "Latest runs"),
+      el("a", {href: "#/runs"}, "all runs")),
+    el("div", {class: "card gap"}, runs));
+  const draw = async () => {
+    const [flows, latest] = await Promise.all(
+      [get("/api/v1/flows?limit=1000", signal), get("/api/v1/runs?limit=8", signal)]);
+    fill(list, flows.flows.length ? flows.flows.map(flowCard)
+      : el("p", {class: "soft"}, "no flows yet; make an example: miniflow init"));
+    fill(runs, latest.runs.length ? runRows(latest.runs, true)
+      : el("p", {class: "empty"}, "nothing ran yet: start a flow"));
+  };
+  await refreshing(draw, signal);
+}
+
+async function runsView(main, signal, query) {
+  const list = el("div"), size = 25;
+  const chosen = {flow: query.get("flow") || "", status: query.get("status") || "",
+    offset: Number(query.get("offset")) || 0};
+  const go = (change) => { location.hash = "#/runs?" + new URLSearchParams(
+    {...chosen, offset: 0, ...change}); };
+  const flows = (await get("/api/v1/flows?limit=1000", signal)).flows.map((flow) => flow.name);
+  const pick = (name, words, label) => el("select",
+    {"aria-label": label, "data-key": name, onchange: (event) => go({[name]: event.target.value})},
+    el("option", {value: ""}, label), words.map((word) =>
+      el("option", {value: word, selected: word === chosen[name]}, word)));
+  main.append(el("div", {class: "row"}, el("h1", {class: "grow"}, "Runs"), pick("flow", flows, "every flow"),
+    pick("status", ["running", "success", "failed", "cancelled", "interrupted"], "every status")),
+      el("div", {class: "card gap"}, list));
+  await refreshing(async () => {
+    const asked = new URLSearchParams({limit: size, offset: chosen.offset});
+    for (const name of ["flow", "status"]) if (chosen[name]) asked.set(name, chosen[name]);
+    const found = await get("/api/v1/runs?" + asked, signal);
+    fill(list, found.runs.length ? runRows(found.runs, true) : el("p", {class: "empty"}, "no such runs"),
+      found.total > size && el("div", {class: "row pad"}, el("span", {class: "grow small soft num"},
+        `${found.offset + 1} to ${found.offset + found.runs.length} of ${found.total}`),
+        el("button", {"data-key": "newer", disabled: !found.offset, onclick: () =>
+          go({offset: Math.max(0, chosen.offset - size)})}, "newer"),
+        el("button", {"data-key": "older", disabled: found.offset + size >= found.total, onclick: () =>
+          go({offset: chosen.offset + size})}, "older")));
+  }, signal);
+}
+
+async function flowView(main, signal, name) {
+  const head = el("div"), problems = el("div"), picture = el("div", {class: "card gap"}),
+    runs = el("div", {class: "card gap"});
+  main.append(head, problems, picture, el("h2", {class: "gap"}, "Runs"), runs);
+  let drawn = "";
+  await refreshing(async () => {
+    const [flow, latest] = await Promise.all([get(`/api/v1/flows/${enc(name)}`, signal),
+      get(`/api/v1/runs?limit=15&flow=${enc(name)}`, signal)]);
+    fill(head, el("div", {class: "row"}, el("h1", {class: "grow"}, flow.name),
+      !flow.error && el("button", {class: "primary", "data-key": "start", onclick: () => startDialog(flow)},
+        "▶ start")),
+      el("p", {class: "soft"}, flow.description || ""), el("div", {class: "row small faint"},
+        flow.tasks !== null && el("span", null, flow.tasks + " tasks"), flow.version
+          && el("span", null, "version " + flow.version),
+        (flow.tags || []).map((tag) => el("span", {class: "tag"}, tag)),
+        (flow.next || []).length > 0 && el("span", null, "next: ", flow.next.slice(0, 3)
+          .map((at, n) => [n ? ", " : "", when(at)]))));
+    fill(problems, flow.error && el("pre", {class: "trouble gap"}, flow.error.join("\n")));
+    fill(runs, latest.runs.length ? runRows(latest.runs, false) : el("p", {class: "empty"}, "it never ran"));
+    const text = JSON.stringify(flow.definition);
+    picture.hidden = !flow.definition;
+    if (flow.definition && text !== drawn) {
+      drawn = text;
+      const graph = makeGraph(tasksOf(flow.definition), () => {});
+      fill(picture, el("div", {class: "tabs"}, el("h2", {class: "title"}, "Graph"),
+        el("div", {class: "room"}, graph.tools)), graph.svg);
+      graph.fit();
+    }
+  }, signal);
+}
+
+async function refreshing(draw, signal) { // draws now, and again a moment after something has happened
+  let timer = null;
+  await draw();
+  follow("/api/v1/events", () => {
+    timer = timer || setTimeout(() => { timer = null; draw().catch(complain); }, 600);
+  }, signal);
+  const beat = setInterval(() => draw().catch(() => {}), 30000);
+  signal.addEventListener("abort", () => { clearInterval(beat); clearTimeout(timer); });
+}
+
+// ---- draw: a graph ----
+
+function tasksOf(definition) { // the tasks of a flow and its handlers, each with what it waits for
+  const found = (definition.tasks || []).map((task) =>
+    ({id: task.id, up: task.depends_on || [], many: Boolean(task.foreach || task.matrix), task}));
+  const waited = new Set(found.flatMap((task) => task.up));
+  let ends = found.filter((task) => !waited.has(task.id)).map((task) => task.id);
+  for (const field of ["on_success", "on_failure", "finally"]) {
+    const task = definition[field];
+    if (!task) continue;
+    found.push({id: task.id || field, up: field === "finally" && found.some((one) => one.handler)
+      ? found.filter((one) => one.handler).map((one) => one.id) : ends, handler: field, task});
+  }
+  return found;
+}
+
+const NODE = {height: 34, across: 56, down: 16};
+
+function layOut(tasks) { // in layers by the longest way to each task; in a layer, near to what it hangs on
+  const at = new Map(tasks.map((task) => [task.id,
+    {...task, up: task.up.filter((up) => up !== task.id), down: [], rank: 0}]));
+  for (const node of at.values()) node.up = node.up.filter((up) => at.has(up));
+  for (const node of at.values()) for (const up of node.up) at.get(up).down.push(node.id);
+  const waits = new Map([...at.values()].map((node) => [node.id, node.up.length]));
+  const ready = [...at.values()].filter((node) => !node.up.length);
+  for (let n = 0; n < ready.length; n++) {
+    for (const id of ready[n].down) {
+      const below = at.get(id);
+      below.rank = Math.max(below.rank, ready[n].rank + 1);
+      waits.set(id, waits.get(id) - 1);
+      if (!waits.get(id)) ready.push(below);
+    }
+  }
+  const layers = [];
+  for (const node of at.values()) (layers[node.rank] = layers[node.rank] || []).push(node);
+  const number = () => { for (const layer of layers) layer.forEach((node, n) =>
+    { node.n = (n + 0.5) / layer.length; }); };
+  number();
+  for (let sweep = 0; sweep < 8; sweep++) {
+    const side = sweep % 2 ? "down" : "up";
+    for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
+      for (const node of layer) {
+        const near = node[side].map((id) => at.get(id).n);
+        node.key = near.length ? near.reduce((sum, n) => sum + n, 0) / near.length : node.n;
+      }
+      layer.sort((a, b) => a.key - b.key);
+      layer.forEach((node, n) => { node.n = (n + 0.5) / layer.length; });
+    }
+  }
+  const upright = innerWidth < 640;
+  const longest = Math.max(...tasks.map((task) => task.id.length + (task.many ? 5 : 0)));
+  const width = Math.min(190, Math.max(84, longest * 7.6 + 48));
+  const most = upright ? Math.max(2, Math.ceil(Math.sqrt(tasks.length) / 2.5))
+    : Math.max(9, Math.ceil(Math.sqrt(tasks.length) * 1.25));
+  let along = 0;
+  // a layer of many tasks is folded into lines; on a narrow screen layers go downwards
+  for (const layer of layers) {
+    const lines = Math.ceil(layer.length / most), per = Math.ceil(layer.length / lines);
+    layer.forEach((node, n) => {
+      const line = Math.floor(n / per), inLine = Math.min(per, layer.length - line * per),
+        side = n % per - (inLine - 1) / 2;
+      node.x = upright ? side * (width + 18) : along + line * (width + 16);
+      node.y = upright ? along + line * (NODE.height + 12) : side * (NODE.height + NODE.down);
+    });
+    along += upright ? lines * (NODE.height + 12) + 30
+      : lines * (width + 16) - 16 + NODE.across + Math.min(60, layer.length * 2);
+  }
+  const nodes = [...at.values()], high = Math.max(...nodes.map((node) => node.y)) - Math.min(
+    ...nodes.map((node) => node.y)) + NODE.height;
+  const spread = upright ? 1 : Math.min(1.9, Math.max(1, along / high / 2.6));
+  for (const node of nodes) node.y *= spread;
+  return {nodes, width, upright};
+}
+
+function makeGraph(tasks, choose) {
+  const {nodes, width, upright} = layOut(tasks), at = new Map(nodes.map((node) => [node.id, node]));
+  const inner = el("g"), svg = el("svg", {class: "graph", role: "group",
+    "aria-label": "graph of the tasks; arrow keys move, + and - zoom", tabindex: "0"}, inner);
+  const edges = [];
+  for (const node of nodes) for (const up of node.up) {
+    const from = at.get(up), x1 = from.x + (upright ? width / 2 : width),
+      y1 = from.y + (upright ? NODE.height : NODE.height / 2);
+    const x2 = node.x + (upright ? width / 2 : 0), y2 = node.y + (upright ? 0 : NODE.height / 2);
+    const bend = Math.max(20, Math.min(120, (upright ? y2 - y1 : x2 - x1) / 2));
+    const path = el("path", {class: "edge", d: upright
+      ? `M${x1} ${y1}C${x1} ${y1 + bend} ${x2} ${y2 - bend} ${x2} ${y2}`
+      : `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}`});
+    edges.push({from: up, to: node.id, path});
+    inner.append(path);
+  }
+  for (const node of nodes) {
+    const letters = Math.floor((width - 42) / 7.4), short = node.id.length > letters
+      ? node.id.slice(0, letters - 1) + "…" : node.id;
+    node.mark = el("text", {class: "mark", x: 17, y: 20.5});
+    node.count = el("text", {class: "count", x: width - 9, y: 21.5});
+    node.tip = el("title", null, node.id);
+    node.g = el("g", {class: "node s-pending", tabindex: "0", role: "button",
+      transform: `translate(${node.x} ${node.y})`, "data-task": node.id,
+      onclick: () => choose(node.id), onfocus: () => light(node.id), onblur: () => light(null),
+      onpointerenter: () => light(node.id), onpointerleave: () => light(null),
+      onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault();
+        choose(node.id); } }},
+      node.tip, el("rect", {width: width, height: NODE.height, rx: 9}),
+        el("circle", {class: "dot", cx: 17, cy: 17, r: 8}), node.mark,
+      el("text", {x: 32, y: 21.5}, short), node.count);
+    inner.append(node.g);
+  }
+  let scale = 1, dx = 0, dy = 0, chosen = null, touched = false;
+  const draw = () => {
+    inner.setAttribute("transform", `translate(${dx} ${dy}) scale(${scale})`);
+    svg.classList.toggle("far", scale < 0.36);
+  };
+  const light = (id) => { for (const edge of edges) edge.path.classList.toggle("on",
+    edge.from === (id || chosen) || edge.to === (id || chosen)); };
+  const fit = () => {
+    const box = svg.getBoundingClientRect();
+    if (!nodes.length || !box.width) return;
+    const left = Math.min(...nodes.map((n) => n.x)), right = Math.max(...nodes.map((n) => n.x)) + width;
+    const top = Math.min(...nodes.map((n) => n.y)), bottom = Math.max(...nodes.map((n) => n.y)) + NODE.height;
+    scale = Math.min(upright ? 1 : 1.15, (box.width - 36) / (right - left),
+      (box.height - 36) / (bottom - top));
+    dx = (box.width - (right + left) * scale) / 2;
+    dy = (box.height - (bottom + top) * scale) / 2;
+    draw();
+  };
+  const zoom = (factor, x, y) => {
+    const box = svg.getBoundingClientRect(), to = Math.min(3, Math.max(0.05, scale * factor));
+    const px = x === undefined ? box.width / 2 : x - box.left, py = y === undefined ? box.height / 2
+      : y - box.top;
+    dx = px - (px - dx) * to / scale;
+    dy = py - (py - dy) * to / scale;
+    scale = to;
+    touched = true;
+    draw();
+  };
+  const centre = (id) => {
+    const node = at.get(id), box = svg.getBoundingClientRect();
+    if (!node) return;
+    scale = Math.max(scale, 0.8);
+    dx = box.width / 2 - (node.x + width / 2) * scale;
+    dy = box.height / 2 - (node.y + NODE.height / 2) * scale;
+    touched = true;
+    draw();
+  };
+  const pointers = new Map();
+  let moved = 0;
+  svg.addEventListener("wheel", (event) => { event.preventDefault();
+    zoom(Math.exp(-event.deltaY * 0.0015), event.clientX, event.clientY); }, {passive: false});
+  svg.addEventListener("pointerdown", (event) => { pointers.set(event.pointerId, event); moved = 0; });
+  svg.addEventListener("pointermove", (event) => {
+    const before = pointers.get(event.pointerId);
+    if (!before) return;
+    const other = [...pointers.values()].find((one) => one.pointerId !== event.pointerId);
+    if (other) {
+      const far = (one) => Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
+      zoom(far(event) / Math.max(1, far(before)), (event.clientX + other.clientX) / 2,
+        (event.clientY + other.clientY) / 2);
+    } else {
+      moved += Math.abs(event.clientX - before.clientX) + Math.abs(event.clientY - before.clientY);
+      if (moved > 4) {
+        if (!svg.hasPointerCapture(event.pointerId)) svg.setPointerCapture(event.pointerId);
+        svg.classList.add("drag");
+        touched = true;
+        dx += event.clientX - before.clientX;
+        dy += event.clientY - before.clientY;
+        draw();
+      }
+    }
+    pointers.set(event.pointerId, event);
+  });
+  for (const word of ["pointerup", "pointercancel"]) svg.addEventListener(word, (event) =>
+    { pointers.delete(event.pointerId); svg.classList.remove("drag"); });
+  svg.addEventListener("click", (event) => { if (moved > 4) event.stopPropagation(); }, true);
+  svg.addEventListener("keydown", (event) => {
+    const step = {ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60]}[event.key];
+    if (step) { dx += step[0]; dy += step[1]; draw();
+      } else if (event.key === "+" || event.key === "=") zoom(1.25);
+    else if (event.key === "-") zoom(0.8); else if (event.key === "0") { touched = false; fit();
+      } else return;
+    event.preventDefault();
+  });
+  new ResizeObserver(() => { if (!touched) fit(); }).observe(svg);
+  let hits = [], shownHit = 0;
+  const search = el("input", {type: "search", placeholder: "find a task", "aria-label": "find a task",
+    oninput: (event) => find(event.target.value),
+    onkeydown: (event) => { if (event.key === "Enter"
+      && hits.length) centre(hits[shownHit++ % hits.length]); }});
+  const find = (text) => {
+    const wanted = text.trim().toLowerCase();
+    hits = wanted ? nodes.filter((node) => node.id.toLowerCase().includes(wanted)).map((node) => node.id)
+      : [];
+    shownHit = 0;
+    svg.classList.toggle("dim", Boolean(wanted));
+    for (const node of nodes) node.g.classList.toggle("hit", hits.includes(node.id));
+  };
+  const tools = el("div", {class: "tools"}, search,
+    el("button", {"aria-label": "zoom in", onclick: () => zoom(1.3)}, "+"),
+    el("button", {"aria-label": "zoom out", onclick: () => zoom(1 / 1.3)}, "−"),
+      el("button", {"aria-label": "show all of the graph", onclick: () => { touched = false; fit(); }},
+      "fit"));
+  const paint = (id, status, note) => {
+    const node = at.get(id);
+    if (!node || node.painted === status + note) return;
+    node.painted = status + note;
+    node.g.setAttribute("class", "node s-" + status + (chosen === id ? " on" : "") + (hits.includes(id)
+      ? " hit" : ""));
+    node.g.setAttribute("aria-label", `${id}: ${status}`);
+    node.tip.textContent = `${id}: ${status}${note ? " " + note : ""}`;
+    node.mark.textContent = MARKS[status] || "";
+    node.count.textContent = note || "";
+  };
+  const select = (id) => {
+    for (const node of nodes) node.g.classList.toggle("on", node.id === id);
+    chosen = id;
+    light(null);
+  };
+  const critical = (path) => { for (const edge of edges) { const n = path.indexOf(edge.from);
+    edge.path.classList.toggle("critical", n >= 0 && path[n + 1] === edge.to); } };
+  for (const node of nodes) paint(node.id, "pending", "");
+  const reveal = (id) => { if (id && scale < 0.6) centre(id); };
+  return {svg, tools, fit, paint, select, critical, reveal};
+}
+
+// ---- draw: a Gantt chart ----
+
+function makeGantt(choose) {
+  const high = 24, axis = el("svg", {class: "axis", height: 28, "aria-hidden": "true"}),
+    body = el("svg", {role: "group", "aria-label": "Gantt chart of the tasks"});
+  const box = el("div", {class: "gantt", tabindex: "0", "aria-label": "Gantt chart"}, axis, body),
+    lines = new Map();
+  const grid = el("g"), now = el("line", {class: "now"});
+  body.append(grid, now);
+  const draw = (run) => {
+    const width = box.clientWidth;
+    if (!width) return;
+    const names = Object.keys(run.tasks).filter((name) => run.tasks[name].attempts.length
+      || run.tasks[name].started);
+    const began = (name) => seconds((run.tasks[name].attempts[0] || run.tasks[name]).started);
+    // instances follow the task that they are of
+    const whole = (name) => name.replace(/\[\d+\]$/, ""), first = new Map();
+    for (const name of names) first.set(whole(name),
+      Math.min(began(name), first.get(whole(name)) ?? Infinity));
+    names.sort((a, b) => first.get(whole(a)) - first.get(whole(b)) || whole(a).localeCompare(whole(b))
+      || a.length - b.length || a.localeCompare(b));
+    const left = Math.min(width < 600 ? 118 : 210, width / 3),
+      start = Math.min(seconds(run.started), ...names.map(began));
+    const clock = run.live ? Date.now() / 1000 : null;
+    const ends = names.flatMap((name) => run.tasks[name].attempts.map((attempt) => seconds(attempt.finished)
+      || clock || seconds(attempt.started)));
+    const end = Math.max(start + 0.05, clock || 0, seconds(run.finished) || 0, ...ends);
+    const x = (at) => left + (at - start) / (end - start) * (width - left - 16);
+    body.setAttribute("height", Math.max(60, names.length * high + 8));
+    const step = niceStep((end - start) / Math.max(2, Math.floor((width - left) / 95))), ticks = [];
+    for (let at = 0; at <= end - start; at += step) ticks.push(at);
+    fill(axis, ...ticks.map((at) => el("text", {x: x(start + at) + 3, y: 18}, tick(at, step))));
+    fill(grid, ...ticks.map((at) => el("line",
+      {class: "grid", x1: x(start + at), x2: x(start + at), y1: 0, y2: names.length * high + 8})));
+    for (const [name, value] of Object.entries(
+      {x1: x(end), x2: x(end), y1: 0, y2: clock ? names.length * high + 8 : 0})) now.setAttribute(name,
+      value);
+    names.forEach((name, n) => line(name, n, run, x, left, width, clock));
+    for (const [name, made] of lines) if (!run.tasks[name]) { made.g.remove(); lines.delete(name); }
+  };
+  const line = (name, n, run, x, left, width, clock) => {
+    const task = run.tasks[name], attempts = task.attempts.length ? task.attempts : [task];
+    let made = lines.get(name);
+    if (!made) {
+      made = {label: el("text", {class: "label", x: 10, y: 16}),
+        back: el("rect", {class: "back", height: high, x: 0, y: 0}), tip: el("title"), spans: el("g")};
+      made.g = el("g", {class: "line", tabindex: "0", role: "button", onclick: () => choose(name),
+        onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault();
+          choose(name); } }}, made.tip, made.back, made.label, made.spans);
+      lines.set(name, made);
+      body.append(made.g);
+    }
+    const letters = Math.floor((left - 16) / 7.1), took = task.started
+      ? (seconds(task.finished) || clock || seconds(task.started)) - seconds(task.started) : 0;
+    made.g.setAttribute("transform", `translate(0 ${n * high + 4})`);
+    made.g.setAttribute("aria-label", `${name}: ${task.status}, ${span(took)}`);
+    made.tip.textContent = `${name}: ${task.status}${task.reason ? " (" + task.reason + ")" : ""}, ${span(
+      took)}`;
+    made.label.textContent = name.length > letters ? name.slice(0, letters - 1) + "…" : name;
+    made.back.setAttribute("width", width);
+    fill(made.spans, ...attempts.map((attempt, k) => {
+      const from = x(seconds(attempt.started)),
+        to = x(seconds(attempt.finished) || clock || seconds(attempt.started));
+      return el("rect", {class: "span s-" + attempt.status + (k < attempts.length - 1 ? " retry" : ""),
+        x: from, y: 5, height: high - 10, rx: 3, width: Math.max(2.5, to - from)});
+    }));
+  };
+  const select = (id) => { for (const [name, made] of lines) made.g.classList.toggle("on", name === id); };
+  return {box, draw, select};
+}
+
+function niceStep(rough) {
+  for (const step of [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800,
+    3600, 7200, 14400, 43200]) if (step >= rough) return step;
+  return Math.ceil(rough / 86400) * 86400;
+}
+
+function tick(at, step) {
+  if (step >= 86400) return Math.round(at / 86400) + " d";
+  if (step >= 3600) return Math.round(at / 3600) + " h";
+  if (step >= 60) return Math.round(at / 60) + " min";
+  return at.toFixed(step < 0.1 ? 2 : step < 1 ? 1 : 0) + " s";
+}
+
+// ---- draw: a run ----
+
+async function runView(main, signal, id, tab, task) {
+  let run = await get(`/api/v1/runs/${enc(id)}`, signal);
+  const head = el("div"), bar = el("div", {class: "progress"}), panel = el("div", {class: "left"}),
+    side = el("aside", {class: "drawer", "aria-label": "task", tabindex: "-1", hidden: true});
+  const tabs = el("div", {class: "tabs"}), list = el("div",
+    {role: "tablist", "aria-label": "views of the run"}), tools = el("div", {class: "room"});
+  const choose = (name) => { app.returnTo = document.activeElement;
+    location.hash = link("runs", run.id, view.tab, name); };
+  let graph = makeGraph(tasksOf(run.definition), choose);
+  const gantt = makeGantt(choose), rows = el("div"), facts = el("div", {class: "pad"});
+  const words = {graph: "Graph", gantt: "Gantt", tasks: "Tasks", data: "Data"};
+  const buttons = Object.entries(words).map(([name, word]) =>
+    el("button", {role: "tab", id: "tab-" + name, "aria-controls": "panel", "data-key": "tab-" + name,
+    onclick: () => { location.hash = link("runs", run.id, name, ...(view.task ? [view.task] : [])); },
+    onkeydown: (event) => {
+      const by = {ArrowRight: 1, ArrowLeft: -1}[event.key], names = Object.keys(words);
+      if (by) $("tab-" + names[(names.indexOf(name) + by + names.length) % names.length]).focus();
+    }}, word));
+  list.append(...buttons);
+  tabs.append(list, tools);
+  panel.id = "panel";
+  panel.setAttribute("role", "tabpanel");
+  main.append(head, bar, el("div", {class: "card gap"}, tabs, el("div", {class: "split"}, panel, side)));
+  const view = {tab: "", task: "", closeTask: null};
+  const status = (name) => run.tasks[name].status === "running" && !run.live ? "interrupted"
+    : run.tasks[name].status;
+  const counts = () => Object.keys(run.tasks).reduce((sum, name) =>
+    { sum[status(name)] = (sum[status(name)] || 0) + 1; return sum; }, {});
+  const note = (name) => {
+    const many = Object.keys(run.tasks).filter((one) => one.startsWith(name + "["));
+    return many.length ? `${many.filter((one) => ["success", "cached", "skipped"].includes(
+      run.tasks[one].status)).length}/${many.length}` : "";
+  };
+  const drawHead = () => {
+    document.title = `${run.status} · ${run.flow} · MiniFlow`;
+    const act = (word) => async (event) => {
+      event.target.disabled = true;
+      try {
+        await (word === "cancel" ? post(`/api/v1/runs/${enc(run.id)}/cancel`, {})
+          : post(`/api/v1/runs/${enc(run.id)}/resume`, {}));
+        toast(word === "cancel" ? "cancel: what runs is being stopped; once more stops it at once"
+          : "resume: it goes on");
+        if (word === "resume") setTimeout(show, 0);
+          else setTimeout(() => { event.target.disabled = false; }, 800);
+      } catch (error) { complain(error); event.target.disabled = false; }
+    };
+    fill(head, el("div", {class: "row"}, el("h1", {class: "mono grow"}, run.id), chip(run.status),
+      run.live ? el("button", {class: "danger", "data-key": "cancel", onclick: act("cancel")}, "■ cancel")
+        : run.status !== "success" && el("button",
+          {class: "primary", "data-key": "resume", onclick: act("resume")}, "↻ resume")),
+      el("div", {class: "facts num"}, el("span", null, "flow ",
+        el("a", {href: link("flows", run.flow)}, run.flow)),
+        el("span", null, "started ", el("b", null, when(run.started))),
+          el("span", null, "took ", el("b", null, span(spent(run)))),
+        run.parent && el("span", null, "part of ",
+          el("a", {class: "mono", href: link("runs", run.parent.run)}, run.parent.run)),
+        run.warnings > 0 && el("span", null, el("b", null, run.warnings), " tolerated failures"), run.reason
+          && el("span", null, run.reason)));
+  };
+  const drawBar = () => {
+    const found = counts();
+    fill(bar, meter(found), el("div", {class: "legend num"}, STATES.filter((state) => found[state])
+      .map((state) =>
+      el("span", {class: "s-" + state}, `${found[state]} ${state.replace("_", " ")}`))));
+  };
+  const drawRows = () => fill(rows, el("div", {class: "table"}, el("table", null,
+    el("thead", null, el("tr", null, ["task", "status", "attempts", "duration", "reason"].map((word, n) =>
+      el("th", {scope: "col", class: n > 2 ? "wide" : null}, word)))),
+    el("tbody", null, Object.entries(run.tasks).map(([name, one]) => el("tr", null,
+      el("td", null, el("a", {href: link("runs", run.id, "tasks", name), "data-key": "task " + name},
+        name)), el("td", null, chip(status(name))),
+      el("td", {class: "num"}, one.attempts.length),
+        el("td", {class: "num wide"}, span(one.duration_s ?? (one.status === "running" ? spent(one) : null))),
+      el("td", {class: "soft wide"}, one.reason || "")))))));
+  const drawFacts = () => fill(facts, el("h3", null, "params"), shownJson(run.params),
+    el("h3", {class: "gap"}, "final context"), shownJson(run.ctx),
+    (run.critical_path || []).length > 0 && [el("h3", {class: "gap"}, "critical path"),
+      el("p", null, run.critical_path.join(" → "))]);
+  const drawTab = () => {
+    if (view.tab === "gantt") gantt.draw(run); else if (view.tab === "tasks") drawRows();
+      else if (view.tab === "data") drawFacts();
+  };
+  const drawAll = () => {
+    drawHead();
+    drawBar();
+    for (const name of Object.keys(run.tasks)) if (!/\[\d+\]$/.test(name)) graph.paint(name, status(name),
+      note(name));
+    graph.critical(run.live ? [] : run.critical_path || []);
+    drawTab();
+  };
+  const showTab = (name) => {
+    for (const button of buttons) {
+      const on = button.id === "tab-" + name;
+      button.setAttribute("aria-selected", on);
+      button.tabIndex = on ? 0 : -1;
+    }
+    panel.setAttribute("aria-labelledby", "tab-" + name);
+    view.tab = name;
+    fill(tools, name === "graph" ? graph.tools : []);
+    fill(panel, {graph: graph.svg, gantt: gantt.box, tasks: rows, data: facts}[name]);
+    drawTab();
+  };
+  const showTask = (name) => {
+    view.closeTask?.();
+    view.closeTask = null;
+    view.task = name && run.tasks[name] ? name : "";
+    side.hidden = !view.task;
+    graph.select(view.task.replace(/\[\d+\]$/, ""));
+    gantt.select(view.task);
+    if (view.task) {
+      view.closeTask = taskDrawer(side, run, view.task, () =>
+        { location.hash = link("runs", run.id, view.tab); });
+      side.focus({preventScroll: true});
+      requestAnimationFrame(() => requestAnimationFrame(() =>
+        { if (view.tab === "graph") graph.reveal(view.task.replace(/\[\d+\]$/, "")); }));
+    } else if (app.returnTo?.isConnected) app.returnTo.focus({preventScroll: true});
+  };
+  app.moved = (parts) => { // within the run, nothing is fetched anew
+    if (parts[0] !== "runs" || parts[1] !== id) return false;
+    if (view.tab !== (parts[2] || "graph")) showTab(words[parts[2]] ? parts[2] : "graph");
+    if (view.task !== (parts[3] || "")) showTask(parts[3] || "");
+    return true;
+  };
+  const load = async () => {
+    const before = JSON.stringify(run.definition);
+    run = await get(`/api/v1/runs/${enc(id)}`, signal);
+    if (JSON.stringify(run.definition) !== before) { graph = makeGraph(tasksOf(run.definition), choose);
+      showTab(view.tab); }
+    drawAll();
+    view.renew?.();
+  };
+  let timer = null, stale = false;
+  const soon = () => { timer = timer || setTimeout(() => { timer = null; drawAll(); }, 120); };
+  const take = (event) => {
+    if (event.event === "state") {
+      run.live = event.status === "running";
+      if (Object.keys(event.tasks).some((name) => !run.tasks[name]
+        || run.tasks[name].status !== event.tasks[name])) load().catch(complain);
+    } else if (event.task && run.tasks[event.task]) {
+      const one = run.tasks[event.task];
+      run.live = true;
+      run.status = "running";
+      one.status = event.status;
+      if (event.event === "attempt_started") {
+        one.attempts[event.attempt - 1] = {status: "running", started: event.at, finished: null,
+          reason: null, log: event.log};
+        one.started = one.started || event.at;
+        one.finished = null;
+      } else if (event.event === "attempt_ended") {
+        Object.assign(one.attempts[event.attempt - 1] || {},
+          {status: event.status === "retrying" ? "failed" : event.status, finished: event.at,
+          reason: event.reason});
+      }
+      if (!["pending", "running", "retrying"].includes(one.status)) Object.assign(one,
+        {finished: event.at, reason: event.reason || null,
+        duration_s: one.started ? seconds(event.at) - seconds(one.started) : null});
+      if (event.event === "task_expanded") load().catch(complain);
+      if (view.task === event.task) side.dispatchEvent(new Event("changed"));
+      soon();
+    } else if (event.event === "run_finished") { run.live = false; run.status = event.status;
+      run.finished = event.at; soon(); }
+  };
+  const watch = () => follow(`/api/v1/runs/${enc(id)}/events`, take, signal, () =>
+    load().then(() => { side.dispatchEvent(new Event("changed")); wake(); }).catch(complain));
+  const wake = () => follow("/api/v1/events", (event) => { // somebody may resume it
+    if (event.run === id && event.status === "running") show();
+  }, signal);
+  showTab(words[tab] ? tab : "graph");
+  drawAll();
+  requestAnimationFrame(graph.fit);
+  showTask(task || "");
+  if (run.live) watch(); else wake();
+  const beat = setInterval(() => { if (run.live) { drawHead(); drawTab(); } }, 1000);
+  const resized = () => drawTab();
+  addEventListener("resize", resized);
+  signal.addEventListener("abort", () => { clearInterval(beat); clearTimeout(timer);
+    removeEventListener("resize", resized); view.closeTask?.(); app.moved = null; });
+}
+
+// ---- draw: a task ----
+
+function taskDrawer(side, run, name, close) { // returns what ends it
+  const over = new AbortController();
+  let shownAttempt = null, log = null;
+  const head = el("div"), attempts = el("div"), logPart = el("div"), data = el("div");
+  side.replaceChildren(head, attempts, logPart, data);
+  const draw = (one) => {
+    fill(head, el("div", {class: "row"}, el("h2", {class: "grow mono"}, name),
+      chip(one.status === "running" && !run.live ? "interrupted" : one.status),
+      el("button", {class: "plain", "aria-label": "close", "data-key": "close", onclick: close}, "✕")),
+      one.definition.description && el("p", {class: "soft"}, one.definition.description),
+      el("dl", null, Object.entries({reason: one.reason, started: one.started && when(one.started),
+        took: one.duration_s !== null && span(one.duration_s),
+        action: actionOf(one.definition), "depends on": (one.definition.depends_on || []).join(", "),
+          rule: one.definition.trigger_rule, if: one.definition.if})
+        .filter(([, value]) => value).map(([word, value]) => [el("dt", null, word), el("dd", null, value)])),
+      one.error && el("pre", {class: "trouble gap"}, one.error));
+    const number = shownAttempt || one.attempts.length;
+    fill(attempts, el("h3", null, "attempts"),
+      el("div", {class: "attempts"}, one.attempts.length ? one.attempts.map((attempt, n) => el("button", {
+      "aria-pressed": String(n + 1 === number), "data-key": "attempt " + n, title: attempt.reason || "",
+        onclick: () => { shownAttempt = n + 1; log?.stop(); log = null; draw(one); }},
+      `${n + 1}`, el("span", {class: "chip s-" + attempt.status}, attempt.status),
+        attempt.duration_s !== null && attempt.duration_s !== undefined && span(attempt.duration_s)))
+      : el("span", {class: "faint"}, "none yet")));
+    const attempt = one.attempts[number - 1];
+    if (attempt?.log && (!log || log.number !== number)) {
+      log?.stop();
+      log = followLog(logPart, run.id, name, number, over.signal);
+    } else if (!attempt?.log) fill(logPart, el("h3", null, "log"),
+      el("p", {class: "faint"}, attempt ? "it ran within its program and has no log of its own"
+      : "it has not run"));
+    fill(data, el("h3", null, "inputs"), Object.keys(one.inputs || {}).length
+      ? el("dl", null, Object.entries(one.inputs).map(([key, from]) =>
+      [el("dt", null, key), el("dd", null, "from ",
+        el("a", {href: link("runs", run.id, place().parts[2] || "graph", from)}, from))]))
+        : el("p", {class: "faint"}, "none"),
+      el("h3", {class: "gap"}, "output"), one.output ? shownJson(one.output)
+        : el("p", {class: "faint"}, "none"),
+      el("h3", {class: "gap"}, "definition"), shownJson(one.definition));
+  };
+  const load = () => get(`/api/v1/runs/${enc(run.id)}/tasks/${enc(name)}`, over.signal).then(draw)
+    .catch(complain);
+  let timer = null;
+  side.addEventListener("changed", () => { timer = timer
+    || setTimeout(() => { timer = null; load(); }, 150); }, {signal: over.signal});
+  side.addEventListener("keydown", (event) => { if (event.key === "Escape") close(); },
+    {signal: over.signal});
+  load();
+  return () => { over.abort(); clearTimeout(timer); log?.stop(); side.replaceChildren(); };
+}
+
+function actionOf(task) {
+  const word = ["script", "command", "function", "flow", "http", "wait_for"].find((one) =>
+    task[one] !== undefined);
+  const value = task[word];
+  return word ? `${word} ${typeof value === "string" ? value : JSON.stringify(value)}` : "";
+}
+
+const ESCAPES = /\x1b\[[0-9;?]*[ -\/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)/g;
+const CONTROLS = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g;
+
+// the end of a log first, then what comes, then what came before
+function followLog(parent, runId, task, number, signal) {
+  const TAIL = 65536, MOST = 600000, out = el("pre",
+    {class: "log", tabindex: "0", role: "log", "aria-label": `log of ${task}, attempt ${number}`});
+  const info = el("span", {class: "grow small faint num"}),
+    earlier = el("button", {class: "plain", hidden: true, onclick: () => before()}, "earlier");
+  const keep = el("input", {type: "checkbox", checked: true, id: "follow-log"});
+  fill(parent, el("div", {class: "row"}, el("h3", null, "log"), info, earlier,
+    el("label", {class: "check small soft", for: "follow-log"}, keep, "follow")), out);
+  let first = null, next = null, size = 0, stopped = false, timer = null, decoder = new TextDecoder();
+  const path = `/api/v1/runs/${enc(runId)}/tasks/${enc(task)}/log?attempt=${number}`;
+  const clean = (text) => text.replace(/\r\n/g, "\n").replace(ESCAPES, "").replace(CONTROLS, "");
+  const tell = () => {
+    earlier.hidden = !first;
+    info.textContent = size ? `${size.toLocaleString()} bytes` + (first
+      ? `, shown from ${first.toLocaleString()}` : "") : "";
+  };
+  const poll = async () => {
+    try {
+      const from = next === null ? -TAIL : next;
+      const answer = await ask(`${path}&offset=${from}&limit=${TAIL}`, {signal});
+      const bytes = await answer.arrayBuffer(), ended = answer.headers.get("X-Log-Ended") === "true";
+      if (stopped) return;
+      size = Number(answer.headers.get("X-Log-Size"));
+      if (next === null) first = Math.max(0, size - TAIL);
+      next = Number(answer.headers.get("X-Log-Next"));
+      if (bytes.byteLength) {
+        out.append(clean(decoder.decode(bytes, {stream: true})));
+        while (out.textContent.length > MOST && out.childNodes.length > 1) out.firstChild.remove();
+        if (keep.checked) out.scrollTop = out.scrollHeight;
+      }
+      tell();
+      if (!size && ended) out.textContent = "(it said nothing)";
+      if (next < size || !ended) timer = setTimeout(poll, next < size ? 0 : 700);
+    } catch (error) {
+      if (!stopped && error.name !== "AbortError") { info.textContent = error.message;
+        timer = setTimeout(poll, 3000); }
+    }
+  };
+  const before = async () => {
+    const from = Math.max(0, first - TAIL);
+    const answer = await ask(`${path}&offset=${from}&limit=${first - from}`, {signal});
+    keep.checked = false;
+    const tall = out.scrollHeight;
+    out.prepend(clean(new TextDecoder().decode(await answer.arrayBuffer())));
+    out.scrollTop = out.scrollHeight - tall;
+    first = from;
+    tell();
+  };
+  poll();
+  return {number, stop: () => { stopped = true; clearTimeout(timer); }};
+}
+
+// ---- draw: dialogs ----
+
+function kindOf(param) {
+  const like = param.default ?? (param.enum || [])[0];
+  return param.type || (typeof like === "boolean" ? "boolean" : typeof like === "number" ? "number"
+    : Array.isArray(like) ? "array"
+    : like !== null && typeof like === "object" ? "object" : "string");
+}
+
+// one param: its field, and how its value is read (undefined: not given)
+function paramField(name, param, number) {
+  const id = "param-" + number, kind = kindOf(param), start = param.default,
+    given = {id, name, "aria-describedby": id + "-about"};
+  let input, read;
+  if (param.enum) {
+    input = el("select", given, start === undefined && el("option", {value: ""}, "–"),
+      param.enum.map((value, n) =>
+      el("option", {value: n, selected: JSON.stringify(value) === JSON.stringify(start)},
+        typeof value === "string" ? value : JSON.stringify(value))));
+    read = () => input.value === "" ? undefined : param.enum[Number(input.value)];
+  } else if (kind === "boolean") {
+    input = el("input", {...given, type: "checkbox", checked: start === true});
+    read = () => input.checked;
+  } else if (kind === "integer" || kind === "number") {
+    input = el("input", {...given, type: "number", step: kind === "integer" ? 1 : "any", min: param.min,
+      max: param.max, value: start ?? ""});
+    read = () => input.value === "" ? undefined : Number(input.value);
+  } else if (kind === "array" || kind === "object") {
+    input = el("textarea", {...given, rows: 3, spellcheck: "false"}, start === undefined ? ""
+      : JSON.stringify(start, null, 1));
+    read = () => input.value.trim() === "" ? undefined : JSON.parse(input.value);
+  } else {
+    input = el("input", {...given, type: "text", value: start ?? "", pattern: null, autocomplete: "off"});
+    read = () => input.value === "" && (start === undefined || start === "") ? undefined : input.value;
+  }
+  const bounds = [param.min !== undefined && "from " + param.min, param.max !== undefined
+    && "to " + param.max, param.pattern && "matching " + param.pattern].filter(Boolean).join(" ");
+  const wrong = el("p", {class: "wrong", role: "alert"});
+  const label = el("label", {for: id}, name, param.required
+    && el("span", {class: "req", title: "required"}, " *"), " ",
+    el("span", {class: "small faint"}, kind, bounds ? ", " + bounds : ""));
+  return {name, read, input, wrong, start, field: el("div", {class: "field"}, kind === "boolean"
+    && !param.enum ? el("div", {class: "check"}, input, label) : [label, input],
+    el("span", {class: "small soft", id: id + "-about"}, param.description || ""), wrong)};
+}
+
+function startDialog(flow) {
+  const declared = flow.params;
+  const fields = declared ? Object.entries(declared).map(([name, param], n) => paramField(name, param, n))
+    : [];
+  const free = declared ? null : paramField("params",
+    {type: "object", description: "any params, as a JSON object"}, 0);
+  const wrong = el("pre", {class: "trouble", role: "alert", hidden: true}),
+    go = el("button", {class: "primary", type: "submit"}, "▶ start");
+  const dialog = el("dialog", {"aria-label": "start " + flow.name},
+    el("form", {method: "dialog", novalidate: true, onsubmit: (event) => { event.preventDefault(); send(); }},
+    el("div", {class: "row"}, el("h2", {class: "grow"}, "start " + flow.name),
+      el("button", {class: "plain", type: "button", "aria-label": "close", onclick: () => dialog.close()},
+      "✕")),
+    fields.map((one) => one.field), free && free.field, declared && !fields.length
+      && el("p", {class: "soft"}, "this flow takes no params"), wrong,
+    el("div", {class: "row"}, el("span", {class: "grow"}),
+      el("button", {type: "button", onclick: () => dialog.close()}, "not now"), go)));
+  const send = async () => {
+    let bad = false, params = {};
+    wrong.hidden = true;
+    for (const one of [...fields, ...(free ? [free] : [])]) {
+      one.wrong.textContent = "";
+      one.input.removeAttribute("aria-invalid");
+      try {
+        const value = one.read();
+        if (one === free) params = value || {};
+        else if (value !== undefined && JSON.stringify(value) !== JSON.stringify(
+          one.start)) params[one.name] = value;
+      } catch (error) { one.wrong.textContent = "no JSON: " + error.message;
+        one.input.setAttribute("aria-invalid", "true"); bad = true; }
+    }
+    if (bad) return;
+    go.disabled = true;
+    try {
+      const found = await post(`/api/v1/flows/${enc(flow.name)}/validate`, {params});
+      if (!found.valid) throw Object.assign(new Error("it can't be started"), found);
+      const made = await post("/api/v1/runs", {flow: flow.name, params});
+      dialog.close();
+      location.hash = link("runs", made.id);
+    } catch (error) {
+      const rest = (error.problems || []).filter((line) => {
+        const one = fields.find((field) => line.startsWith(`params.${field.name}:`)
+          || line.startsWith(`params.${field.name}[`));
+        if (one) { one.wrong.textContent = line.slice(line.indexOf(": ") + 2);
+          one.input.setAttribute("aria-invalid", "true"); }
+        return !one;
+      });
+      wrong.textContent = (error.problems || []).length ? rest.join("\n") : error.message;
+      wrong.hidden = !wrong.textContent;
+      dialog.querySelector("[aria-invalid]")?.focus();
+      go.disabled = false;
+    }
+  };
+  openDialog(dialog);
+}
+
+function openDialog(dialog) {
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+function askForToken() {
+  if ($("token-dialog")) return;
+  const field = el("input", {id: "token", type: "password", autocomplete: "off", required: true});
+  openDialog(el("dialog", {id: "token-dialog", "aria-label": "token"},
+    el("form", {method: "dialog", onsubmit: () => {
+    app.token = field.value.trim();
+    sessionStorage.setItem("token", app.token);
+    show();
+  }}, el("h2", null, "Who is there?"), el("p", {class: "soft"},
+    "Give the token: MINIFLOW_TOKEN of the server, or open the address that miniflow serve printed."),
+    el("div", {class: "field"}, el("label", {for: "token"}, "token"), field),
+      el("div", {class: "row"}, el("span", {class: "grow"}), el("button", {class: "primary"}, "go on")))));
+}
+
+// ---- wire: where the reader is, decides what is shown ----
+
+async function show() {
+  const {parts, query} = place();
+  app.stop.abort();
+  app.stop = new AbortController();
+  app.moved = null;
+  setLive(false);
+  const main = $("main"), signal = app.stop.signal;
+  main.replaceChildren();
+  document.title = "MiniFlow";
+  for (const one of document.querySelectorAll("[data-nav]")) {
+    if (one.dataset.nav === (parts[0] === "flows" ? "" : parts[0])) one.setAttribute("aria-current",
+      "page"); else one.removeAttribute("aria-current");
+  }
+  try {
+    if (parts[0] === "runs" && parts[1]) await runView(main, signal, parts[1], parts[2] || "graph", parts[3]
+      || "");
+    else if (parts[0] === "runs") await runsView(main, signal, query);
+    else if (parts[0] === "flows" && parts[1]) await flowView(main, signal, parts[1]);
+    else await flowsView(main, signal);
+  } catch (error) {
+    if (!signal.aborted) main.append(el("p", {class: "empty", role: "alert"}, error.message));
+  }
+}
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme
+    || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+}
+
+$("theme").addEventListener("click", () => {
+  const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  localStorage.setItem("theme", theme);
+  setTheme(theme);
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
+  setTheme(localStorage.getItem("theme")));
+addEventListener("hashchange", () => {
+  if (location.hash.startsWith("#token=")) readToken();
+  if (location.hash === "#main") return;
+  if (!app.moved?.(place().parts)) show();
+});
+document.addEventListener("visibilitychange", () =>
+  { if (document.hidden) app.hidden = setTimeout(() => { app.stop.abort(); app.asleep = true; }, 60000);
+  else { clearTimeout(app.hidden); if (app.asleep) { app.asleep = false; show(); } } });
+readToken();
+setTheme(localStorage.getItem("theme"));
+show();
+</script>
+</body>
+</html>
+"""
+
+
+#: Which elements of the page are served each by itself, and what stands in their place then.
+_PARTS = {"style": '<link rel="stylesheet" href="app.css">', "script": '<script src="app.js" defer></script>',
+          "svg": '<link rel="icon" href="icon.svg">'}
+
+
+def page_parts() -> Dict[str, str]:
+    """Return the page in the parts in which it is served: its style, script and svg, and the html."""
+    parts = {"html": PAGE.strip() + "\n"}
+    for tag, link in _PARTS.items():
+        found = re.search(rf"(?s)<{tag}\b[^>]*>(.*?)</{tag}>", parts["html"])
+        assert found
+        parts[tag] = found[0 if tag == "svg" else 1].strip() + "\n"
+        parts["html"] = parts["html"].replace(found[0], link)
+    return parts
+
+
+# ============================================================================
+# == 44. WEB: what is the answer to a request?
+# ============================================================================
+# respond() turns a Request into a Response; it knows no socket.  What can be asked stands in ROUTES, a table
+# from which requests are checked and openapi.json is made, so that the one can't say what the other does not.
+#
+# Flow authors run code here by right.  Not trusted are the pages that the user's browser has open beside
+# ours (Host, Origin and Sec-Fetch-Site are checked first, on every route), whoever has no token, and all that
+# is in a request.  No path of the disk is made from a request but that of a log: out of a run's id, which is
+# checked, and a task and an attempt, which are looked up in the run.
+#
+# The server only reads what is on disk; the engines are processes of their own, in sessions of their own, and
+# know nothing of it.  A flow in Python is imported by a process of its own as well: it may do anything.
+
+MAX_TARGET = 8192                              # bytes of a request's path and query
+MAX_BODY = 2**20
+LOG_PIECE = 2**16
+_ENGINE_S = 30.0                               # how long an engine may take to begin its run
+_POLL_S = 0.2                                  # how often what engines write is looked at
+_BEAT_S = 10.0                                 # how often a quiet stream of events says that it lives
+MAX_STREAMS = 16
+#: Not for the engines that we start: whose run they are in, and what opens this server.
+_OURS = (*OWN_VARIABLES, "MINIFLOW_TOKEN")
+_SAFE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+                               "img-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin"}
+_SANDBOX = {"Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'"}
+_JSON, _PLAIN, _EVENTS = "application/json", "text/plain; charset=utf-8", "text/event-stream"
+
+
+class Request(NamedTuple):
+    """What somebody asks: `read` gives so many bytes of the body, or fewer if there are no more."""
+
+    method: str
+    target: str
+    headers: Sequence[Tuple[str, str]] = ()
+    read: Callable[[int], bytes] = lambda size: b""
+
+
+class Response(NamedTuple):
+    """What is answered; a `body` in pieces is made while it is sent."""
+
+    status: int
+    body: Union[bytes, Iterable[bytes]] = b""
+    kind: str = _JSON
+    headers: Mapping[str, str] = {}
+
+
+class Asked(NamedTuple):
+    """A request that was found to be in order, as the function of a route gets it."""
+
+    path: Mapping[str, str]
+    query: Mapping[str, Any]
+    body: Any
+    headers: Mapping[str, str]
+
+
+class Refused(MiniFlowError):
+    """A request that is not done, with the status that says why."""
+
+    def __init__(self, status: int, text: str, problems: Sequence[str] = (), **headers: str) -> None:
+        super().__init__(text)
+        self.status, self.problems = status, list(problems)
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Route(NamedTuple):
+    """One thing that can be asked: how, what it does, what it takes, what is answered."""
+
+    method: str
+    path: str
+    does: str
+    answer: Callable[[Any, Asked], Response]
+    query: Mapping[str, Schema]
+    body: Optional[Schema]                     # of a POST; a body that may be left out has no `required`
+    answers: Mapping[int, str]
+    kind: str
+    is_open: bool
+
+
+ROUTES: List[Route] = []
+if TYPE_CHECKING:
+    Answer = Callable[[Any, Asked], Response]
+
+
+def route(method: str, path: str, does: str, *, query: Mapping[str, Schema] = {},
+          body: Optional[Schema] = None, answers: Mapping[int, str] = {}, kind: str = _JSON,
+          is_open: bool = False) -> Callable[[Answer], Answer]:
+    """Enter the decorated function into ROUTES."""
+    def enter(function: Answer) -> Answer:
+        ROUTES.append(Route(method, path, does, function, query, body, {200: "it is so", **answers}
+                            if not any(status < 300 for status in answers) else answers, kind, is_open))
+        return function
+    return enter
+
+
+# -- other processes --
+
+#: Runs a function of this very file, compiled or not, with the words that come after its name.
+ENGINE_PROGRAM = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("miniflow", sys.argv[1])
+miniflow = sys.modules["miniflow"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(miniflow)
+sys.exit(getattr(miniflow, sys.argv[2])(sys.argv[3:]))
+"""
+
+
+def _launch(function: str, words: Sequence[str], stdin: bytes = b"") -> Tuple[Any, IO[bytes]]:
+    """Start a function of ours in a process and a session of its own; return it, and the file of its stderr.
+
+    The file has no name, and nobody has to read it, as somebody would have to read a pipe.
+    """
+    import subprocess
+    import tempfile
+    env = {name: value for name, value in os.environ.items()
+           if name not in _OURS and not name.startswith("MINIFLOW_PARAM_") or name == "MINIFLOW_COOKIE"}
+    with tempfile.TemporaryFile() as given:
+        given.write(stdin)
+        given.seek(0)
+        told: IO[bytes] = tempfile.TemporaryFile()
+        argv = [sys.executable, "-c", ENGINE_PROGRAM, os.path.abspath(__file__), function, *words]
+        return subprocess.Popen(argv, stdin=given, stdout=told if function != "main" else subprocess.DEVNULL,
+                                stderr=told, env=env, start_new_session=True), told
+
+
+def tell_flow(words: Sequence[str]) -> int:
+    """Print a flow, or what is wrong with it, as JSON: what import_elsewhere() reads."""
+    mini, name = MiniFlow(words[0], words[1], words[2]), words[3]
+    mark, output = words[4], os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)                              # what the flow itself prints is not ours
+    try:
+        told: Any = flow_to_json(mini.load(name))
+    except MiniFlowError as exc:
+        told = list(exc.problems) if isinstance(exc, FlowError) else [str(exc)]
+    output.write(f"\n{mark}{json.dumps(told)}\n")
+    output.close()
+    return 0
+
+
+def import_elsewhere(mini: MiniFlow, path: str) -> Flow:
+    """Return a flow in Python, imported by another process; raise FlowError."""
+    mark = os.urandom(8).hex()
+    process, told = _launch("tell_flow", [mini.flows_dir, mini.tasks_dir, mini.store.path,
+                                         os.path.abspath(path), mark])
+    with told:
+        try:
+            process.wait(_ENGINE_S)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise FlowError([f"{short_path(path)}: importing it takes more than {_ENGINE_S:g} s; "
+                             "do less at the top level"]) from None
+        told.seek(0)
+        found = re.search(rb"(?m)^%s(.*)$" % mark.encode(), told.read())
+    if not found:
+        raise FlowError([f"{short_path(path)}: importing it ended Python with exit code "
+                         f"{process.returncode}"])
+    value = json.loads(found[1])
+    if isinstance(value, list):
+        raise FlowError(value)
+    return recorded_flow(value)
+
+
+# -- what the server knows --
+
+class Web:
+    """What answers are made from: the flows, the runs, who may ask, and what was asked."""
+
+    def __init__(self, mini: MiniFlow, token: str, is_own: Callable[[str], bool]) -> None:
+        import threading
+        self.mini, self.store, self.token, self.is_own = mini, mini.store, token, is_own
+        self.history = History(mini.store)
+        self.stopped = threading.Event()
+        self.children: List[Any] = []          # engines that we have started, to be waited for
+        self.asked: Dict[Tuple[str, str, int], int] = {}
+        self.streams = 0
+        self.connections: Callable[[], int] = lambda: 0
+        self._flows: Dict[str, Tuple[Any, float, Flow]] = {}
+        self._lock = threading.RLock()
+
+    def count(self, method: str, path: str, status: int) -> None:
+        """Count an answer, for /metrics."""
+        with self._lock:
+            key = method, path, status
+            self.asked[key] = self.asked.get(key, 0) + 1
+
+    def open_stream(self) -> None:
+        """Count one more stream of events; raise Refused beyond MAX_STREAMS."""
+        with self._lock:
+            if self.streams >= MAX_STREAMS:
+                raise Refused(429, f"{self.streams} streams of events are open already; close one",
+                              Retry_After="5")
+            self.streams += 1
+
+    def close_stream(self) -> None:
+        """Count one stream of events less."""
+        with self._lock:
+            self.streams -= 1
+
+    def reap(self) -> None:
+        """Let go of the engines that have ended."""
+        with self._lock:
+            self.children = [child for child in self.children if child.poll() is None]
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Show these secrets to nobody from now on; two threads at once would lose some."""
+        with self._lock:
+            hide(names)
+
+    def flow_path(self, name: str) -> str:
+        """Return the path of a flow, which is looked up and not made from `name`; raise FlowNotFound."""
+        files = flow_files(self.mini.flows_dir)
+        if name not in files:
+            raise FlowNotFound(f"no flow {shown(name)}{near(name, files)}")
+        return files[name]
+
+    def flow(self, path: str, name: str, afresh: bool = False) -> Flow:
+        """Return a checked flow, as it was found up to a few seconds ago; raise FlowError."""
+        with self._lock:
+            now, version = time.monotonic(), signature_of(os.path.realpath(path))
+            known = self._flows.get(name)
+            if known and known[0] == version and now < known[1] and not afresh:
+                return known[2]
+            if path.endswith(".py"):
+                flow = import_elsewhere(self.mini, path)
+            else:
+                flow = load_flow(path, name, self.mini.tasks_dir).flow
+            hide(flow.secrets)
+            took = time.monotonic() - now
+            self._flows[name] = version, now + max(2.0, 20 * took), flow
+            return flow
+
+    def run_id(self, asked: Asked) -> str:
+        """Return the id of the run that a path names; raise Refused or NotFound."""
+        name = asked.path["run"]
+        try:
+            check_run_id(name)
+        except UsageError as exc:
+            raise Refused(400, str(exc)) from None
+        run_id = self.store.resolve(name)
+        if not self.store.exists(run_id):
+            raise NotFound(f"no run {run_id}; see /api/v1/runs")
+        return run_id
+
+    def loaded(self, asked: Asked) -> Loaded:
+        """Return the run that a path names, as it stands."""
+        found = self.store.load(self.run_id(asked))
+        self.hide(found.run.plan.flow.secrets)
+        return found
+
+
+def respond_json(value: Any, status: int = 200, **headers: str) -> Response:
+    """Return an answer in JSON, without what is hidden."""
+    text = json.dumps(masked(value, hidden) if hidden else value, ensure_ascii=True)
+    return Response(status, text.replace("<", "\\u003c").encode() + b"\n", _JSON, headers)
+
+
+def _start_engine(web: Web, words: Sequence[str], stdin: bytes, is_there: Callable[[int], bool]) -> None:
+    """Start an engine and wait until its run `is_there`, or say why it did not come to be."""
+    mini = web.mini
+    process, told = _launch("main", ["-f", mini.flows_dir, "-t", mini.tasks_dir, "-o", web.store.path, *words,
+                                     "--output", "quiet"], stdin)
+    end = time.monotonic() + _ENGINE_S
+    with told:
+        while process.poll() is None and not is_there(process.pid):
+            if time.monotonic() > end:
+                break                          # a slow disk: it goes on, and will be seen
+            time.sleep(0.005)
+        if process.poll() is None:
+            with web._lock:
+                web.children.append(process)
+        elif process.returncode in (2, 3, 4, 70, 74):
+            told.seek(0)
+            lines = without_hidden(told.read(MAX_TARGET)).decode("utf-8", "replace").strip().split("\n")
+            status = {2: 422, 3: 404, 4: 409, 74: 503}.get(process.returncode, 500)
+            lines = [safe(line.partition("error: ")[2] or line) for line in lines]
+            raise Refused(status, lines[0], lines)
+
+
+# -- flows --
+
+_PAGING: Dict[str, Schema] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "at most so many (50)"},
+    "offset": {"type": "integer", "minimum": 0, "description": "leave out the first so many (0)"}}
+_PARAMS: Schema = {"type": "object", "description": "params by their names"}
+
+
+def _page(name: str, rows: Sequence[Any], asked: Asked) -> Dict[str, Any]:
+    """Return the part of a list that was asked for, and how long it is."""
+    limit, offset = asked.query.get("limit", 50), asked.query.get("offset", 0)
+    return {name: rows[offset:offset + limit], "total": len(rows), "limit": limit, "offset": offset}
+
+
+def _flow_rows(web: Web, paths: Mapping[str, str]) -> List[Dict[str, Any]]:
+    """Return what is told of flows: what `list --json` says, and their latest runs."""
+    recent: Dict[str, List[Dict[str, Any]]] = {name: [] for name in paths}
+    for head in web.history.heads():
+        if head["flow"] in recent and len(recent[head["flow"]]) < 12:
+            recent[head["flow"]].append(head)
+    return [{**flow_row(name, path, web.flow),
+             "last_run": recent[name][0] if recent[name] else None, "recent": recent[name]}
+            for name, path in paths.items()]
+
+
+@route("GET", "/api/v1/flows", "the flows, broken ones with what is wrong", query=_PAGING)
+def list_flows(web: Web, asked: Asked) -> Response:
+    """Answer with the flows."""
+    page = _page("flows", list(flow_files(web.mini.flows_dir).items()), asked)
+    return respond_json({**page, "flows": _flow_rows(web, dict(page["flows"]))})
+
+
+@route("GET", "/api/v1/flows/{flow}", "one flow with its definition", answers={404: "there is no such flow"})
+def show_flow(web: Web, asked: Asked) -> Response:
+    """Answer with one flow."""
+    name = asked.path["flow"]
+    path = web.flow_path(name)
+    row = _flow_rows(web, {name: path})[0]
+    return respond_json({**row, "definition": None if row["error"] else flow_to_json(web.flow(path, name))})
+
+
+@route("GET", "/api/v1/flows/{flow}/validate", "check a flow", answers={404: "there is no such flow"})
+@route("POST", "/api/v1/flows/{flow}/validate", "check a flow, and params for it",
+       body={"type": "object", "properties": {"params": _PARAMS}, "additionalProperties": False},
+       answers={200: "whether it is valid, and all problems", 404: "there is no such flow"})
+def validate_flow(web: Web, asked: Asked) -> Response:
+    """Answer with all that is wrong."""
+    name = asked.path["flow"]
+    path, problems = web.flow_path(name), []   # type: str, Sequence[str]
+    try:
+        flow = web.flow(path, name, afresh=True)
+        if asked.body and "params" in asked.body:
+            check_secrets(flow, complete_params(flow, asked.body["params"]))
+    except (FlowError, UsageError) as exc:
+        problems = exc.problems if isinstance(exc, FlowError) else str(exc).split("\n")
+    return respond_json({"flow": name, "valid": not problems, "problems": problems})
+
+
+# -- runs --
+
+_START_BODY: Schema = {
+    "type": "object", "required": ["flow"], "additionalProperties": False,
+    "properties": {"flow": {"type": "string", "minLength": 1, "description": "the name of the flow"},
+                   "params": _PARAMS,
+                   "run_id": {"type": "string", "description": "the id of the run; else one is made"}}}
+
+
+@route("POST", "/api/v1/runs", "start a run, by an engine of its own", body=_START_BODY,
+       answers={201: "it was begun; Location says where it is", 404: "there is no such flow",
+                409: "there is a run of that id", 422: "the flow is invalid, or the params are"})
+def start_run(web: Web, asked: Asked) -> Response:
+    """Start a run and answer with its id, once it is on disk."""
+    name, params, run_id = asked.body["flow"], asked.body.get("params", {}), asked.body.get("run_id")
+    path = web.flow_path(name)
+    flow = web.flow(path, name, afresh=True)
+    try:
+        check_secrets(flow, complete_params(flow, params))
+    except UsageError as exc:
+        raise Refused(422, f"flow {name}: the params don't fit", str(exc).split("\n")) from None
+    if run_id is None:
+        run_id = web.store.new_id(name, time.time())
+    try:
+        check_run_id(run_id)
+    except UsageError as exc:
+        raise Refused(400, f"run_id: {exc}") from None
+    if web.store.exists(run_id):
+        raise Refused(409, f"run {run_id} exists; resume it, or give another run_id")
+    _start_engine(web, ["run", os.path.abspath(path), "--run-id", run_id, "--params", "-"],
+                  json.dumps(params).encode(), lambda pid: web.store.exists(run_id))
+    return respond_json({"id": run_id, "flow": name, "status": web.history.head(run_id)["status"]}, 201,
+                        Location=f"/api/v1/runs/{run_id}")
+
+
+@route("GET", "/api/v1/runs", "the runs, newest first",
+       query={**_PAGING, "flow": {"type": "string", "description": "only runs of this flow"},
+              "status": {"enum": list(RUN_STATES), "description": "only runs with this status"}})
+def list_runs(web: Web, asked: Asked) -> Response:
+    """Answer with heads of runs."""
+    flow, status = asked.query.get("flow"), asked.query.get("status")
+    heads = [head for head in web.history.heads()
+             if flow in (None, head["flow"]) and status in (None, head["status"])]
+    return respond_json(_page("runs", heads, asked))
+
+
+@route("GET", "/api/v1/runs/{run}", "one run: its whole state, as in RUN.json",
+       answers={404: "there is no such run"})
+def show_run(web: Web, asked: Asked) -> Response:
+    """Answer with one run."""
+    loaded = web.loaded(asked)
+    return respond_json({**run_to_json(loaded.run, loaded.engine), "status": loaded.status,
+                         "live": loaded.live, "seq": loaded.seq,
+                         "critical_path": critical_path(loaded.run)})
+
+
+_NO_BODY: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@route("POST", "/api/v1/runs/{run}/cancel", "cancel a run; asked a second time, at once", body=_NO_BODY,
+       answers={202: "its engine was told", 404: "there is no such run", 409: "it does not run"})
+def cancel_run(web: Web, asked: Asked) -> Response:
+    """Tell the engine of a run to end it."""
+    run_id = web.run_id(asked)
+    status = web.history.head(run_id)["status"]
+    try:
+        there = status == RUNNING and signal_engine(web.store, run_id, "SIGTERM")
+    except UsageError as exc:
+        raise Refused(409, str(exc)) from None
+    if not there:
+        raise Refused(409, f"run {run_id} does not run: it is {status}")
+    return respond_json({"id": run_id, "status": status}, 202)
+
+
+@route("POST", "/api/v1/runs/{run}/resume", "go on with a run that failed, was cancelled or interrupted",
+       body=_NO_BODY,
+       answers={202: "it goes on", 200: "it has succeeded already", 404: "there is no such run",
+                409: "an engine works on it", 422: "its flow is invalid"})
+def resume_run(web: Web, asked: Asked) -> Response:
+    """Start an engine that goes on with a run."""
+    loaded, end = web.loaded(asked), time.monotonic() + 2
+    while loaded.live and loaded.run.outcome and time.monotonic() < end:
+        time.sleep(0.01)                       # its engine is tidying up
+        loaded = web.loaded(asked)
+    run_id = loaded.run.id
+    if loaded.run.outcome == SUCCESS:
+        return respond_json({"id": run_id, "status": SUCCESS, "note": "it has succeeded already"})
+    if loaded.live:
+        raise locked_by(run_id, web.store.owner(run_id) or loaded.engine)
+    before = loaded.seq
+
+    def goes_on(pid: int) -> bool:
+        return (web.store.owner(run_id) or {}).get("pid") == pid and web.store.load(run_id).seq > before
+
+    _start_engine(web, ["resume", run_id], b"", goes_on)
+    return respond_json({"id": run_id, "status": web.history.head(run_id)["status"]}, 202)
+
+
+# -- tasks and logs --
+
+@route("GET", "/api/v1/runs/{run}/tasks", "the tasks of a run",
+       query={**_PAGING, "status": {"enum": list(TASK_STATES), "description": "only tasks in this state"}},
+       answers={404: "there is no such run"})
+def list_tasks(web: Web, asked: Asked) -> Response:
+    """Answer with the tasks of a run, in the order of the flow."""
+    run, status = web.loaded(asked).run, asked.query.get("status")
+    names = [name for name, task_run in run.tasks.items() if status in (None, task_run.status)]
+    page = _page("tasks", names, asked)
+    return respond_json({**page, "tasks": [{"id": name, **task_run_to_json(run.tasks[name])}
+                                           for name in page["tasks"]]})
+
+
+def _task_of(run: Run, asked: Asked) -> str:
+    """Return the task that a path names; raise NotFound."""
+    name = asked.path["task"]
+    if name not in run.tasks:
+        raise NotFound(f"run {run.id} has no task {shown(name)}{near(name, run.tasks)}")
+    return name
+
+
+@route("GET", "/api/v1/runs/{run}/tasks/{task}", "one task of a run, with its attempts and its definition",
+       answers={404: "there is no such run or task"})
+def show_task(web: Web, asked: Asked) -> Response:
+    """Answer with one task."""
+    run = web.loaded(asked).run
+    name = _task_of(run, asked)
+    return respond_json({"id": name, "run": run.id, **task_run_to_json(run.tasks[name]),
+                         "definition": task_to_json(run.defs[name])})
+
+
+def _log_pieces(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
+    """Yield a part of an open log a piece at a time, and close it."""
+    with file:
+        for at in range(start, end, LOG_PIECE):
+            yield bytes_shown(file, at, min(at + LOG_PIECE, end))
+
+
+@route("GET", "/api/v1/runs/{run}/tasks/{task}/log", "the log of an attempt, or a part of it", kind=_PLAIN,
+       query={"attempt": {"type": "integer", "minimum": 1, "description": "which attempt (the latest)"},
+              "offset": {"type": "integer", "description": "from this byte on (0); negative: from the end"},
+              "limit": {"type": "integer", "minimum": 1, "description": "at most so many bytes (all)"}},
+       answers={200: "X-Log-Size: its bytes; X-Log-Next: the offset to go on at; X-Log-Ended: true or false",
+                404: "there is no such run, task, attempt or log"})
+def show_log(web: Web, asked: Asked) -> Response:
+    """Answer with bytes of a log as they lie on disk, but for secrets."""
+    loaded = web.loaded(asked)
+    run, name = loaded.run, _task_of(loaded.run, asked)
+    attempts = run.tasks[name].attempts
+    number = asked.query.get("attempt", len(attempts))
+    if not 1 <= number <= len(attempts) or not attempts[number - 1].log:
+        raise NotFound(f"task {name} of run {run.id} has no log of an attempt {number or 1}; "
+                       f"it is {run.tasks[name].status} and had {len(attempts)} attempts")
+    path = os.path.join(web.store.place, *log_name(run.id, name, number).split("/"))
+    try:
+        if os.path.realpath(path) != path:
+            raise OSError(errno.ELOOP, "a symbolic link is on the way")
+        file = open_file(path)
+    except OSError as exc:
+        raise NotFound(f"the log of task {name} of run {run.id} can't be read: {exc.strerror}") from None
+    ended = not loaded.live or attempts[number - 1].status != RUNNING
+    size = end = os.fstat(file.fileno()).st_size
+    start = asked.query.get("offset", 0)
+    start = min(size, start) if start >= 0 else max(0, size + start)
+    end = min(size, start + asked.query.get("limit", size))
+    if end == size and not ended:              # a secret may be half written
+        end = max(start, end - unfinished_secret(file, end))
+    return Response(200, _log_pieces(file, start, end), _PLAIN,
+                    {"X-Log-Size": str(size), "X-Log-Next": str(end), "X-Log-Ended": str(ended).lower(),
+                     **_SANDBOX})
+
+
+# -- events --
+
+def _sse(number: Any, value: Mapping[str, Any]) -> bytes:
+    """Return one server-sent event; without a number a client does not take up the thread there."""
+    text = json.dumps(masked(value, hidden) if hidden else value)
+    return (f"id: {number}\n" if number is not None else "").encode() + f"data: {text}\n\n".encode()
+
+
+def _state_row(run: Run, live: bool) -> Dict[str, Any]:
+    """Return what a stream tells where it begins, or where a run was begun anew."""
+    status = run.status if live or run.outcome else INTERRUPTED
+    return {"event": "state", "run": run.id, "flow": run.flow, "task": None, "status": status,
+            "tasks": {name: task_run.status for name, task_run in run.tasks.items()}}
+
+
+def _beating(web: Web, passes: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield what each pass yields (b"" ends one), with pauses between them and a beat where nothing comes.
+
+    After each pause comes b"", so that whoever sends this may see whether anybody listens.
+    """
+    beat = time.monotonic()
+    try:
+        yield b": events\n\n"
+        for text in passes:
+            if text:
+                beat = time.monotonic()
+                yield text
+            elif web.stopped.wait(_POLL_S):
+                return
+            elif time.monotonic() > beat + _BEAT_S:
+                beat = time.monotonic()
+                yield b": still here\n\n"
+            else:
+                yield b""
+    finally:
+        web.close_stream()
+
+
+def _recounted(run: Run) -> Iterator[Dict[str, Any]]:
+    """Yield what happened in a run that has ended, as far as its record tells, in the order of time."""
+    found: List[Tuple[float, int, Event, str]] = []
+    for name, task_run in run.tasks.items():
+        for number, attempt in enumerate(task_run.attempts, 1):
+            found.append((attempt.started, 0, AttemptStarted(
+                attempt.started, name, number, attempt.log), RUNNING))
+            if attempt.finished is not None:
+                last = number == len(task_run.attempts)
+                found.append((attempt.finished, 1, AttemptEnded(
+                    attempt.finished, name, number, attempt.status, attempt.reason, error=attempt.error),
+                    task_run.status if last else RETRYING))
+        if not task_run.attempts and task_run.finished is not None:
+            found.append((task_run.finished, 1, TaskSettled(
+                task_run.finished, name, task_run.status, task_run.reason), task_run.status))
+    for _, _, event, status in sorted(found, key=lambda row: row[:2]):
+        yield {**event_row(run, event), "status": status}
+    yield event_row(run, RunFinished(run.finished or run.started, run.status, run.reason))
+
+
+def _whole(run: Run, live: bool) -> Iterator[Dict[str, Any]]:
+    """Yield how a run stands, and what led there if it is over."""
+    yield _state_row(run, live)
+    if run.outcome:
+        yield from _recounted(run)
+
+
+def _tell(web: Web, follower: Follower, live: bool) -> Iterator[Dict[str, Any]]:
+    """Yield a row for each thing that is new in a run; what was over before we looked is recounted."""
+    for event in follower.news():
+        assert follower.run
+        if event:
+            yield event_row(follower.run, event)
+            continue
+        web.hide(follower.run.plan.flow.secrets)
+        yield from _whole(follower.run, live)
+    run = follower.run
+    if run and (follower.told > follower.at or not live and not run.outcome):
+        follower.told = follower.at            # the client saw another run of that id, or the engine is gone
+        yield from _whole(run, live)
+
+
+def _run_stream(web: Web, follower: Follower) -> Iterator[bytes]:
+    """Yield what happens in one run until nobody works on it any more."""
+    while True:
+        live = web.store.owner(follower.run_id) is not None      # asked first, so that all is told
+        for row in _tell(web, follower, live):
+            is_past = follower.run and follower.run.outcome and row["event"] != "run_finished"
+            yield _sse(None if is_past else follower.told, row)
+        if not live:
+            follower.close()
+            return
+        yield b""
+
+
+@route("GET", "/api/v1/runs/{run}/events", "what happens in a run, until nobody works on it", kind=_EVENTS,
+       answers={200: "events with run, task and status; Last-Event-ID goes on where one was",
+                204: "nobody works on the run, and all of it was told", 404: "there is no such run",
+                429: "too many streams"})
+def run_events(web: Web, asked: Asked) -> Response:
+    """Answer with a stream of events."""
+    run_id, last = web.run_id(asked), asked.headers.get("last-event-id", "")
+    after = int(last) if re.fullmatch("[0-9]{1,15}", last) else -1
+    if after >= 0 and web.store.owner(run_id) is None and web.store.load(run_id).seq == after:
+        return Response(204, b"", _EVENTS)
+    web.hide(web.store.load(run_id).run.plan.flow.secrets)
+    web.open_stream()
+    return Response(200, _beating(web, _run_stream(web, Follower(web.store, run_id, after))), _EVENTS)
+
+
+def _versions(web: Web) -> Iterator[Tuple[str, Optional[Tuple[int, int, int]]]]:
+    """Yield each run with what changes when its state is written."""
+    return ((run_id, signature_of(web.store.files(run_id).state)) for run_id in web.store.ids())
+
+
+def _all_stream(web: Web, since: Optional[float]) -> Iterator[bytes]:
+    """Yield what happens in all runs; ids are times, and what is told again after one overlaps by seconds."""
+    known: Dict[str, Any] = {}
+    followers: Dict[str, Follower] = {}
+    for run_id, version in _versions(web):
+        if since is None or version and version[2] / 1e9 < since - 2:
+            known[run_id] = version            # what has happened until now is not news
+            if os.path.lexists(web.store.files(run_id).journal):
+                followers[run_id] = Follower(web.store, run_id)
+                deque(_tell(web, followers[run_id], True), 0)
+    looked: Any = None
+    while True:
+        folder = signature_of(web.store.runs)  # each state that is written is a change of this directory
+        if folder != looked:
+            looked = folder
+            for run_id, version in _versions(web):
+                if run_id not in followers and known.get(run_id, ()) != version:
+                    followers[run_id], known[run_id] = Follower(web.store, run_id), version
+        for run_id, follower in list(followers.items()):
+            live = web.store.owner(run_id) is not None
+            for row in _tell(web, follower, live):
+                yield _sse(row.get("at") or format_time(time.time()), row)
+            if not live:
+                follower.close()
+                del followers[run_id]
+                known[run_id] = signature_of(web.store.files(run_id).state)
+        yield b""
+
+
+@route("GET", "/api/v1/events", "what happens in all runs, as it happens", kind=_EVENTS,
+       answers={200: "events with run, task and status; Last-Event-ID goes on where one was",
+                429: "too many streams"})
+def all_events(web: Web, asked: Asked) -> Response:
+    """Answer with a stream of events."""
+    try:
+        since = parse_time(asked.headers.get("last-event-id"))
+    except ValueError:
+        since = None
+    web.open_stream()
+    return Response(200, _beating(web, _all_stream(web, since)), _EVENTS)
+
+
+# -- about the server itself --
+
+def _metric(name: str, kind: str, does: str, rows: Iterable[Tuple[Mapping[str, Any], float]]
+            ) -> Iterator[str]:
+    """Yield the lines of one metric in the text format of Prometheus."""
+    escapes = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
+    yield f"# HELP {name} {does}\n# TYPE {name} {kind}"
+    for labels, value in rows:
+        text = ",".join(f'{label}="{str(said).translate(escapes)}"' for label, said in labels.items())
+        yield f"{name}{{{text}}} {value:.15g}" if text else f"{name} {value:.15g}"
+
+
+@route("GET", "/metrics", "numbers for Prometheus", kind=_PLAIN)
+def metrics(web: Web, asked: Asked) -> Response:
+    """Answer with numbers of runs, tasks and requests."""
+    runs: Dict[str, int] = dict.fromkeys(RUN_STATES, 0)
+    tasks: Dict[str, int] = dict.fromkeys(TASK_STATES, 0)
+    took: Dict[Tuple[str, str], List[float]] = {}
+    for head in web.history.heads():
+        runs[head["status"]] = runs.get(head["status"], 0) + 1
+        for state, count in head["tasks"].items():
+            tasks[state] = tasks.get(state, 0) + count
+        if head["duration_s"] is not None:
+            took.setdefault((head["flow"], head["status"]), []).append(head["duration_s"])
+    durations = [({"flow": flow, "status": status}, spans) for (flow, status), spans in sorted(took.items())]
+    with web._lock:
+        asked_for = sorted(web.asked.items())
+    lines = [
+        *_metric("miniflow_info", "gauge", "The version.", [({"version": __version__}, 1)]),
+        *_metric("miniflow_runs", "gauge", "Runs by status.", [({"status": s}, n) for s, n in runs.items()]),
+        *_metric("miniflow_tasks", "gauge", "Tasks of all runs by state.",
+                 [({"status": s}, n) for s, n in tasks.items()]),
+        *_metric("miniflow_run_duration_seconds_sum", "gauge", "How long ended runs took, together.",
+                 [(labels, sum(spans)) for labels, spans in durations]),
+        *_metric("miniflow_run_duration_seconds_count", "gauge", "How many runs that are.",
+                 [(labels, len(spans)) for labels, spans in durations]),
+        *_metric("miniflow_http_requests_total", "counter", "Requests that were answered.",
+                 [({"method": m, "route": r, "status": s}, n) for (m, r, s), n in asked_for]),
+        *_metric("miniflow_http_connections", "gauge", "Open connections.", [({}, web.connections())]),
+        *_metric("miniflow_http_streams", "gauge", "Open streams of events.", [({}, web.streams)])]
+    text = "\n".join(lines) + "\n"
+    return Response(200, str(masked(text, hidden)).encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+@route("GET", "/healthz", "whether the server lives", is_open=True)
+def healthz(web: Web, asked: Asked) -> Response:
+    """Answer that all is well."""
+    return respond_json({"status": "ok"})
+
+
+@route("GET", "/", "the page", kind="text/html; charset=utf-8", is_open=True)
+def show_page(web: Web, asked: Asked) -> Response:
+    """Answer with the page."""
+    return Response(200, page_parts()["html"].encode(), "text/html; charset=utf-8")
+
+
+@route("GET", "/app.css", "the page's style", kind="text/css; charset=utf-8", is_open=True)
+def show_style(web: Web, asked: Asked) -> Response:
+    """Answer with the page's style."""
+    return Response(200, page_parts()["style"].encode(), "text/css; charset=utf-8")
+
+
+@route("GET", "/app.js", "the page's script", kind="text/javascript; charset=utf-8", is_open=True)
+def show_script(web: Web, asked: Asked) -> Response:
+    """Answer with the page's script."""
+    return Response(200, page_parts()["script"].encode(), "text/javascript; charset=utf-8")
+
+
+@route("GET", "/icon.svg", "the page's icon", kind="image/svg+xml", is_open=True)
+def show_icon(web: Web, asked: Asked) -> Response:
+    """Answer with the page's icon."""
+    return Response(200, page_parts()["svg"].encode(), "image/svg+xml")
+
+
+def _describe_route(one: Route) -> Dict[str, Any]:
+    """Return what openapi.json says of a route."""
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                  for name in re.findall(r"{(\w+)}", one.path)]
+    parameters += [{"name": name, "in": "query", "required": False, "schema": schema,
+                    "description": str(schema.get("description", ""))} for name, schema in one.query.items()]
+    if one.kind == _EVENTS:
+        parameters.append({"name": "Last-Event-ID", "in": "header", "required": False,
+                           "schema": {"type": "string"}})
+    error = {"content": {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    answers = {**one.answers, 400: "the request is not in order"}
+    if not one.is_open:
+        answers[401] = "the token is missing or wrong"
+    told: Dict[str, Any] = {"summary": one.does, "operationId": f"{one.method.lower()}_{one.answer.__name__}",
+                            "parameters": parameters, "responses": {
+                                str(status): {"description": text, **(error if status >= 400 else {
+                                    "content": {one.kind.split(";")[0]: {}}})}
+                                for status, text in sorted(answers.items())}}
+    if one.body is not None:
+        told["requestBody"] = {"required": "required" in one.body, "content": {_JSON: {"schema": one.body}}}
+    if one.is_open:
+        told["security"] = []
+    return told
+
+
+@route("GET", "/api/v1/openapi.json", "this description of the API")
+def openapi(web: Web, asked: Asked) -> Response:
+    """Answer with what can be asked, made from ROUTES."""
+    paths: Dict[str, Dict[str, Any]] = {}
+    for one in ROUTES:
+        paths.setdefault(one.path, {})[one.method.lower()] = _describe_route(one)
+    error = {"type": "object", "required": ["error", "problems"], "properties": {
+        "error": {"type": "string"}, "problems": {"type": "array", "items": {"type": "string"}}}}
+    return respond_json({
+        "openapi": "3.1.0", "info": {"title": "MiniFlow", "version": __version__}, "paths": paths,
+        "security": [{"token": []}],
+        "components": {"schemas": {"Error": error},
+                       "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}})
+
+
+# -- from a request to its answer --
+
+def _check_length(headers: Mapping[str, List[str]]) -> Optional[int]:
+    """Return how long the body is, None if that is not said; raise Refused for what can't be."""
+    if "transfer-encoding" in headers:
+        raise Refused(411, "Transfer-Encoding is not taken; send the body whole, with its Content-Length")
+    lengths = headers.get("content-length", [])
+    if len(lengths) > 1 or lengths and not re.fullmatch("[0-9]{1,20}", lengths[0]):
+        raise Refused(400, f"Content-Length: expected one number, got {shown(', '.join(lengths))}")
+    length = int(lengths[0]) if lengths else None
+    if length is not None and length > MAX_BODY:
+        raise Refused(413, f"Content-Length: {length} is more than the {MAX_BODY} bytes that are read")
+    return length
+
+
+def _check_sender(web: Web, headers: Mapping[str, List[str]]) -> None:
+    """Raise Refused for a request that a page of somebody else's may have sent."""
+    hosts = headers.get("host", [])
+    if len(hosts) != 1 or not web.is_own(hosts[0]):
+        raise Refused(421 if len(hosts) < 2 else 400,
+                      f"Host {shown(', '.join(hosts))} is not this server; use the address that it printed")
+    for origin in headers.get("origin", []):
+        scheme, _, host = origin.partition("://")
+        if scheme != "http" or not web.is_own(host):
+            raise Refused(403, f"Origin {shown(origin)} is not this server's page")
+    for site in headers.get("sec-fetch-site", []):
+        if site not in ("same-origin", "none"):
+            raise Refused(403, f"Sec-Fetch-Site is {shown(site)}: only this server's own page may ask; "
+                               "type its address, or open it from the terminal")
+
+
+def _check_token(web: Web, headers: Mapping[str, List[str]]) -> None:
+    """Raise Refused unless the request has the token."""
+    import hmac
+    given = headers.get("authorization", [])
+    scheme, _, token = (given[0] if len(given) == 1 else "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(
+            token.strip().encode("utf-8", "surrogateescape"), web.token.encode()):
+        raise Refused(401, "the token is missing or wrong; send Authorization: Bearer TOKEN, with the token "
+                           "that serve printed or MINIFLOW_TOKEN holds", WWW_Authenticate="Bearer")
+
+
+def _decoded_path(target: str) -> Tuple[List[str], str]:
+    """Return the segments of a path, each decoded once, and the query."""
+    from urllib.parse import unquote_to_bytes
+    path, _, query = target.partition("?")
+    if not path.startswith("/") or not target.isascii() or not target.isprintable():
+        raise Refused(400, f"{shown(target)}: expected a path, as in /api/v1/runs")
+    try:
+        return [unquote_to_bytes(part).decode() for part in path[1:].split("/")], query
+    except UnicodeDecodeError:
+        raise Refused(400, f"{shown(path)}: what is behind % is no UTF-8") from None
+
+
+def find_route(method: str, parts: Sequence[str]) -> Tuple[Route, Dict[str, str]]:
+    """Return the route that a request means, with what its path names; raise Refused."""
+    allowed = []
+    for one in ROUTES:
+        wanted = one.path[1:].split("/")
+        if len(wanted) == len(parts) and all(want.startswith("{") or want == part
+                                             for want, part in zip(wanted, parts)):
+            allowed.append(one.method)
+            if method == one.method or method == "HEAD" and one.method == "GET":
+                return one, {want[1:-1]: part for want, part in zip(wanted, parts) if want.startswith("{")}
+    if allowed:
+        raise Refused(405, f"{method} can't be done here; there is {', '.join(sorted(allowed))}",
+                      Allow=", ".join(sorted({*allowed, *(["HEAD"] if "GET" in allowed else [])})))
+    raise Refused(404, f"there is no /{safe('/'.join(parts))}; see /api/v1/openapi.json")
+
+
+def _read_query(one: Route, query: str) -> Dict[str, Any]:
+    """Return the values behind the ? of a request, as the route declares them."""
+    from urllib.parse import parse_qsl
+    problems: List[str] = []
+    values: Dict[str, Any] = {}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=20)
+    except ValueError as exc:
+        raise Refused(400, f"the query can't be read: {exc}") from None
+    for name, text in pairs:
+        found: List[Problem] = []
+        number = one.query.get(name, {}).get("type") == "integer" and re.fullmatch("-?[0-9]{1,18}", text)
+        values[name] = int(text) if number else text
+        if name not in one.query:
+            problems.append(f"{name}: is not known here{near(name, one.query)}")
+        else:
+            check_schema(one.query[name], values[name], (name,), found)
+        problems += [f"{format_path(problem.path)}: {problem.what}" for problem in found]
+    if problems:
+        raise Refused(400, "the query: " + problems[0], problems)
+    return values
+
+
+def _read_body(one: Route, request: Request, headers: Mapping[str, List[str]], length: Optional[int]) -> Any:
+    """Return the JSON body of a request, checked by the schema of its route."""
+    if one.body is None:
+        return None
+    kinds = headers.get("content-type", [])
+    if kinds and kinds[0].partition(";")[0].strip().lower() != _JSON or not kinds and length:
+        raise Refused(415, f"Content-Type: expected {_JSON}, got {shown(', '.join(kinds))}")
+    if length is None and "required" in one.body:
+        raise Refused(411, "Content-Length is missing, and so is the body: a JSON object")
+    try:
+        content = request.read(length or 0)
+    except OSError:
+        raise Refused(408, f"the {length} bytes of the body did not come in time") from None
+    if len(content) < (length or 0):
+        raise Refused(400, f"the body ended after {len(content)} of {length} bytes")
+    if not content and "required" not in one.body:
+        return {}
+    problems: List[Problem] = []
+    try:
+        value = parse_json(content, "body", MAX_BODY).value
+    except FlowError as exc:
+        raise Refused(400, f"the body is no sound JSON: {exc.problems[0]}", exc.problems) from None
+    check_schema(one.body, value, ("body",), problems)
+    if problems:
+        lines = [f"{format_path(problem.path)}: {problem.what}" for problem in problems]
+        raise Refused(400, lines[0], lines)
+    return value
+
+
+def _find_answer(web: Web, request: Request, count: Callable[[str], None]) -> Response:
+    """Return the answer to a request; raise what is wrong with it."""
+    headers: Dict[str, List[str]] = {}
+    for name, value in request.headers:
+        headers.setdefault(name.lower(), []).append(value)
+    if len(request.target) > MAX_TARGET:
+        raise Refused(414, f"an address of {len(request.target)} bytes, more than {MAX_TARGET}")
+    length = _check_length(headers)
+    _check_sender(web, headers)
+    parts, query = _decoded_path(request.target)
+    if parts[0] in ("api", "metrics"):
+        _check_token(web, headers)
+    one, path = find_route(request.method, parts)
+    count(one.path)
+    body = _read_body(one, request, headers, length)
+    return one.answer(web, Asked(path, _read_query(one, query), body,
+                                 {name: values[0] for name, values in headers.items()}))
+
+
+#: The status for each kind of error that may be raised where an answer is made.
+_STATUSES: Tuple[Tuple[Type[MiniFlowError], int], ...] = (
+    (NotFound, 404), (RunLocked, 409), (RunExists, 409), (FlowError, 422), (UsageError, 400),
+    (StateError, 500))
+
+
+def respond_error(exc: Exception) -> Response:
+    """Return the answer that says what is wrong; of a bug only that it is one: stderr tells more."""
+    if isinstance(exc, Refused):
+        told = {"error": str(exc), "problems": exc.problems}
+        return respond_json(told, exc.status, **exc.headers)
+    if isinstance(exc, MiniFlowError):
+        status = next((status for kind, status in _STATUSES if isinstance(exc, kind)), 500)
+        problems = list(exc.problems) if isinstance(exc, FlowError) else []
+        return respond_json({"error": problems[0] if problems else str(exc), "problems": problems}, status)
+    if isinstance(exc, OSError) and exc.errno in PRESSURE_ERRORS | DISK_ERRORS:
+        return respond_json({"error": f"the system has no means left: {exc.strerror}", "problems": []}, 503)
+    import traceback
+    say("".join(traceback.format_exception(type(exc), exc, exc.__traceback__)))
+    return respond_json({"error": "this is a bug in MiniFlow; what serve wrote to stderr tells more",
+                         "problems": []}, 500)
+
+
+def respond(web: Web, request: Request) -> Response:
+    """Return the answer to a request, whatever that is."""
+    found = ["(none)"]
+    try:
+        response = _find_answer(web, request, lambda path: found.__setitem__(0, path))
+    except Exception as exc:
+        response = respond_error(exc)
+    method = request.method if request.method in ("GET", "HEAD", "POST") else "(other)"
+    web.count(method, found[0], response.status)
+    return response._replace(headers={**_SAFE_HEADERS, **response.headers})
+
+
+# ============================================================================
+# == 45. SERVER: how do requests come in, and how do answers go out?
+# ============================================================================
+# A thin rim of http.server around respond().  One request a connection, HTTP/1.0, a thread each: at most
+# MAX_CONNECTIONS of them, and MAX_STREAMS that tell of events.  Whoever is slow costs nobody else a thing:
+#
+#   reading   head and body of a request have to be there within READ_S, all together: a timeout of each read
+#             would let somebody who sends a byte a second stay for hours
+#   writing   each piece of an answer has to be taken within WRITE_S, however it is taken
+#   full      a connection more waits a moment for room, then takes the place of the one that has been silent
+#             for the longest; where all are at work it is told to come back (503)
+
+READ_S = WRITE_S = 10.0
+MAX_CONNECTIONS = 32
+MAX_HEAD = 2**17                               # bytes of a request's first line and headers
+_SILENT_S, _BUSY_S, _ROOM_S = 1.0, 10.0, 1.0   # after how long one may be turned out; how long one waits
+_LAST_S = 2.0                                  # how long the last answers may take when the server ends
+_FULL = (b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 2\r\n"
+         b'Connection: close\r\n\r\n{"error": "too many connections at once; come back", "problems": []}\n')
+
+
+class _HeadTooLarge(Exception):
+    """The head of a request is more than MAX_HEAD bytes."""
+
+
+def turn_away(sock: Any) -> None:
+    """Tell a client that there is no room, without waiting for it, and end the connection."""
+    import socket
+    try:
+        sock.setblocking(False)
+        sock.send(_FULL)
+    except OSError:
+        pass
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass                                   # it has gone by itself
+
+
+class Doors:
+    """The open connections, and who has to go where there are too many."""
+
+    def __init__(self) -> None:
+        import threading
+        self._room = threading.Condition()
+        self._open: Dict[Any, Tuple[bool, float]] = {}       # socket to: has it sent its request, since when
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def enter(self, sock: Any) -> bool:
+        """Let a connection in, if need be in place of another; tell whether it may stay."""
+        with self._room:
+            end = time.monotonic() + _ROOM_S
+            while len(self._open) >= MAX_CONNECTIONS:
+                victim = self._victim()
+                if victim is not None:
+                    turn_away(victim)
+                    del self._open[victim]
+                elif time.monotonic() >= end:
+                    return False
+                else:
+                    self._room.wait(0.05)
+            self._open[sock] = False, time.monotonic()
+            return True
+
+    def _victim(self) -> Any:
+        """Return the connection that is to go first, if one has had its time."""
+        at = time.monotonic()
+        late = [(asked, since, id(sock), sock) for sock, (asked, since) in self._open.items()
+                if at > since + (_BUSY_S if asked else _SILENT_S)]
+        return min(late)[3] if late else None
+
+    def asked(self, sock: Any) -> None:
+        """Note that a connection has sent its request."""
+        with self._room:
+            if sock in self._open:
+                self._open[sock] = True, time.monotonic()
+
+    def leave(self, sock: Any) -> None:
+        """Note that a connection is over, or needs no place here any more."""
+        with self._room:
+            self._open.pop(sock, None)
+            self._room.notify()
+
+    def wait_until_empty(self, seconds: float) -> None:
+        """Wait for the answers that are on their way, at most so long."""
+        with self._room:
+            self._room.wait_for(lambda: not self._open, seconds)
+
+
+def limited_reader(sock: Any, seconds: float) -> Tuple[Any, Callable[[int], None]]:
+    """Return a file to read a request from, all of which has to come within `seconds`.
+
+    Raises TimeoutError, and _HeadTooLarge beyond MAX_HEAD bytes; `allow` so many more for the body.
+    """
+    import io
+    end = time.monotonic() + seconds
+
+    class Limited(io.RawIOBase):
+        left = MAX_HEAD + 1
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            if self.left <= 0:
+                raise _HeadTooLarge
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            size = int(sock.recv_into(buffer))
+            self.left -= size
+            return size
+
+        def allow(self, more: int) -> None:
+            self.left += more
+
+    limited = Limited()
+    return io.BufferedReader(limited, 8192), limited.allow
+
+
+def has_gone(sock: Any) -> bool:
+    """Tell whether a client that has asked and waits for more has closed its end."""
+    import socket
+    try:
+        sock.setblocking(False)
+        return not sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        sock.settimeout(WRITE_S)
+
+
+def _drain(sock: Any) -> None:
+    """Read on for a moment what nobody wants: to close with it unread would take the answer back (RST)."""
+    import socket
+    end = time.monotonic() + 1
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        for _ in range(64):
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            if not sock.recv(LOG_PIECE):
+                return
+    except OSError:
+        pass
+
+
+def make_handler(web: Web, doors: Doors) -> Any:
+    """Return the class that reads a request from a connection and writes its answer."""
+    from http.server import BaseHTTPRequestHandler
+
+    class Handler(BaseHTTPRequestHandler):
+        def setup(self) -> None:
+            super().setup()
+            self.rfile, self.allow = limited_reader(self.connection, READ_S)
+
+        def handle(self) -> None:
+            try:
+                self.handle_one_request()
+            except _HeadTooLarge:
+                self.send_error(431)
+            except OSError:
+                pass                           # the client has gone
+            else:
+                _drain(self.connection)
+
+        def answer(self) -> None:
+            self.allow(MAX_BODY)
+            self.write(respond(web, Request(self.command, self.path, self.headers.items(), self.rfile.read)))
+
+        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
+
+        def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+            self.command = self.command or ""
+            text = message or self.responses[code][0]
+            response = respond_error(Refused(int(code), f"the request can't be read: {text}"))
+            web.count("(other)", "(none)", int(code))
+            self.write(response._replace(headers={**_SAFE_HEADERS, **response.headers}))
+
+        def write(self, response: Response) -> None:
+            doors.asked(self.connection)
+            if response.kind == _EVENTS:       # these have a limit of their own
+                doors.leave(self.connection)
+            self.connection.settimeout(WRITE_S)
+            body = response.body
+            headers = {"Content-Type": response.kind, "Connection": "close", **response.headers}
+            if isinstance(body, bytes):
+                headers["Content-Length"] = str(len(body))
+            self.request_version = "HTTP/1.0"      # also where what came was no HTTP at all
+            self.send_response_only(response.status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            pieces = [body] if isinstance(body, bytes) else body
+            try:
+                for piece in pieces if self.command != "HEAD" else ():
+                    if not piece and has_gone(self.connection):
+                        break
+                    self.wfile.write(piece)
+            finally:
+                getattr(pieces, "close", lambda: None)()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass                               # /metrics counts what was asked
+
+    return Handler
+
+
+def make_server(web: Web, address: Tuple[Any, ...], family: int) -> Any:
+    """Return a server that listens at `address`; raise OSError."""
+    import socketserver
+    import threading
+    doors = Doors()
+    web.connections = doors.__len__
+
+    class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        address_family, request_queue_size = family, 128
+        allow_reuse_address, daemon_threads = os.name != "nt", True
+
+        def begin(self) -> None:
+            threading.Thread(target=self.serve_forever, args=(0.2,), daemon=True).start()
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if doors.enter(request):
+                super().process_request(request, client_address)
+            else:
+                turn_away(request)
+                request.close()
+
+        def shutdown_request(self, request: Any) -> None:
+            doors.leave(request)
+            super().shutdown_request(request)
+
+        def service_actions(self) -> None:
+            web.reap()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            say(f"a request could not be answered: {sys.exc_info()[1]!r}")
+
+        def end(self) -> None:
+            self.shutdown()
+            self.socket.close()
+            doors.wait_until_empty(_LAST_S)
+
+    return Server(address, make_handler(web, doors))
+
+
+def own_hosts(host: str, address: str, port: int) -> Callable[[str], bool]:
+    """Return what tells whether a Host is this server: another name for it would be somebody else's.
+
+    A page of evil.example can have its name point here, but has to send it; what can't be pointed anywhere is
+    the number of an address, so where we listen on all of them any number will do.
+    """
+    import ipaddress
+    import socket
+    names = {"localhost", "127.0.0.1", "[::1]"}
+    listens = ipaddress.ip_address(address)
+    if not listens.is_loopback:
+        names |= {host.lower(), socket.gethostname().lower(),
+                  f"[{address}]" if listens.version == 6 else address}
+
+    def is_own(given: str) -> bool:
+        name, colon, number = given.lower().rpartition(":") if not given.endswith("]") else (given, "", "")
+        name, number = (name, number) if colon else (given.lower(), "80")
+        if number != str(port):
+            return False
+        if name in names or not listens.is_unspecified:
+            return name in names
+        try:
+            return bool(ipaddress.ip_address(name.strip("[]")))
+        except ValueError:
+            return False
+    return is_own
+
+
+def find_address(host: str, port: int) -> Tuple[int, Tuple[Any, ...], bool]:
+    """Return family and address that a --host means, and whether that is loopback; raise UsageError."""
+    import ipaddress
+    import socket
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as exc:
+        raise UsageError(f"--host {shown(host)}: {exc}; give an address of this machine") from None
+    family, _, _, _, address = found[0]
+    return family, address, ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+
+
+def find_token(is_loopback: bool, host: str) -> Tuple[str, bool]:
+    """Return the token, and whether it was made here and now; raise UsageError."""
+    token = os.environ.get("MINIFLOW_TOKEN", "")
+    if token and (not token.isascii() or not token.isprintable() or " " in token):
+        raise UsageError("MINIFLOW_TOKEN: a token is of printable ASCII characters without spaces; "
+                         "make one: python3 -c 'import secrets; print(secrets.token_urlsafe())'")
+    if not token and not is_loopback:
+        raise UsageError(f"--host {shown(host)}: whoever reaches this address could run what they like; set "
+                         "MINIFLOW_TOKEN, which they then have to know, or leave --host out")
+    if token:
+        return token, False
+    import secrets
+    return secrets.token_urlsafe(32), True
+
+
+def serve(mini: MiniFlow, host: str, port: int, schedule: bool, ready: Callable[[str], None]) -> None:
+    """Answer requests until SIGTERM, and start what is due if `schedule`; tell `ready` the page's address.
+
+    SIGINT raises KeyboardInterrupt.  Runs are processes of their own, and go on.
+    """
+    import threading
+    family, address, is_loopback = find_address(host, port)
+    token, is_new = find_token(is_loopback, host)
+    web = Web(mini, token, lambda given: False)
+    try:
+        server = make_server(web, address, family)
+    except OSError as exc:
+        raise UsageError(f"--host {shown(host)} --port {port}: can't listen there: {exc.strerror}; "
+                         "give another port, or 0 for any that is free") from None
+    number, place = server.server_address[1], str(server.server_address[0])
+    web.is_own = own_hosts(host, place, number)
+    daemon = threading.Thread(target=schedule_loop, args=(Scheduler(mini), web.stopped.wait), daemon=True)
+    shown_host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(place, f"[{place}]" if ":" in place else place)
+    signal.signal(signal.SIGTERM, lambda number, frame: web.stopped.set())
+    try:
+        server.begin()
+        if schedule:
+            daemon.start()
+        ready(f"http://{shown_host}:{number}/" + (f"#token={token}" if is_new else ""))
+        web.stopped.wait()
+    finally:
+        web.stopped.set()
+        server.end()
+
+
+# ============================================================================
+# == 46. BUNDLE: how does a flow travel, with all that it needs, in one file?
 # ============================================================================
 # A bundle is a zip file that Python executes.  It holds the engine, a flow and those within it, and the whole
 # tasks directory where any of them has a script: what a script imports or reads beside itself nobody can
@@ -15901,7 +18816,7 @@ def write_bundle(path: str, content: bytes) -> None:
 
 
 # ============================================================================
-# == 43. COMMAND LINE: what can be typed?
+# == 47. COMMAND LINE: what can be typed?
 # ============================================================================
 # Each command is one function, entered into COMMANDS with its help, an example, and the function that adds
 # its arguments.  Global options are parsed twice, before the command and after it, and the later one wins.
@@ -16084,23 +18999,12 @@ def _list_row(row: Dict[str, Any]) -> Tuple[str, ...]:
 @command("list", "list the flows", "miniflow list --json", _add_json)
 def run_list(options: Any) -> int:
     """List all flows; a broken one is shown with its error and stops no other."""
-    mini, now = _miniflow(options), int(time.time())
+    mini = _miniflow(options)
     newest: Dict[str, Dict[str, Any]] = {}
     for head in mini.store.history():
         newest.setdefault(str(head["flow"]), head)
-    rows: List[Dict[str, Any]] = []
-    for name, path in flow_files(mini.flows_dir).items():
-        row: Dict[str, Any] = {"name": name, "path": path, "last_run": newest.get(name), "error": None}
-        try:
-            flow = load_flow(path, name, mini.tasks_dir).flow
-            row.update(flow_name=flow.name, tasks=len(flow.tasks), description=flow.description,
-                       version=flow.version, tags=flow.tags, params=flow_to_json(flow).get("params"),
-                       schedule=schedules_to_json(flow.schedule) if flow.schedule else None,
-                       next=[scheduled_text(at) for at in islice(upcoming(flow.schedule, now), 5)])
-        except FlowError as exc:
-            row.update(flow_name=None, tasks=None, description="", version="", tags=[], params=None,
-                       schedule=None, next=[], error=exc.problems)
-        rows.append(row)
+    rows = [{**flow_row(name, path, lambda path, name: load_flow(path, name, mini.tasks_dir).flow),
+             "last_run": newest.get(name)} for name, path in flow_files(mini.flows_dir).items()]
     if options.json:
         print_json(rows)
     elif rows:
@@ -16399,26 +19303,6 @@ def run_resume(options: Any) -> int:
     return _finish(run_to_end(opened, mini.store, source, order, _watcher(options, mini.store)), options)
 
 
-def _signal_engine(store: Store, run_id: str, name: str) -> bool:
-    """Send a signal to the engine of a run; tell whether there was one, raise UsageError if not ours."""
-    owner = store.owner(run_id)
-    if owner is None:
-        return False
-    if not is_visible(owner):
-        raise UsageError(f"run {run_id} is being run by process {owner.get('pid', '?')} on host "
-                         f"{owner.get('host', '?')}, which can't be seen from here; cancel it there")
-    if not is_process(owner.get("pid"), owner.get("ticks")):
-        return store.owner(run_id) is not None
-    try:
-        os.kill(int(owner["pid"]), getattr(signal, name))
-    except (ProcessLookupError, KeyError):
-        return store.owner(run_id) is not None
-    except PermissionError:
-        raise UsageError(f"run {run_id} is being run by process {owner['pid']}, which is another user's; "
-                         "ask that one") from None
-    return True
-
-
 def _cancel_jobs(store: Store, run_id: str, options: Any) -> int:
     """Cancel a run whose engine is gone while its jobs go on: it is taken up to that end."""
     order = Order(options.tasks_dir, cancel=True)
@@ -16440,7 +19324,7 @@ def run_cancel(options: Any) -> int:
     if any(task.handler == "finally" for task in tasks):
         grace = _FOREVER_S                     # it runs to its end
     for name, patience in (("SIGTERM", grace + CANCEL_S), ("SIGTERM", CANCEL_S), ("SIGKILL", CANCEL_S)):
-        if not _signal_engine(store, run_id, name):
+        if not signal_engine(store, run_id, name):
             break
         end = time.monotonic() + patience
         while store.owner(run_id) is not None and time.monotonic() < end:
@@ -16841,6 +19725,41 @@ def run_clean(options: Any) -> int:
             continue
         print_result(f"{kind} {name}")
     return code
+
+
+def _port(text: str) -> int:
+    """For argparse: the number of a port, 0 for any that is free."""
+    number = int(text)
+    if not 0 <= number < 65536:
+        raise ValueError(text)
+    return number
+
+
+_port.__name__ = "port number"
+
+
+def _add_serve(parser: Any) -> None:
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
+                        help="where to listen (default: 127.0.0.1); another than this machine's own needs "
+                             "MINIFLOW_TOKEN")
+    parser.add_argument("--port", type=_port, default=8080, metavar="N",
+                        help="the port (default: 8080); 0: any that is free")
+    parser.add_argument("--no-schedule", action="store_true", help="start no run by its schedule")
+
+
+def _print_address(address: str) -> None:
+    """Print the page's address, with the token, which is for whoever reads it."""
+    _write_out((address + "\n").encode())
+
+
+@command("serve", "the web page and the REST API", "miniflow serve --port 8080", _add_serve)
+def run_serve(options: Any) -> int:
+    """Serve until SIGTERM."""
+    mini = _miniflow(options)
+    flow_files(mini.flows_dir)                  # is there such a directory?
+    mini.store.prepare("runs")
+    serve(mini, options.host, options.port, not options.no_schedule, _print_address)
+    return 0
 
 
 @command("schema", "print the JSON Schema of the flow file, for editors",

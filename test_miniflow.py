@@ -12,6 +12,7 @@ import datetime
 import errno
 import glob
 import heapq
+import http.client
 import http.server
 import io
 import itertools
@@ -9478,6 +9479,633 @@ class T39Report(unittest.TestCase):
             mf.Loaded(mf.Run(run.plan, "r"), 1, True, {}, b""), mf.Store("none"), 65))
 
 
+class Served:
+    """A `miniflow serve` of a project on a port of its own, to be asked; a context manager."""
+
+    def __init__(self, project, *args, token="tok", constants=(), env=(), host="127.0.0.1"):
+        self.project, self.token, self.host = project, token, host
+        code = (f"import sys; sys.path.insert(0, {HERE!r})\nimport miniflow\n"
+                + "".join(f"miniflow.{name} = {value}\n" for name, value in dict(constants).items())
+                + "sys.exit(miniflow.main(sys.argv[1:]))")
+        env = {**os.environ, **dict(env), **({"MINIFLOW_TOKEN": token} if token else {})}
+        self.process = subprocess.Popen([sys.executable, "-c", code, "serve", "--port", "0", *args], cwd=project.path,
+                                        env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE)
+        self.address = self.process.stdout.readline().decode().strip()
+        found = re.fullmatch(r"http://(.+):(\d+)/(?:#token=(.+))?", self.address)
+        assert found, (self.address, self.process.stderr.read())
+        self.port, self.token = int(found[2]), found[3] or token
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+    def ask(self, method, path, body=None, **headers):
+        """Return the status, the headers and the body (JSON decoded) of an answer."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=30)
+        with contextlib.closing(connection):
+            content = None if body is None else json.dumps(body)
+            connection.request(method, path, content, {
+                "Authorization": f"Bearer {self.token}", **({"Content-Type": "application/json"} if content else {}),
+                **{name.replace("_", "-"): value for name, value in headers.items()}})
+            answer = connection.getresponse()
+            text = answer.read()
+        return answer.status, dict(answer.getheaders()), (
+            json.loads(text) if answer.headers["Content-Type"] == "application/json" else text)
+
+    def get(self, path):
+        """Return the body of an answer that has to be a good one."""
+        status, _, value = self.ask("GET", path)
+        assert status == 200, (path, status, value)
+        return value
+
+    def start(self, flow, run_id, **params):
+        """Start a run."""
+        status, headers, value = self.ask("POST", "/api/v1/runs", {"flow": flow, "params": params, "run_id": run_id})
+        assert (status, headers.get("Location")) == (201, f"/api/v1/runs/{run_id}"), (status, value)
+
+    def ended(self, run_id):
+        """Return the status of a run once it has ended."""
+        return wait_for(lambda: [status for status in [self.get(f"/api/v1/runs/{run_id}")["status"]]
+                                 if status != "running"], f"the end of run {run_id}")[0]
+
+    def raw(self, content, seconds=20):
+        """Send bytes as they are; return all that comes back."""
+        with socket.create_connection((self.host, self.port), timeout=seconds) as sock:
+            with contextlib.suppress(OSError):
+                sock.sendall(content)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def events_in(content):
+    """Return the (id, data) of the server-sent events in a text."""
+    return [((re.findall(r"(?m)^id: (.*)$", part) or [None])[0], json.loads(re.search(r"(?m)^data: (.*)$", part)[1]))
+            for part in content.decode().split("\n\n") if "data: " in part]
+
+
+class T44Web(unittest.TestCase):
+
+    GOOD = (("Host", "127.0.0.1:8080"), ("Authorization", "Bearer tok"))
+
+    def web(self, project):
+        """Return what answers requests for a project, without a socket."""
+        mini = mf.MiniFlow(project.at("flows"), project.at("tasks"), project.at("miniflow_output"))
+        return mf.Web(mini, "tok", mf.own_hosts("127.0.0.1", "127.0.0.1", 8080))
+
+    def ask(self, web, method, target, headers=(), body=b"", **more):
+        """Return the status and the value of an answer; `headers` take the place of those of the same name."""
+        given = list(headers) + [(n.replace("_", "-"), v) for n, v in more.items()]
+        names = {name.lower() for name, _ in given}
+        if body and "content-length" not in names:
+            given += [("Content-Length", str(len(body)))]
+        if method == "POST" and "content-type" not in names:
+            given += [("Content-Type", "application/json")]
+        given += [pair for pair in self.GOOD if pair[0].lower() not in names]
+        response = mf.respond(web, mf.Request(method, target, [pair for pair in given if pair[1] is not None],
+                                              io.BytesIO(body).read))
+        content = response.body if isinstance(response.body, bytes) else b"".join(response.body)
+        return response, json.loads(content) if response.kind == "application/json" else content
+
+    def tree(self, project):
+        return sorted(os.path.join(folder, name) for folder, _, names in os.walk(project.path) for name in names)
+
+    def test_every_attack_is_refused_on_every_route(self):
+        attacks = [
+            ("evil host", [("Host", "evil.example:8080")], {421}),
+            ("host of another port", [("Host", "127.0.0.1:8081")], {421}),
+            ("host without a port", [("Host", "localhost")], {421}),
+            ("rebinding", [("Host", "evil.example:8080"), ("Origin", "http://evil.example:8080")], {421}),
+            ("no host", [("Host", None)], {421}),
+            ("two hosts", [("Host", "127.0.0.1:8080"), ("Host", "evil.example:8080")], {400}),
+            ("evil origin", [("Origin", "http://evil.example")], {403}),
+            ("origin of a file", [("Origin", "null")], {403}),
+            ("https of ours", [("Origin", "https://127.0.0.1:8080")], {403}),
+            ("another site", [("Sec-Fetch-Site", "cross-site")], {403}),
+            ("another port of this host", [("Sec-Fetch-Site", "same-site")], {403}),
+            ("no token", [("Authorization", None)], {401}),
+            ("wrong token", [("Authorization", "Bearer toke")], {401}),
+            ("prefix of the token", [("Authorization", "Bearer to")], {401}),
+            ("another scheme", [("Authorization", "Basic tok")], {401}),
+            ("token that is no ASCII", [("Authorization", "Bearer t\xf6k")], {401}),
+            ("two tokens", [("Authorization", "Bearer tok"), ("Authorization", "Bearer tok")], {401}),
+            ("negative length", [("Content-Length", "-1")], {400}),
+            ("length in words", [("Content-Length", "abc")], {400}),
+            ("signed length", [("Content-Length", "+5")], {400}),
+            ("Arabic length", [("Content-Length", "\u0663")], {400}),
+            ("two lengths", [("Content-Length", "5"), ("Content-Length", "6")], {400}),
+            ("list of lengths", [("Content-Length", "5, 5")], {400}),
+            ("huge length", [("Content-Length", str(10**12))], {413}),
+            ("chunked", [("Transfer-Encoding", "chunked")], {411}),
+        ]
+        with one(task("a")) as project:
+            project.run(run_id="r")
+            web, before = self.web(project), self.tree(project)
+            for one_route in mf.ROUTES:
+                target = one_route.path.format(flow="f", run="r", task="a")
+                for name, headers, wanted in attacks:
+                    if wanted == {401} and one_route.is_open:
+                        continue
+                    with self.subTest(route=target, method=one_route.method, attack=name):
+                        response, told = self.ask(web, one_route.method, target, headers, b'{"flow": "f"}')
+                        self.assertIn(response.status, wanted)
+                        self.assertEqual(set(told), {"error", "problems"})
+                        self.assertNotIn("tok", told["error"].replace("token", "").replace("TOKEN", ""))
+                for method in ("DELETE", "PUT", "PATCH", "OPTIONS", "TRACE", "FOO"):
+                    response, _ = self.ask(web, method, target)
+                    self.assertEqual(response.status, 405)
+                    self.assertIn(one_route.method, response.headers["Allow"])
+                self.assertEqual(self.ask(web, one_route.method, target + "?x=" + "y" * 70_000)[0].status, 414)
+                if one_route.method == "POST":
+                    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json"):
+                        response, _ = self.ask(web, "POST", target, [("Content-Type", kind)], b'{"flow": "f"}')
+                        self.assertEqual(response.status, 415)
+            self.assertEqual(self.tree(project), before)
+
+    def test_ids_from_attackers_reach_no_file(self):
+        ids = ["../x", "..%2fx", "%2e%2e/x", "%2e%2e%2fr", "..%252fx", "/etc/passwd", "%2fetc%2fpasswd", "C:%5Cx",
+               "a%00b",
+               ".", "..", "", "CON", "r.json", "x" * 300, "%EF%BD%81", "-rf", "r%0d%0aX:%201", "%ff", "r/../r",
+               "r%2f..%2fr"]
+        with one(task("a", command="echo secret")) as project:
+            project.run(run_id="r")
+            project.write("x", "x")
+            web, before = self.web(project), self.tree(project)
+            for text in ids:
+                for target in (f"/api/v1/runs/{text}", f"/api/v1/flows/{text}", f"/api/v1/runs/r/tasks/{text}",
+                               f"/api/v1/runs/{text}/tasks/a/log", f"/api/v1/runs/r/tasks/{text}/log", f"/{text}",
+                               f"/api/v1/runs/{text}/events"):
+                    if target in ("/", "/api/v1/runs/r/tasks/", "/api/v1/runs/", "/api/v1/flows/"):
+                        continue
+                    with self.subTest(target=target):
+                        response, told = self.ask(web, "GET", target)
+                        self.assertIn(response.status, (400, 404), told)
+                        self.assertIsInstance(told["error"], str)
+                for body in ({"flow": text}, {"flow": "f", "run_id": text}):
+                    if body.get("run_id") or "flow" in body:
+                        response, told = self.ask(web, "POST", "/api/v1/runs", (), json.dumps(body).encode())
+                        self.assertIn(response.status, (400, 404), (body, told))
+            self.assertEqual(self.tree(project), before)
+
+    def test_bodies_and_queries_that_make_no_sense_are_refused_with_a_reason(self):
+        with Project({"f": flow_json(task("a"), params={"n": {"type": "integer", "max": 3}}),
+                      "bad": '{"name": "bad"}'}) as project:
+            web = self.web(project)
+            for body, status, words in [
+                    (b"{", 400, "JSON"), (b"[1]", 400, "object"), (b'"f"', 400, "object"), (b"\xff", 400, "JSON"),
+                    (b'{"flow": "f", "flow": "f"}', 400, "flow"), (b'{"flow": NaN}', 400, "NaN"),
+                    (b"[" * 100_000, 400, "JSON"), (b"{}", 400, "flow is missing"), (b'{"flow": 1}', 400, "a string"),
+                    (b'{"flow": "f", "parms": {}}', 400, "did you mean params?"),
+                    (b'{"flow": "f", "params": [1]}', 400, "object"),
+                    (b'{"flow": "f", "params": {"n": 4}}', 422, "at most 3"),
+                    (b'{"flow": "f", "params": {"m": 4}}', 422, "no such param"),
+                    (b'{"flow": "bad"}', 422, "tasks"), (b'{"flow": "ff"}', 404, "did you mean f?")]:
+                with self.subTest(body=body[:60]):
+                    response, told = self.ask(web, "POST", "/api/v1/runs", (), body)
+                    self.assertEqual(response.status, status, told)
+                    self.assertIn(words, " ".join([told["error"], *told["problems"]]))
+            for query, words in [("limit=0", "limit"), ("limit=x", "limit"), ("limit=1001", "1000"),
+                                 ("offset=-1", "offset"),
+                                 ("status=red", "one of"), ("limt=1", "did you mean limit?"), ("flow=%ff", "read"),
+                                 ("&".join(["a=1"] * 50), "read"), ("limit=" + "9" * 5000, "limit")]:
+                with self.subTest(query=query[:40]):
+                    response, told = self.ask(web, "GET", "/api/v1/runs?" + query)
+                    self.assertEqual(response.status, 400, told)
+                    self.assertIn(words, told["error"])
+            self.assertEqual(self.ask(web, "POST", "/api/v1/runs", [("Content-Length", None)])[0].status, 411)
+            self.assertEqual(self.ask(web, "POST", "/api/v1/runs", [("Content-Length", "9")], b"{}")[0].status, 400)
+            self.assertEqual(web.store.ids(), [])
+
+    def test_a_bug_is_a_500_without_a_traceback(self):
+        with one(task("a")) as project:
+            web = self.web(project)
+            web.history = None
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                response, value = self.ask(web, "GET", "/api/v1/runs")
+            self.assertEqual(response.status, 500)
+            self.assertNotIn("NoneType", json.dumps(value))
+            self.assertIn("NoneType", told.getvalue())
+
+    def test_every_answer_carries_the_safe_headers_and_html_in_json_is_escaped(self):
+        evil = "<script>alert(1)</script>"
+        with one(task("a", description=evil), description=evil) as project:
+            project.run(run_id="r")
+            web = self.web(project)
+            for target in ("/", "/app.css", "/app.js", "/icon.svg", "/healthz", "/nowhere", "/api/v1/flows",
+                           "/api/v1/runs/r",
+                           "/api/v1/runs/r/tasks/a", "/api/v1/runs/r/tasks/a/log", "/metrics"):
+                response, _ = self.ask(web, "GET", target)
+                for name in ("Content-Security-Policy", "X-Content-Type-Options", "Referrer-Policy", "Cache-Control"):
+                    self.assertIn(name, response.headers, target)
+                self.assertNotIn("unsafe-inline", response.headers["Content-Security-Policy"])
+                self.assertFalse({name.lower() for name in response.headers} & {"server",
+                                                                                "access-control-allow-origin"})
+                if response.kind == "application/json":
+                    self.assertNotIn(b"<", response.body)
+            log = self.ask(web, "GET", "/api/v1/runs/r/tasks/a/log")[0]
+            self.assertEqual(log.kind, "text/plain; charset=utf-8")
+            self.assertTrue(log.headers["Content-Security-Policy"].startswith("sandbox"))
+
+    def test_which_hosts_are_this_server(self):
+        name = socket.gethostname().lower()
+        for host, address, good, bad in [
+                ("127.0.0.1", "127.0.0.1", ["127.0.0.1:80", "localhost:80", "LOCALHOST:80", "[::1]:80", "localhost",
+                                            "[::1]"],
+                 ["", ":80", "127.0.0.1:81", "10.0.0.1:80", "evil:80", "127.0.0.1.evil:80", "localhost:80:80", "[::1",
+                  name + "x:80"]),
+                ("0.0.0.0", "0.0.0.0", ["10.0.0.1:80", "[fe80::1]:80", f"{name}:80", "127.0.0.1"],
+                 ["evil:80", "10.0.0.1:81"]),
+                ("flows.lan", "10.0.0.7", ["flows.lan:80", "10.0.0.7:80", "127.0.0.1:80"],
+                 ["10.0.0.8:80", "evil.lan:80"]),
+                ("::1", "::1", ["[::1]:80", "localhost:80"], ["::1:80", "[::2]:80"])]:
+            is_own = mf.own_hosts(host, address, 80)
+            self.assertEqual([given for given in good if not is_own(given)], [], host)
+            self.assertEqual([given for given in bad if is_own(given)], [], host)
+
+    def test_openapi_names_every_route_and_how_it_is_asked(self):
+        with one(task("a")) as project:
+            _, told = self.ask(self.web(project), "GET", "/api/v1/openapi.json")
+        self.assertEqual({(method.upper(), path) for path, item in told["paths"].items() for method in item},
+                         {(one_route.method, one_route.path) for one_route in mf.ROUTES})
+        start = told["paths"]["/api/v1/runs"]["post"]
+        self.assertLessEqual({"201", "401", "404", "409", "422"}, set(start["responses"]))
+        self.assertEqual(set(start["requestBody"]["content"]["application/json"]["schema"]["properties"]),
+                         {"flow", "params", "run_id"})
+        names = [item["operationId"] for path in told["paths"].values() for item in path.values()]
+        self.assertEqual(len(names), len(set(names)))
+        log = told["paths"]["/api/v1/runs/{run}/tasks/{task}/log"]["get"]["parameters"]
+        self.assertEqual([p["name"] for p in log], ["run", "task", "attempt", "offset", "limit"])
+
+    def test_the_page_asks_only_for_what_there_is_and_knows_every_state(self):
+        parts = mf.page_parts()
+        asked = re.findall(r"/api/[^\"?\s]*?(?=[`\"?])", parts["script"])
+        self.assertGreater(len(asked), 8)
+        for text in asked:
+            path = re.sub(r"\$\{[^}]*\}", "x", text)
+            self.assertTrue([found for found in mf.ROUTES if re.fullmatch(re.sub(r"{\w+}", "[^/]+", found.path), path)],
+                            text)
+        for state in mf.TASK_STATES + mf.RUN_STATES:
+            self.assertRegex(parts["style"], rf"\.s-{state} {{\s*--c: var\(--{state}\)")
+            self.assertEqual(len(re.findall(rf"\s--{state}: #", parts["style"])), 2, state)      # light and dark
+        for word in ("start", "cancel", "resume", "log", "Gantt"):
+            self.assertIn(word, parts["script"])
+        self.assertEqual(set(re.findall(r"\w+://[^\"\s)]*", mf.PAGE)), {"http://www.w3.org/2000/svg"})
+        self.assertEqual(re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|srcdoc",
+                                    mf.PAGE), [])
+        self.assertEqual(re.findall(r"<[^>]*\s(?:style|on\w+)=", parts["html"]), [])
+        self.assertEqual(set(re.findall(r'(?:src|href)="([^"#]+)"', parts["html"])), {"app.css", "app.js", "icon.svg"})
+
+    def test_parts_of_a_log_never_show_a_secret_wherever_they_begin_and_end(self):
+        words = ["hunter2", "p\u00e4sswort"]
+        content = ("a hunter2b p\u00e4sswort\nhunter2hunter2\x00 hunt " + "hunter2"[:5]).encode()
+        before, mf.hidden[:] = mf.hidden[:], words
+        try:
+            with tempfile.TemporaryFile() as file:
+                file.write(content)
+                whole = mf.bytes_shown(file, 0, len(content))
+                self.assertEqual(whole, mf.without_hidden(content))
+                for start in range(len(content) + 1):
+                    for end in range(start, len(content) + 1):
+                        part = mf.bytes_shown(file, start, min(end, len(content) - 10))
+                        self.assertFalse(re.search(b"unte|ter2|ssw|ort", part), (start, end, part))
+                    rest = mf.bytes_shown(file, 0, start) + mf.bytes_shown(file, start, len(content))
+                    self.assertEqual(rest, whole, start)
+                self.assertEqual(mf.unfinished_secret(file, len(content)), 5)
+                self.assertEqual(mf.unfinished_secret(file, 3), 1)
+        finally:
+            mf.hidden[:] = before
+
+    def test_a_log_is_read_from_any_byte_on(self):
+        with one(task("a", command="seq 1 2000; exit 1", max_retries=1)) as project:
+            project.run(run_id="r")
+            web, whole = self.web(project), project.log("r", "a", 2)
+            size = len(whole)
+            for query, wanted in [("", whole), ("offset=100", whole[100:]), ("offset=-7", whole[-7:]),
+                                  ("offset=-99999999", whole),
+                                  ("offset=5&limit=20", whole[5:25]), (f"offset={size}", b""), ("offset=99999999", b""),
+                                  ("attempt=1", project.log("r", "a", 1)), ("limit=1", whole[:1])]:
+                with self.subTest(query=query):
+                    response, content = self.ask(web, "GET", "/api/v1/runs/r/tasks/a/log?" + query)
+                    self.assertEqual((response.status, content), (200, wanted))
+                    self.assertEqual((response.headers["X-Log-Size"], response.headers["X-Log-Ended"]),
+                                     (str(size), "true"))
+            self.assertEqual(self.ask(web, "GET", "/api/v1/runs/r/tasks/a/log?attempt=3")[0].status, 404)
+            secret = project.at("secret")
+            project.write("secret", "secret")
+            os.replace(project.at("miniflow_output/logs/r/a.1.log"), project.at("kept"))
+            os.symlink(secret, project.at("miniflow_output/logs/r/a.1.log"))
+            self.assertEqual(self.ask(web, "GET", "/api/v1/runs/r/tasks/a/log?attempt=1")[0].status, 404)
+            os.rename(project.at("miniflow_output/logs/r"), project.at("elsewhere"))
+            os.symlink(project.at("elsewhere"), project.at("miniflow_output/logs/r"))
+            self.assertEqual(self.ask(web, "GET", "/api/v1/runs/r/tasks/a/log")[0].status, 404)
+
+    def test_a_run_that_is_followed_is_told_whole_and_from_any_event_on(self):
+        """Over journals that are whole, cut anywhere, begun anew, and gone."""
+        with one(task("a"), task("b", "a", command="exit 1"), task("c", "b")) as project:
+            with project.start("run", "f", "--run-id", "r"), contextlib.ExitStack() as stack:
+                store = mf.Store(project.at("miniflow_output"))
+                wait_for(lambda: store.exists("r"), "the run")
+                follower = mf.Follower(store, "r")
+                stack.callback(follower.close)
+                told = []
+                wait_for(lambda: told.extend(map(lambda event: (follower.told, event), follower.news()))
+                         or follower.run and follower.run.outcome, "its end")
+            seqs = [seq for seq, _ in told]
+            self.assertEqual(seqs, list(range(seqs[0], seqs[0] + len(seqs))))
+            self.assertIsNone(told[0][1])
+            self.assertIsInstance(told[-1][1], mf.RunFinished)
+            self.assertEqual(ends(follower.run), {name: t["status"] for name, t in project.state("r")["tasks"].items()})
+            late = mf.Follower(store, "r")
+            self.assertEqual(([*late.news()], late.told), ([None], seqs[-1]))
+            self.assertEqual([*mf.Follower(store, "r", seqs[-1]).news()], [])
+
+    def test_a_journal_that_comes_in_pieces_is_read_event_by_event(self):
+        plan = mf.make_plan(make(task("a"), task("b", "a")))
+        run, _, journal = simulate(plan.flow)
+        begun = mf.Run(plan, "r")
+        lines = [b"".join(mf.encode_opened(begun, {}, 1, mf.encode_definition(plan.flow)))]
+        lines += [mf.encode_record(mf.event_to_json(event), n) for n, event in enumerate(journal, 2)]
+        with tempfile.TemporaryDirectory() as path:
+            store = mf.Store(path)
+            store.prepare("runs")
+            journal_path, content = store.files("r").journal, b"".join(lines)
+            for after in range(-1, len(lines) + 1):
+                follower, told = mf.Follower(store, "r", after), []
+                for end in range(0, len(content) + 1, 41):
+                    with open(journal_path, "wb" if not end else "r+b") as file:
+                        file.write(content[:end])
+                    told += [follower.told for _ in follower.news()]
+                with open(journal_path, "r+b") as file:
+                    file.write(content)
+                told += [follower.told for _ in follower.news()]
+                self.assertEqual(told, list(range(max(1, after + 1), len(lines) + 1)), after)
+                self.assertEqual(ends(follower.run), ends(run))
+                store.disk.put(journal_path, b"".join(mf.encode_opened(begun, {}, 90, mf.encode_definition(plan.flow))),
+                               False)
+                self.assertEqual([(event, follower.told) for event in follower.news()], [(None, 90)])
+                follower.close()
+                os.unlink(journal_path)
+
+    @unittest.skipUnless(LINUX, "asks for /proc")
+    def test_runs_are_started_watched_cancelled_and_resumed_over_http(self):
+        slow = flow_json(task("a", command="echo to-$MINIFLOW_PARAM_WHOM; test -z \"$MINIFLOW_TOKEN\""),
+                         task("b", "a", command="test -e go || { echo waits; sleep 60; }"),
+                         params={"whom": {"required": True}})
+        with Project({"slow": slow, "quick": flow_json(task("x"))}) as project, Served(project) as served:
+            served.start("slow", "r", whom="you")
+            wait_for(lambda: b"waits" in (served.ask("GET", "/api/v1/runs/r/tasks/b/log")[2] or b""), "the log of b")
+            self.assertEqual(served.get("/api/v1/runs/r/tasks/a/log"), b"to-you\n")
+            for method, path, body, status, words in [
+                    ("POST", "/api/v1/runs", {"flow": "slow", "params": {"whom": "me"}, "run_id": "r"}, 409,
+                     "run r exists"),
+                    ("POST", "/api/v1/runs/r/resume", {}, 409, "is being run by process"),
+                    ("POST", "/api/v1/runs", {"flow": "slow"}, 422, "params"),
+                    ("POST", "/api/v1/runs/none/cancel", {}, 404, "no run none")]:
+                told = served.ask(method, path, body)
+                self.assertEqual(told[0], status, told)
+                self.assertIn(words, told[2]["error"])
+            engine = served.get("/api/v1/runs/r")["engine"]["pid"]
+            self.assertEqual(os.getsid(engine), engine)
+            self.assertEqual(served.ask("POST", "/api/v1/runs/r/cancel", {})[0], 202)
+            self.assertEqual(served.ended("r"), "cancelled")
+            self.assertEqual(served.ask("POST", "/api/v1/runs/r/cancel", {})[0], 409)
+            project.write("go", "")
+            self.assertEqual(served.ask("POST", "/api/v1/runs/r/resume")[0], 202)
+            self.assertEqual(served.ended("r"), "success")
+            self.assertEqual(served.ask("POST", "/api/v1/runs/last/resume", {})[0], 200)
+            for n in range(3):
+                served.start("quick", f"q{n}")
+                served.ended(f"q{n}")
+            listed = served.get("/api/v1/runs?limit=2&offset=1")
+            self.assertEqual(([run["id"] for run in listed["runs"]], listed["total"]), (["q1", "q0"], 4))
+            self.assertEqual(served.get("/api/v1/runs?flow=quick&status=success")["total"], 3)
+            self.assertEqual(served.get("/api/v1/runs?flow=slow")["runs"][0]["tasks"], {"success": 2})
+            tasks = served.get("/api/v1/runs/r/tasks")
+            self.assertEqual([(t["id"], t["status"], len(t["attempts"])) for t in tasks["tasks"]],
+                             [("a", "success", 1), ("b", "success", 2)])
+            self.assertEqual(served.get("/api/v1/runs/r/tasks/b")["definition"]["depends_on"], ["a"])
+            metrics = served.get("/metrics").decode()
+            for line in ('miniflow_runs{status="success"} 4', 'miniflow_tasks{status="success"} 5',
+                         'miniflow_run_duration_seconds_count{flow="quick",status="success"} 3',
+                         'miniflow_http_requests_total{method="POST",route="/api/v1/runs",status="201"} 4'):
+                self.assertIn(line + "\n", metrics)
+            served.process.send_signal(signal.SIGTERM)
+            self.assertEqual(served.process.wait(10), 0)
+
+    def test_events_are_told_as_they_come_and_go_on_after_the_last_one_seen(self):
+        with one(task("a"), task("b", "a", command="while test ! -e go; do sleep 0.02; done")) as project, \
+                Served(project) as served:
+            everything = socket.create_connection(("127.0.0.1", served.port), timeout=20)
+            with everything:
+                everything.sendall(f"GET /api/v1/events HTTP/1.0\r\nHost: localhost:{served.port}\r\n"
+                                   "Authorization: Bearer tok\r\n\r\n".encode())
+                seen = everything.recv(4096)
+                while b": events" not in seen:
+                    seen += everything.recv(4096)
+                served.start("f", "r")
+                reply = []
+                reader = threading.Thread(target=lambda: reply.append(served.ask("GET", "/api/v1/runs/r/events")))
+                reader.start()
+                wait_for(lambda: served.get("/api/v1/runs/r/tasks/b")["status"] == "running", "b")
+                project.write("go", "")
+                reader.join(20)
+                while b"run_finished" not in seen:
+                    more = everything.recv(65536)
+                    self.assertTrue(more, (seen[-500:], served.process.poll()))
+                    seen += more
+            status, headers, content = reply[0]
+            self.assertEqual((status, headers["Content-Type"]), (200, "text/event-stream"))
+            told = events_in(content)
+            self.assertTrue(all({"run", "task", "status"} <= set(data) for _, data in told))
+            self.assertEqual([told[0][1]["event"], told[-1][1]["event"], told[-1][1]["status"]],
+                             ["state", "run_finished", "success"])
+            self.assertEqual({(data["task"], data["status"]) for _, data in events_in(seen.partition(b"\r\n\r\n")[2])
+                              if data["task"]}, {(name, state) for name in "ab" for state in ("running", "success")})
+            last = told[-1][0]
+            self.assertEqual(served.ask("GET", "/api/v1/runs/r/events", Last_Event_ID=last)[0], 204)
+            again = events_in(served.ask("GET", "/api/v1/runs/r/events", Last_Event_ID="9999")[2])
+            self.assertEqual([(data["event"], data["task"], data["status"]) for _, data in again], [
+                ("state", None, "success"), ("attempt_started", "a", "running"), ("attempt_ended", "a", "success"),
+                ("attempt_started", "b", "running"), ("attempt_ended", "b", "success"),
+                ("run_finished", None, "success")])
+
+    def test_streams_of_events_have_a_limit_of_their_own(self):
+        with one(task("a")) as project, Served(project, constants={"MAX_STREAMS": 2}) as served:
+            ask = (f"GET /api/v1/events HTTP/1.0\r\nHost: localhost:{served.port}\r\n"
+                   "Authorization: Bearer tok\r\n\r\n").encode()
+            with contextlib.ExitStack() as stack:
+                for _ in range(2):
+                    sock = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=20))
+                    sock.sendall(ask)
+                    self.assertIn(b" 200 ", sock.recv(4096))
+                self.assertIn(b" 429 ", served.raw(ask))
+                self.assertEqual(served.get("/healthz"), {"status": "ok"})
+            wait_for(lambda: b"miniflow_http_streams 0" in served.get("/metrics"), "those who went to be noticed", 5)
+
+    @unittest.skipUnless(LINUX, "asks for /proc")
+    def test_runs_outlive_the_server_however_it_dies(self):
+        with one(task("a", command="while test ! -e go; do sleep 0.02; done; echo done")) as project:
+            for number, name in enumerate(("SIGKILL", "SIGTERM", "SIGINT")):
+                with Served(project) as served:
+                    served.start("f", f"r{number}")
+                    served.process.send_signal(getattr(signal, name))
+                    self.assertEqual(served.process.wait(10), {"SIGKILL": -9, "SIGTERM": 0, "SIGINT": 130}[name])
+            self.assertEqual({head["status"] for head in mf.Store(project.at("miniflow_output")).history()},
+                             {"running"})
+            project.write("go", "")
+            for number in range(3):
+                wait_for(lambda number=number: project.state(f"r{number}")["status"] == "success", "the run")
+                self.assertEqual(project.log(f"r{number}", "a"), b"done\n")
+
+    def test_what_is_no_http_or_too_much_of_it_is_answered_or_closed(self):
+        with one(task("a")) as project, Served(project) as served:
+            host = f"Host: 127.0.0.1:{served.port}\r\n".encode()
+            for name, content, wanted in [
+                    ("70 kB of address", b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n" + host + b"\r\n", b" 414 "),
+                    ("10 kB of address", b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\n" + host + b"\r\n", b" 414 "),
+                    ("120 headers", b"GET / HTTP/1.1\r\n" + host + b"".join(b"X-%d: 1\r\n" % n
+                                                                            for n in range(120)) + b"\r\n", b" 431 "),
+                    ("a header of 100 kB", b"GET / HTTP/1.1\r\n" + host + b"X: " + b"y" * 100_000 + b"\r\n\r\n",
+                     b" 431 "),
+                    ("headers of 1 MB", b"GET / HTTP/1.1\r\n" + host + b"".join(b"X-%d: %s\r\n" % (n, b"y" * 60_000)
+                                                                                for n in range(20)), b" 431 "),
+                    ("huge length", b"POST / HTTP/1.1\r\n" + host + b"Content-Length: 100000000000\r\n\r\n", b" 413 "),
+                    ("negative length", b"POST /api/v1/runs HTTP/1.1\r\n" + host + b"Content-Length: -1\r\n\r\n",
+                     b" 400 "),
+                    ("two lengths", b"POST / HTTP/1.1\r\n" + host + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+                     b" 400 "),
+                    ("chunked", b"POST / HTTP/1.1\r\n" + host
+                     + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", b" 411 "),
+                    ("garbage", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b" 400 "),
+                    ("an unknown method", b"FOO / HTTP/1.1\r\n" + host + b"\r\n", b" 501 "),
+                    ("an unknown version", b"GET / HTTP/9.9\r\n" + host + b"\r\n", b" 505 "),
+                    ("a whole address", b"GET http://evil/ HTTP/1.1\r\n" + host + b"\r\n", b" 400 "),
+                    ("a line in a header", b"GET /healthz HTTP/1.1\r\n" + host + b"Bad header\r\n\r\n", b" "),
+                    ("nothing", b"\r\n\r\n", b""), ("HEAD", b"HEAD / HTTP/1.1\r\n" + host + b"\r\n", b" 200 ")]:
+                with self.subTest(name):
+                    told = served.raw(content)
+                    self.assertIn(wanted, told.partition(b"\r\n")[0])
+                    self.assertNotRegex(told, b"(?i)traceback|\r\nserver:|python")
+                    if name == "HEAD":
+                        self.assertTrue(told.endswith(b"\r\n\r\n"))
+            self.assertEqual(served.get("/healthz"), {"status": "ok"})
+            served.process.terminate()
+            self.assertEqual(served.process.communicate(timeout=10)[1], b"")
+
+    def test_a_client_that_drips_is_cut_off_and_a_crowd_of_idle_ones_keeps_nobody_out(self):
+        with one(task("a")) as project, Served(project, constants={"READ_S": 1.5, "_SILENT_S": 0.3}) as served:
+            began = time.monotonic()
+            for head in (b"GET / HTTP/1.1\r\nX: ", f"POST /api/v1/runs HTTP/1.0\r\nHost: localhost:{served.port}\r\n"
+                         "Authorization: Bearer tok\r\nContent-Type: application/json\r\n"
+                         "Content-Length: 900\r\n\r\n".encode()):
+                with socket.create_connection(("127.0.0.1", served.port), timeout=0.1) as sock:
+                    sock.sendall(head)
+                    told = None
+                    while told is None:
+                        with contextlib.suppress(socket.timeout):
+                            with contextlib.suppress(ConnectionError):
+                                sock.sendall(b"y")
+                            told = sock.recv(100)
+                            self.assertTrue(told == b"" or b" 408 " in told, told)
+            self.assertLess(time.monotonic() - began, 8)
+            with contextlib.ExitStack() as stack:
+                idle = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=20))
+                        for _ in range(200)]
+                self.assertEqual(served.get("/healthz"), {"status": "ok"})
+                for sock in idle:                  # sooner or later each is told that there is no room, or just closed
+                    told = sock.recv(1000)
+                    self.assertTrue(told == b"" or b" 503 " in told, told)
+
+    def test_where_it_listens_and_who_gets_the_token(self):
+        with one(task("a")) as project:
+            env = {name: value for name, value in os.environ.items() if name != "MINIFLOW_TOKEN"}
+            for args, words in [(("--host", "0.0.0.0"), "MINIFLOW_TOKEN"), (("--host", "::"), "MINIFLOW_TOKEN"),
+                                (("--host", "no.such.host.invalid"), "give an address"),
+                                (("--port", "x"), "port number"),
+                                (("--port", "70000"), "port number")]:
+                done = project.cli("serve", *args, env=env)
+                self.assertEqual(done.returncode, 2, done.stderr)
+                self.assertIn(words, done.stderr)
+            done = project.cli("serve", env={**env, "MINIFLOW_TOKEN": "two words"})
+            self.assertEqual((done.returncode, "MINIFLOW_TOKEN" in done.stderr), (2, True))
+            with Served(project, token=None) as served:                # made here, and told in the fragment
+                self.assertGreater(len(served.token), 40)
+                self.assertEqual(served.ask("GET", "/api/v1/runs")[0], 200)
+                self.assertEqual(served.ask("GET", "/api/v1/runs", Authorization="Bearer x")[0], 401)
+                done = project.cli("serve", "--port", str(served.port), env=env)
+                self.assertEqual(done.returncode, 2)
+                self.assertIn("can't listen there", done.stderr)
+            with Served(project, "--host", "localhost") as served:       # the user's own is not printed
+                self.assertNotIn("tok", served.address)
+            if socket.has_ipv6:
+                with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+                    with Served(project, "--host", "::1", host="::1") as served:
+                        self.assertTrue(served.address.startswith("http://[::1]:"))
+                        self.assertEqual(served.get("/healthz"), {"status": "ok"})
+
+    def test_secrets_are_in_no_answer(self):
+        flow = flow_json(task("a", command="echo \"key is $API_KEY.\"; echo \"x=$API_KEY\" > $MINIFLOW_OUTPUT"),
+                         task("b", command="echo $API_KEY; exit 3"), secrets=["API_KEY"],
+                         env={"OTHER": "${{ env.API_KEY }}"})
+        with Project({"f": flow}) as project, Served(project, env={"API_KEY": "hunter2hunter2"}) as served:
+            served.start("f", "r")
+            served.ended("r")
+            self.assertEqual(served.get("/api/v1/runs/r/tasks/a/log"), b"key is ***.\n")
+            self.assertEqual(served.get("/api/v1/runs/r/tasks/a/log?offset=12"), b".\n")
+            for path in ("/api/v1/runs/r", "/api/v1/runs/r/tasks", "/api/v1/runs/r/tasks/a", "/api/v1/flows/f",
+                         "/api/v1/flows",
+                         "/api/v1/runs/r/events", "/metrics",
+                         *(f"/api/v1/runs/r/tasks/a/log?offset={n}&limit=6" for n in range(25))):
+                self.assertFalse(re.search("hunt|nter2", str(served.get(path))), path)
+            status, _, told = served.ask("POST", "/api/v1/runs", {"flow": "f", "params": {"x": "hunter2hunter2"}})
+            self.assertEqual((status, "hunter2" in json.dumps(told)), (422, False))
+
+    def test_flows_are_told_with_their_runs_and_a_flow_in_python_hurts_nobody(self):
+        with Project({"good": flow_json(task("a"), params={"n": 1}),
+                      "bad": '{"name": "bad", "tasks": [{}]}'}) as project:
+            project.write("flows/exits.py", "import os\nos._exit(3)\n")
+            project.write("flows/py.py", "from miniflow import task, Workflow\nprint('noise')\n@task\ndef step(ctx):\n"
+                          "    return {'n': 1}\nworkflow = Workflow([step], name='py')\n")
+            with Served(project) as served:
+                served.start("good", "r1")
+                self.assertEqual(served.ended("r1"), "success")
+                flows = {flow["name"]: flow for flow in served.get("/api/v1/flows")["flows"]}
+                self.assertEqual(set(flows), {"bad", "exits", "good", "py"})
+                self.assertEqual((flows["good"]["last_run"]["id"], flows["good"]["last_run"]["tasks"]),
+                                 ("r1", {"success": 1}))
+                self.assertIn("exit code 3", flows["exits"]["error"][0])
+                self.assertEqual((flows["py"]["tasks"], flows["py"]["error"]), (1, None))
+                self.assertEqual(served.get("/api/v1/flows?limit=1&offset=2")["flows"][0]["name"], "good")
+                self.assertEqual([t["id"] for t in served.get("/api/v1/flows/py")["definition"]["tasks"]], ["step"])
+                self.assertFalse(served.get("/api/v1/flows/bad/validate")["valid"])
+                told = served.ask("POST", "/api/v1/flows/good/validate", {"params": {"m": 1}})[2]
+                self.assertEqual((told["valid"], "no such param" in told["problems"][0]), (False, True))
+                self.assertTrue(served.ask("POST", "/api/v1/flows/good/validate", {"params": {"n": 2}})[2]["valid"])
+                served.start("py", "p1")
+                self.assertEqual(served.ended("p1"), "success")
+                project.write("flows/good.json", json.dumps(flow_json(task("a"), task("b"))))
+                self.assertEqual(served.get("/api/v1/flows/good")["tasks"], 2)
+
+    def test_an_interrupted_and_a_damaged_run_are_listed_as_what_they_are(self):
+        with one(task("a", command="sleep 60")) as project, Served(project) as served:
+            served.start("f", "r")
+            wait_for(lambda: served.get("/api/v1/runs/r")["tasks"]["a"]["status"] == "running", "a")
+            os.kill(served.get("/api/v1/runs/r")["engine"]["pid"], signal.SIGKILL)
+            self.assertEqual(served.ended("r"), "interrupted")
+            self.assertEqual(served.get("/api/v1/runs?status=interrupted")["total"], 1)
+            told = events_in(served.get("/api/v1/runs/r/events"))
+            self.assertEqual((told[-1][1]["status"], told[-1][1]["tasks"]), ("interrupted", {"a": "running"}))
+            project.write("miniflow_output/runs/bad.json", "{}")
+            self.assertEqual({run["id"]: run["status"] for run in served.get("/api/v1/runs")["runs"]},
+                             {"r": "interrupted", "bad": "damaged"})
+            status, _, told = served.ask("GET", "/api/v1/runs/bad")
+            self.assertEqual((status, "nothing was changed" in told["error"]), (500, True))
+
+
 class T40Library(unittest.TestCase):
 
     def test_a_store_lists_finds_and_removes_runs(self):
@@ -9816,7 +10444,7 @@ class T41Daemon(unittest.TestCase):
         self.assertEqual(str(caught.exception), 'workflow w: schedule.cron: "25" at column 3 is no hour; give 0 to 23')
 
 
-class T42Bundle(unittest.TestCase):
+class T46Bundle(unittest.TestCase):
 
     def project(self, **fields):
         """Return a Project whose flow f has a script with a neighbour, data, a package, and a flow within it."""
@@ -10074,7 +10702,7 @@ class T42Bundle(unittest.TestCase):
             self.assertEqual(json.loads(project.read("e/miniflow_output/runs/r.json"))["ctx"], {"n": 2, "m": 3})
 
 
-class T43CommandLine(unittest.TestCase):
+class T47CommandLine(unittest.TestCase):
 
     def test_every_promise_of_an_exit_code(self):
         with Project({"good": flow_json(task("a")), "red": flow_json(task("a", command="exit 1")),

@@ -145,13 +145,17 @@ class Browser:
     def open(self, url, width=1200, height=800, dark=False):
         """Show an address in a window of this size, in a light or a dark world; errors and requests begin anew."""
         self.errors, self.requests = [], []
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Emulation.setEmulatedMedia", features=[
-            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.resize(width, height, dark)
         result = self.call("Page.navigate", url=url)
         if result.get("errorText"):
             raise RuntimeError(f"{url}: {result['errorText']}")
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def resize(self, width, height, dark=False):
+        """Give the window another size, and the system another wish for light or dark."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
 
     def evaluate(self, expression):
         """Return the value of a JavaScript expression, awaited; raise RuntimeError for an exception."""
@@ -161,29 +165,32 @@ class Browser:
         return result["result"].get("value")
 
     def wait(self, expression, seconds=None):
-        """Return the value of an expression once it is true."""
+        """Return the value of an expression once there is one that is not false (an element comes as {})."""
         end = time.monotonic() + (seconds or self.patience)
         while True:
             value = self.evaluate(expression)
-            if value:
+            if value not in (None, False, 0, ""):
                 return value
             if time.monotonic() > end:
-                raise TimeoutError(f"waited in vain for {expression}")
+                raise TimeoutError(f"waited in vain for {expression}; the page says: "
+                                   + str(self.evaluate("document.body.innerText"))[:600])
             time.sleep(0.02)
 
     def click(self, selector):
         """Click in the middle of the first element that a selector finds."""
-        x, y = self.evaluate(
-            "(() => { const one = document.querySelector(%s); one.scrollIntoView({block: 'center'});"
-            " const box = one.getBoundingClientRect();"
-            " return [box.x + box.width / 2, box.y + box.height / 2]; })()" % json.dumps(selector))
+        x, y = self.wait(
+            "(() => { const one = document.querySelector(%s); if (!one) return null;"
+            " one.scrollIntoView({block: 'center'}); const box = one.getBoundingClientRect();"
+            " return box.width ? [box.x + box.width / 2, box.y + box.height / 2] : null; })()" % json.dumps(selector))
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def key(self, name, text=""):
         """Press and release a key: Tab, Enter, a, …"""
+        code = {"Enter": 13, "Tab": 9, "Escape": 27}.get(name, 0)
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, **({"text": text} if text else {}))
+            self.call("Input.dispatchKeyEvent", type=kind, key=name, windowsVirtualKeyCode=code,
+                      **({"text": text} if text and kind == "keyDown" else {}))
 
     def screenshot(self, path=None, whole=False):
         """Return the picture of what is seen, or of the whole page, as PNG; write it to `path` if one is given."""
