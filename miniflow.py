@@ -14,14 +14,14 @@ Workflow`.  The README has the whole reference.
 How it is built
 ---------------
 
-    flows/etl.json --parse_flow--.
+    flows/etl.json --parse_flow--.                                              .--> terminal
     flows/etl.py, @task, >> ------+--> Flow --make_plan--> Plan --> Run ---------+--> journal (disk)
-                       make_flow      |                     |      ^  |          '--> console
+                       make_flow      |                     |      ^  |          '--> web page, API
                                  check_flow          exporters, |  | due(run, now, slots)
-                                                         graph  |  v
+                                                graph, simulate |  v
                                                         apply(event) + drive --> Start, Stop, Settle, Finish
                                                                   ^      |
-                                                                  '--- World (processes, jobs, functions)
+                                                                  '--- World (processes; Slurm; functions; clock)
 
 Five types, five tenses.  A Flow is what the author wrote.  A Plan is what will happen.  An Event is a fact:
 it is appended to the journal first, then it is true.  A Run is the sum of its events and changes through

@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import errno
 import glob
-import heapq
 import http.client
 import http.server
 import io

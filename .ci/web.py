@@ -179,7 +179,8 @@ def try_looks(page, server, shoot):
                             + ("-dark" if is_dark else ""))
             dark = picture if is_dark and not view and width == 1280 else dark
             out = page.evaluate("""[...document.querySelectorAll('body *')]
-                .filter((e) => !e.closest('svg, .table, .json, .log') && e.getBoundingClientRect().right > innerWidth + 1)
+                .filter((e) => !e.closest('svg, .table, .json, .log'))
+                .filter((e) => e.getBoundingClientRect().right > innerWidth + 1)
                 .map((e) => e.tagName + '.' + e.className)""")
             assert not out, (width, view, out)
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (width, view)
