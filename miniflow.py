@@ -21,7 +21,7 @@ How it is built
                                                 graph, simulate |  v
                                                         apply(event) + drive --> Start, Stop, Settle, Finish
                                                                   ^      |
-                                                                  '--- World (processes; Slurm; functions; clock)
+                                                                  '--- World (processes; Slurm; functions)
 
 Five types, five tenses.  A Flow is what the author wrote.  A Plan is what will happen.  An Event is a fact:
 it is appended to the journal first, then it is true.  A Run is the sum of its events and changes through
@@ -15279,10 +15279,9 @@ def script_checker(tasks_dir: str) -> Callable[[str], Optional[str]]:
     known: Dict[str, Optional[str]] = {}
 
     def problem(path: str) -> Optional[str]:
-        try:
-            real = os.path.realpath(os.path.join(root, path))
-        except ValueError:
+        if "\0" in path or any("\ud800" <= char <= "\udfff" for char in path):
             return None                         # the text itself is wrong, and reported as such
+        real = os.path.realpath(os.path.join(root, path))
         if os.path.isabs(path) or not real.startswith(root + os.sep):
             return (f"{shown(path)} lies outside the tasks directory {tasks_dir}; "
                     "put it below it, or use command")
