@@ -19055,6 +19055,7 @@ def _add_graph(parser: Any) -> None:
          _add_graph)
 def run_graph(options: Any) -> int:
     """Print the graph of a flow, or of a run."""
+    options.flow = options.flow or (bundled if options.run is None else None)
     if (options.flow is None) == (options.run is None):
         raise UsageError("graph: give either the name of a flow, or --run and the id of a run")
     mini, looks = _miniflow(options), {}       # type: MiniFlow, Dict[str, Look]

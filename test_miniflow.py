@@ -10835,7 +10835,7 @@ class T47CommandLine(unittest.TestCase):
             self.assertEqual(code, 0)
             self.assertRegex(
                 out, r"(?m)^bad +- +- +- +broken: flows/bad\.json:1:1: tasks is missing.* \(and 1 more\)$")
-            self.assertRegex(out, r"(?m)^good \(f\) +1 +- +fine$")
+            self.assertRegex(out, r"(?m)^good \(f\) +1 +- +- +fine$")
             rows = json.loads(project.main("list", "--json")[1])
             self.assertEqual([row["name"] for row in rows], ["bad", "good"])
             self.assertEqual(len(rows[0]["error"]), 2)
