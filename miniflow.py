@@ -1798,6 +1798,9 @@ def _cron_part(part: str, field: CronField, at: int) -> range:
             end = _cron_number(last, field, at + len(first) + 1)
             if last.lower() == "sun" and start:
                 end = 7                        # fri-sun: by its name, Sunday ends a week as well
+            if end < start and start > field.high:
+                raise ValueError(f"{shown(body)} at column {at} runs backwards; as the begin of a week, "
+                                 f"Sunday is {field.low}: {field.low}-{last}")
             if end < start:
                 raise ValueError(f"{shown(body)} at column {at} runs backwards; " + (
                     f"as the end of a week, Sunday is 7: {first}-7" if field.largest > field.high and not end
@@ -14500,9 +14503,10 @@ class Forecasts(NamedTuple):
 
 
 def busy_seconds(run: Run) -> float:
-    """Return how long all attempts of a run took together."""
+    """Return how long all attempts of a run that take up a slot took together."""
     return sum(span(attempt.started, attempt.finished) or 0.0
-               for task_run in run.tasks.values() for attempt in task_run.attempts)
+               for name, task_run in run.tasks.items() if WAITING not in run.queues.limits_of(name)
+               for attempt in task_run.attempts)
 
 
 def forecasts_to_json(made: Forecasts) -> Dict[str, Any]:
@@ -14756,7 +14760,8 @@ class Report:
     """One run as a page; each method returns a part of it as HTML."""
 
     def __init__(self, loaded: Loaded, store: Store, now: float) -> None:
-        self.run, self.live, self.status, self.store = loaded.run, loaded.live, loaded.status, store
+        self.loaded, self.run, self.live, self.status = loaded, loaded.run, loaded.live, loaded.status
+        self.store = store
         self.now = now if loaded.live else None
         self.looks = looks_of(self.run, self.live)
         self.path = dict.fromkeys(critical_path(self.run))
@@ -14764,8 +14769,11 @@ class Report:
 
     def status_of(self, name: str) -> str:
         """Return the state of a task or an instance, as a person is to see it."""
-        status = self.run.tasks[name].status
-        return INTERRUPTED if status == RUNNING and not self.live else status
+        return self.loaded.status_of(self.run.tasks[name])
+
+    def end_of(self, task_run: TaskRun, attempt: Attempt) -> str:
+        """Return the state of an attempt of a task, as a person is to see it."""
+        return self.loaded.status_of(task_run) if attempt.status == RUNNING else attempt.status
 
     def _told(self) -> Dict[str, str]:
         """Return the tasks told in detail with their ids on the page: failures first, then those retried."""
@@ -14785,7 +14793,8 @@ class Report:
         took = span(run.started, run.finished if run.finished is not None else self.now)
         started = (format_time(run.started) or "")[:19].replace("T", " ")
         facts: List[Tuple[str, Any]] = [("run", run.id), ("started", f"{started} UTC"),
-                                        ("duration", format_span(took)), ("tasks", count_states(run))]
+                                        ("duration", format_span(took)),
+                                        ("tasks", format_counts(map(self.status_of, run.tasks)))]
         facts += [("reason", run.reason)] if run.reason else []
         facts += [("version", run.plan.flow.version)] if run.plan.flow.version else []
         facts += [("tolerated failures", run.warnings)] if run.warnings else []
@@ -14812,7 +14821,7 @@ class Report:
             wide = max(2.0, ((ends or attempt.started) - attempt.started) / whole * 1000)
             if before is not None and left > before:
                 parts.append(f'<path class="wait" d="M{before:.1f} 8H{left:.1f}"/>')
-            status = INTERRUPTED if attempt.status == RUNNING and not self.live else attempt.status
+            status = self.end_of(self.run.tasks[name], attempt)
             title = f"{name}, attempt {n}: {status}{': ' if attempt.reason else ''}{attempt.reason or ''}"
             parts.append(f'<rect class="{status}" x="{left:.1f}" y="2" width="{wide:.1f}" height="12">'
                          f"<title>{html_text(one_line(title))}</title></rect>")
@@ -14872,7 +14881,8 @@ class Report:
         """Return the attempts of a task with their reasons, and the last lines of the latest one's log."""
         numbered = list(enumerate(task_run.attempts, 1))[-REPORT_ATTEMPTS:]
         rows = "".join(
-            f'<tr><td class=number>{n}</td><td class="state {attempt.status}">{attempt.status}</td>'
+            f'<tr><td class=number>{n}</td><td class="state {self.end_of(task_run, attempt)}">'
+            f'{self.end_of(task_run, attempt)}</td>'
             f"<td class=number>{format_span(span(attempt.started, attempt.finished))}</td>"
             f"<td class=long>{html_text(_bounded_text(one_line(attempt.reason or '')))}</td></tr>"
             for n, attempt in numbered)
@@ -15539,9 +15549,11 @@ class Scheduler:
     """Starts the runs that are due of the flows of `mini`; `note` is told what a user should know."""
 
     def __init__(self, mini: MiniFlow, clock: Callable[[], float] = time.time,
-                 note: Callable[[str], None] = say) -> None:
+                 note: Callable[[str], None] = say,
+                 load: Optional[Callable[[str, str], Flow]] = None) -> None:
         self._mini, self._store, self._clock, self._note = mini, mini.store, clock, note
-        self._known: Dict[str, Tuple[Any, Tuple[Schedule, ...]]] = {}  # by path, while the file is the same
+        self._load = load or (lambda path, flow: load_flow(path, flow, mini.tasks_dir).flow)
+        self._known: Dict[str, Tuple[Any, Optional[Tuple[Schedule, ...]]]] = {} # while a file is the same
         self._told: Dict[str, str] = {}
         self._engines: List[Any] = []          # children of ours, which have to be waited for
 
@@ -15611,16 +15623,16 @@ class Scheduler:
             stamp = found.st_mtime_ns, found.st_size, found.st_ino
             if path not in self._known or self._known[path][0] != stamp:
                 has_some = b"schedule" in read_file(path, MAX_BYTES + 1)
-                made = load_flow(path, flow, self._mini.tasks_dir).flow.schedule if has_some else ()
-                self._known[path] = stamp, made
-            self._told.pop(path, None)
+                self._known[path] = stamp, None   # also if it can't be read, and then not tried each time
+                self._known[path] = stamp, self._load(path, flow).schedule if has_some else ()
+            if self._known[path][1] is not None:
+                self._told.pop(path, None)
             return self._known[path][1]
         except (MiniFlowError, OSError) as exc:
             what = exc.problems[0] if isinstance(exc, FlowError) else str(exc)
             if self._told.get(path) != what:
                 self._note(f"flow {safe(flow)} can't be scheduled: {safe(what)}")
             self._told[path] = what
-            self._known.pop(path, None)
             return None
 
     def _live(self) -> Set[str]:
@@ -15639,7 +15651,8 @@ class Scheduler:
         argv = ["-f", self._mini.flows_dir, "-t", self._mini.tasks_dir, "-o", store.path,
                 "run", os.path.abspath(path), "--run-id", run_id]
         argv += ["--params", json.dumps(due.params)] if due.params else []
-        env = {name: value for name, value in os.environ.items() if not _is_own_variable(name)}
+        env = {name: value for name, value in os.environ.items()
+               if not _is_own_variable(name) and name != "MINIFLOW_TOKEN"}
         fds = [-1, -1]
         try:
             fds[0] = os.open(os.devnull, os.O_RDONLY)
@@ -17101,8 +17114,13 @@ function paramField(name, param, number) {
         typeof value === "string" ? value : JSON.stringify(value))));
     read = () => input.value === "" ? undefined : param.enum[Number(input.value)];
   } else if (kind === "boolean") {
-    input = el("input", {...given, type: "checkbox", checked: start === true});
-    read = () => input.checked;
+    if (start === undefined) {
+      input = el("select", given, ["–", "true", "false"].map((word, n) => el("option", {value: n}, word)));
+      read = () => input.value === "0" ? undefined : input.value === "1";
+    } else {
+      input = el("input", {...given, type: "checkbox", checked: start === true});
+      read = () => input.checked;
+    }
   } else if (kind === "integer" || kind === "number") {
     input = el("input", {...given, type: "number", step: kind === "integer" ? 1 : "any", min: param.min,
       max: param.max, value: start ?? ""});
@@ -17112,8 +17130,11 @@ function paramField(name, param, number) {
       : JSON.stringify(start, null, 1));
     read = () => input.value.trim() === "" ? undefined : JSON.parse(input.value);
   } else {
-    input = el("input", {...given, type: "text", value: start ?? "", pattern: null, autocomplete: "off"});
-    read = () => input.value === "" && (start === undefined || start === "") ? undefined : input.value;
+    const long = /[\r\n]/.test(start ?? "");
+    input = long ? el("textarea", {...given, rows: 3, spellcheck: "false"}, start)
+      : el("input", {...given, type: "text", value: start ?? "", pattern: null, autocomplete: "off"});
+    const before = input.value;
+    read = () => input.value === before ? (start ?? undefined) : input.value;
   }
   const bounds = [param.min !== undefined && "from " + param.min, param.max !== undefined
     && "to " + param.max, param.pattern && "matching " + param.pattern].filter(Boolean).join(" ");
@@ -17453,7 +17474,9 @@ class Web:
         self.asked: Dict[Tuple[str, str, int], int] = {}
         self.streams = 0
         self.connections: Callable[[], int] = lambda: 0
-        self._flows: Dict[str, Tuple[Any, float, Flow]] = {}
+        self.starting: Set[str] = set()        # ids of runs that are being made
+        self._flows: Dict[str, Tuple[Any, float, Union[Flow, FlowError]]] = {}
+        self._loading: Dict[str, Any] = {}     # a lock for each flow
         self._lock = threading.RLock()
 
     def count(self, method: str, path: str, status: int) -> None:
@@ -17475,6 +17498,18 @@ class Web:
         with self._lock:
             self.streams -= 1
 
+    def claim(self, run_id: str) -> None:
+        """See that nobody else makes that run meanwhile; raise Refused if somebody does, or it is there."""
+        with self._lock:
+            if run_id in self.starting or self.store.exists(run_id):
+                raise Refused(409, f"run {run_id} exists; resume it, or give another run_id")
+            self.starting.add(run_id)
+
+    def let_go(self, run_id: str) -> None:
+        """The run has been made, or could not be."""
+        with self._lock:
+            self.starting.discard(run_id)
+
     def reap(self) -> None:
         """Let go of the engines that have ended."""
         with self._lock:
@@ -17493,20 +17528,34 @@ class Web:
         return files[name]
 
     def flow(self, path: str, name: str, afresh: bool = False) -> Flow:
-        """Return a checked flow, as it was found up to a few seconds ago; raise FlowError."""
+        """Return a checked flow, as it was found up to a few seconds ago; raise FlowError.
+
+        Whoever waits for one flow to be imported keeps nobody else waiting.
+        """
+        import threading
         with self._lock:
+            one = self._loading.setdefault(name, threading.Lock())
+        with one:
             now, version = time.monotonic(), signature_of(os.path.realpath(path))
             known = self._flows.get(name)
-            if known and known[0] == version and now < known[1] and not afresh:
-                return known[2]
-            if path.endswith(".py"):
-                flow = import_elsewhere(self.mini, path)
-            else:
-                flow = load_flow(path, name, self.mini.tasks_dir).flow
-            hide(flow.secrets)
-            took = time.monotonic() - now
-            self._flows[name] = version, now + max(2.0, 20 * took), flow
-            return flow
+            if not known or known[0] != version or now >= known[1] or afresh:
+                found: Union[Flow, FlowError]
+                try:
+                    found = self.load(path, name)
+                    self.hide(found.secrets)
+                except FlowError as exc:
+                    found = exc
+                took = time.monotonic() - now
+                known = self._flows[name] = version, now + max(2.0, 20 * took), found
+        if isinstance(known[2], FlowError):
+            raise known[2]
+        return known[2]
+
+    def load(self, path: str, name: str) -> Flow:
+        """Read and check a flow; one in Python is imported by another process."""
+        if path.endswith(".py"):
+            return import_elsewhere(self.mini, path)
+        return load_flow(path, name, self.mini.tasks_dir).flow
 
     def run_id(self, asked: Asked) -> str:
         """Return the id of the run that a path names; raise Refused or NotFound."""
@@ -17640,10 +17689,12 @@ def start_run(web: Web, asked: Asked) -> Response:
         check_run_id(run_id)
     except UsageError as exc:
         raise Refused(400, f"run_id: {exc}") from None
-    if web.store.exists(run_id):
-        raise Refused(409, f"run {run_id} exists; resume it, or give another run_id")
-    _start_engine(web, ["run", os.path.abspath(path), "--run-id", run_id, "--params", "-"],
-                  json.dumps(params).encode(), lambda pid: web.store.exists(run_id))
+    web.claim(run_id)
+    try:
+        _start_engine(web, ["run", os.path.abspath(path), "--run-id", run_id, "--params", "-"],
+                      json.dumps(params).encode(), lambda pid: web.store.exists(run_id))
+    finally:
+        web.let_go(run_id)
     return respond_json({"id": run_id, "flow": name, "status": web.history.head(run_id)["status"]}, 201,
                         Location=f"/api/v1/runs/{run_id}")
 
@@ -18548,7 +18599,8 @@ def serve(mini: MiniFlow, host: str, port: int, schedule: bool, ready: Callable[
                          "give another port, or 0 for any that is free") from None
     number, place = server.server_address[1], str(server.server_address[0])
     web.is_own = own_hosts(host, place, number)
-    daemon = threading.Thread(target=schedule_loop, args=(Scheduler(mini), web.stopped.wait), daemon=True)
+    daemon = threading.Thread(target=schedule_loop, args=(Scheduler(mini, load=web.load), web.stopped.wait),
+                              daemon=True)
     shown_host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(place, f"[{place}]" if ":" in place else place)
     signal.signal(signal.SIGTERM, lambda number, frame: web.stopped.set())
     try:

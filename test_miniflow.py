@@ -10098,6 +10098,52 @@ class T44Web(unittest.TestCase):
                 project.write("flows/good.json", json.dumps(flow_json(task("a"), task("b"))))
                 self.assertEqual(served.get("/api/v1/flows/good")["tasks"], 2)
 
+    def test_a_flow_that_takes_its_time_to_be_imported_keeps_nobody_else_waiting(self):
+        with Project({"f": flow_json(task("a"))}) as project:
+            project.write("flows/slow.py", "import os, time\nopen('began', 'a').write('x')\n"
+                          "while not os.path.exists('go'):\n    time.sleep(0.01)\nraise SystemExit(3)\n")
+            web = self.web(project)
+            old, there = os.getcwd(), []
+            os.chdir(project.path)
+            self.addCleanup(os.chdir, old)
+            asking = threading.Thread(target=lambda: there.append(self.ask(web, "GET", "/api/v1/flows/slow")[0]))
+            asking.start()
+            wait_for(lambda: os.path.exists("began"), "the import")
+            self.assertEqual(self.ask(web, "GET", "/healthz")[0].status, 200)
+            self.assertEqual(self.ask(web, "GET", "/api/v1/flows/f")[0].status, 200)
+            self.assertTrue(asking.is_alive())
+            project.write("go", "")
+            asking.join(30)
+            self.assertEqual((there[0].status, project.read("began")), (200, "x"))
+            self.ask(web, "GET", "/api/v1/flows/slow")
+            self.assertEqual(project.read("began"), "x", "what can't be imported is not tried each time")
+
+    def test_of_two_requests_for_one_run_one_makes_it_and_the_other_is_refused(self):
+        with Project({"f": flow_json(task("a"), params={"q": 0})}) as project:
+            web, told = self.web(project), []
+            asked = [threading.Thread(target=lambda n=n: told.append((self.ask(
+                web, "POST", "/api/v1/runs", body=json.dumps({"flow": "f", "run_id": "r", "params": {"q": n}}).encode()
+                )[0].status, n))) for n in range(3)]
+            for thread in asked:
+                thread.start()
+            for thread in asked:
+                thread.join(60)
+            self.assertEqual(sorted(status for status, _ in told), [201, 409, 409])
+            wait_for(lambda: project.main("show", "r", "--json")[0] == 0, "the run")
+            shown = json.loads(project.main("show", "r", "--json")[1])
+            self.assertEqual(shown["params"], {"q": next(n for status, n in told if status == 201)})
+
+    def test_a_scheduled_flow_in_python_can_neither_end_the_server_nor_read_its_token(self):
+        with Project({"f": flow_json(task("a", command="env"), schedule={"every_s": 1})}) as project:
+            project.write("flows/evil.py", "# schedule\nimport os\nos._exit(7)\n")
+            with Served(project, token="tok1234567") as served:
+                log = project.at("miniflow_output", "logs")
+                wait_for(lambda: glob.glob(os.path.join(log, "f-*", "a.1.log")), "a scheduled run")
+                self.assertIsNone(served.process.poll())
+            for path in glob.glob(os.path.join(log, "f-*", "a.1.log")):
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    self.assertNotIn("tok1234567", file.read())
+
     def test_an_interrupted_and_a_damaged_run_are_listed_as_what_they_are(self):
         with one(task("a", command="sleep 60")) as project, Served(project) as served:
             served.start("f", "r")
