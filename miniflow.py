@@ -5715,13 +5715,14 @@ def parse_submitted(text: str) -> Optional[str]:
 #: What sbatch says where the job may or may not have come to be, and where there are too many for now.
 _NO_ANSWER = r"(?i)contact|connect|timed out|temporarily|zero bytes|try again|not responding"
 _TOO_MANY = r"(?i)limit|policy|too many"
+_NEVER = r"(?i)time limit is invalid|time limit specification required"       # which no waiting changes
 
 
 def judge_refusal(code: Optional[int], said: str) -> str:
     """Return what a submission that gave no job may mean: no answer, too many, or refused."""
     if not code or re.search(_NO_ANSWER, said):
         return "no answer"
-    return "too many" if re.search(_TOO_MANY, said) else "refused"
+    return "too many" if re.search(_TOO_MANY, said) and not re.search(_NEVER, said) else "refused"
 
 
 #: The states of jobs that squeue still tells of, though they are over.
@@ -5926,15 +5927,21 @@ def left_to_miniflow(plan: Plan) -> Iterator[str]:
             yield f"task {task.id}: executor {task.executor} is left out: it runs where all the others do"
 
 
-def schedule_losses(flow: Flow, words: Sequence[str]) -> Iterator[str]:
+def schedule_losses(flow: Flow, words: Sequence[str], catchups: Sequence[str], overlaps: Sequence[str]
+                    ) -> Iterator[str]:
     """Yield what does not carry over of a schedule into an engine that has one, which may be by `words`."""
     for n, schedule in enumerate(flow.schedule):
         if n or not any(getattr(schedule, word) for word in words):
             yield f"schedule[{n}]: left out; there is one, by {' or '.join(words)}, and the first counts"
-        elif schedule.params:
+            continue
+        if schedule.params:
             yield f"schedule[{n}].params: left out; a scheduled run has the params' defaults"
-        elif schedule.jitter_s:
+        if schedule.jitter_s:
             yield f"schedule[{n}].jitter_s: left out; runs start at the time itself"
+        if schedule.catchup not in catchups:
+            yield f"schedule[{n}].catchup: {schedule.catchup} is not known there; it is {catchups[0]}"
+        if schedule.overlap not in overlaps:
+            yield f"schedule[{n}].overlap: {schedule.overlap} is not known there; it is {overlaps[0]}"
 
 
 def describe_action(task: Task) -> str:
@@ -6798,7 +6805,7 @@ go() { # directory: relative to where the script was started
 be() { # program and arguments; where exec fails, bash ends at once and tells nobody why
     if [[ $1 == */* && -e $1 ]]; then
         [[ -x $1 && ! -d $1 ]] || give_up "cannot start: ${1@Q} can not be executed" 126
-    elif [[ ! $1 || $1 == */* ]] || ! hash -- "$1" 2>/dev/null; then
+    elif [[ ! $1 || $1 == */* ]] || ! type -P -- "$1" >/dev/null; then
         give_up "cannot start: ${1@Q} is not there" 127
     fi
     exec -- "$@"
@@ -7652,16 +7659,28 @@ def strict(pairs):
     return dict(pairs)
 def constant(name):
     raise ValueError(name + " is not JSON")
-def number_of(text):
-    if float(text) in (float("inf"), -float("inf")):
-        raise ValueError(text + " is too large for a number")
-    return float(text)
+def number_of(text, kind=float):
+    if len(text) > 308 or float(text) in (float("inf"), -float("inf")):
+        raise ValueError("a number is too large")
+    return kind(text)
+def check(value, depth=0):
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ValueError("a NUL character, or half of a surrogate pair")
+    if isinstance(value, (dict, list)):
+        if depth >= 64:
+            raise ValueError("nested deeper than 64 levels")
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            check(part, depth + 1)
 def take(text):
+    if len(text) > 2**24:
+        raise ValueError("more than %d bytes; write a file and hand on its path" % 2**24)
     if text.lstrip().startswith("{"):
-        found = json.loads(text, object_pairs_hook=strict, parse_constant=constant, parse_float=number_of)
-        for char in json.dumps(found, ensure_ascii=False):
-            if "\ud800" <= char <= "\udfff":
-                raise ValueError("half of a surrogate pair")
+        try:
+            found = json.loads(text, object_pairs_hook=strict, parse_constant=constant, parse_float=number_of,
+                               parse_int=lambda text: number_of(text, int))
+        except RecursionError:
+            raise ValueError("nested deeper than 64 levels") from None
+        check(found)
         return found
     lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
     while at < len(lines):
@@ -7669,6 +7688,8 @@ def take(text):
         name, equals, value = line.partition("=")
         head, heredoc, mark = line.partition("<<")
         if heredoc and len(head) < len(name):
+            if mark not in lines[at:]:
+                raise ValueError("a line opens what no line " + mark + " closes")
             end = lines.index(mark, at)
             name, value, at = head, "\n".join(lines[at:end]), end + 1
         elif not line:
@@ -7680,7 +7701,7 @@ def take(text):
 if verb == "take":
     try:
         with open(io + "/" + number + ".out", encoding="utf-8-sig", newline="") as file:
-            found = take(file.read())
+            found = take(file.read(2**24 + 1))
     except (ValueError, OSError) as exc:
         sys.exit("output: " + str(exc))
     if found:
@@ -7784,6 +7805,7 @@ mf_io=$mf_dir/io
 mapfile -d '' -t mf_p <"$mf_dir/params"
 for mf_k in "${!mf_p[@]}"; do export "mf_p$mf_k=${mf_p[mf_k]}"; done
 mf_python=$(command -v "${PYTHON:-python3}") || mf_python=python3
+[[ $mf_python == /* || $mf_python != */* ]] || mf_python=$mf_start_dir/$mf_python
 export mf_start_dir mf_io mf_n mf_python MINIFLOW_RUN_ID=$mf_p0 MINIFLOW_FLOW=$mf_flow MINIFLOW_TASK=$mf_id
 export MINIFLOW_OUTPUT=$mf_io/$mf_n.out GITHUB_OUTPUT=$mf_io/$mf_n.out TMP_DIR=$mf_dir/tmp
 export MINIFLOW_CONTEXT=$mf_io/context.json MINIFLOW_ATTEMPT
@@ -7882,6 +7904,7 @@ settle success ''
 '''
 
 _MAKE_CLEAN = r'''
+unset CDPATH
 cd -- "$mf_dir" 2>/dev/null || exit 0
 printf '%s\0' *.done *.log io/*.* params params.part given ends.tsv | xargs -0 rm -f --
 rm -rf -- tmp
@@ -8595,7 +8618,7 @@ class _AirflowFile:
 
 def _airflow_losses(flow: Flow) -> Iterator[str]:
     """Yield what Airflow does otherwise."""
-    yield from schedule_losses(flow, ("cron", "every_s"))
+    yield from schedule_losses(flow, ("cron", "every_s"), ("none", "all"), ("queue", "allow"))
     for task in flow.tasks:
         if len(set(_waits(task.retry))) > 1 or task.retry.jitter and task.retry.backoff_s:
             yield (f"task {task.id}: Airflow draws each wait between attempts, up to twice as long as it is "
@@ -9002,7 +9025,7 @@ class _ArgoManifest:
 
 def _argo_losses(flow: Flow, tasks_dir: str) -> Iterator[str]:
     """Yield what Argo does otherwise."""
-    yield from schedule_losses(flow, ("cron",))
+    yield from schedule_losses(flow, ("cron",), ("none",), ("skip", "allow"))
     yield "the parameter image names the image of all tasks, python:3 unless another one is given"
     if any(isinstance(task.action, Script) for task in flow.tasks):
         yield f"scripts are read from {shown(tasks_dir, 200)} in that image; have them there"
@@ -15397,10 +15420,16 @@ def flow_row(name: str, path: str, load: Callable[[str, str], Flow]) -> Dict[str
     return row
 
 
+def flow_by_file(flow: Flow, stem: str) -> Flow:
+    """Return a flow by the name that it is run by, that of its file, where other engines can have it, too."""
+    return flow._replace(name=stem) if accepts(_NAME, stem) else flow
+
+
 def write_script(store: Store, stem: str, plan: Plan, params: Mapping[str, Any], tasks_dir: str) -> str:
     """Write the bash script of a plan into the output directory and return its path."""
     check_secrets(plan.flow, params)
     folder = store.prepare("scripts")
+    plan = plan._replace(flow=flow_by_file(plan.flow, stem))
     script = EXPORTERS["bash"](plan, params, os.path.abspath(tasks_dir))
     content = script.text.encode("utf-8", "surrogateescape")
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -18713,8 +18742,9 @@ def start(key, flow, members):
         try:
             folder = unpack(place, key, members)
             break
-        except OSError as exc:
-            said.append("%s: %s" % (exc.filename or place, exc.strerror or exc))
+        except (OSError, UnicodeError) as exc:
+            said.append("%s: %s" % (getattr(exc, "filename", None) or place,
+                                    getattr(exc, "strerror", None) or exc))
     else:
         said.append("%s can't be unpacked; name a directory of yours by MINIFLOW_BUNDLE_DIR" % archive)
         sys.stderr.write("\n".join(said) + "\n")
@@ -19545,11 +19575,12 @@ def run_export(options: Any) -> int:
     flow = mini.load(options.flow)
     params = complete_params(flow, read_params(options, flow))
     check_secrets(flow, params)
+    flow = flow_by_file(flow, find_flow(mini.flows_dir, options.flow)[0])
     exported = EXPORTERS[options.to](make_plan(flow), params, os.path.abspath(mini.tasks_dir))
     for loss in exported.losses:
         say(f"note: {loss}")
     content = exported.text.encode("utf-8", "surrogateescape")
-    if options.file is None:
+    if options.file in (None, "-"):
         write_result(content)
         return 0
     _write_file(options.file, content, 0o755 if exported.is_program else None)
@@ -20032,7 +20063,9 @@ def start_bundle(folder: str, flow: str) -> int:
 
 def run_subflow() -> int:
     """Run a flow as the task of another run, as stdin says; hand on its final context, or why it failed."""
+    global bundled
     asked, output = json.load(sys.stdin), os.environ["MINIFLOW_OUTPUT"]
+    bundled = asked["flow"]                     # if resumed, it goes by the flow beside the outer one
     for name in list(os.environ):
         if name in OWN_VARIABLES and name != "MINIFLOW_COOKIE" or name.startswith("MINIFLOW_PARAM_"):
             del os.environ[name]                # the outer run's

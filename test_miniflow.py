@@ -2756,6 +2756,8 @@ class T15Jobs(unittest.TestCase):
         failed = "sbatch: error: Batch job submission failed: "
         for code, said, meaning in (
                 (1, failed + "Invalid partition name specified", "refused"),
+                (1, failed + "Requested time limit is invalid (missing or exceeds some limit)", "refused"),
+                (1, failed + "Time limit specification required, but not provided", "refused"),
                 (1, failed + "Unable to contact slurm controller (connect failure)", "no answer"),
                 (1, failed + "Socket timed out on send/recv operation", "no answer"),
                 (1, failed + "Job violates accounting/QOS policy (job submit limit, user's size)", "too many"),
@@ -3522,6 +3524,7 @@ class T20Bash(unittest.TestCase):
         with one(task("a", command="echo '[1]' > $MINIFLOW_OUTPUT", max_retries=1), task("b"),
                  task("c", "b", args=["${{ tasks.b.outputs.gone }}"], max_retries=2),
                  task("d", command=["no-such-command"], max_retries=2), task("e", cwd="nowhere", max_retries=2),
+                 task("builtin", command=["cd", "/"], max_retries=2),
                  task("f", command=["/etc/passwd"], max_retries=2, retry_on=[126]),
                  task("g", "b", args=["${{ env.NOT_THERE }}"], max_retries=2),
                  task("h", command="kill -9 $$", max_retries=1, retry_on=[137])) as project:
@@ -3553,6 +3556,31 @@ class T21Make(unittest.TestCase):
     def state(self, project):
         return {name: os.stat(os.path.join(place, name)).st_mtime_ns
                 for place, _, names in os.walk(project.path) for name in names}
+
+    @needs("make")
+    def test_output_that_the_engine_refuses_fails_the_task_of_the_makefile_too(self):
+        said = {"nul": "{\\\"a\\\": \\\"x\\\\u0000y\\\"}", "deep": '{\\"a\\": ' + "[" * 70 + "]" * 70 + "}",
+                "long": '{\\"a\\": ' + "9" * 400 + "}", "open": "n<<END", "good": "a=1"}
+        with one(*[task(name, command=f'printf %s "{text}" >"$MINIFLOW_OUTPUT"') for name, text in said.items()],
+                 task("large", command="head -c 17000000 /dev/zero | tr '\\0' x >$MINIFLOW_OUTPUT")) as project:
+            self.export(project)
+            run = project.run()
+            _, table, _ = self.make(project, "-j2")
+            self.assertEqual({name: end for name, end, _ in table},
+                             {name: found.status for name, found in run.tasks.items()})
+            self.assertEqual([name for name, end, _ in table if end == "success"], ["good"])
+
+    @needs("make")
+    def test_clean_and_a_relative_python_keep_to_their_own_directory(self):
+        with one(task("a", script="t.py", cwd="wd"), scripts={"t.py": "print(1)"}) as project:
+            for name in ("wd/x", "other/miniflow_output/make/f/a.done", "bin/x"):
+                project.write(name, "")
+            os.symlink(sys.executable, project.at("bin/py"))
+            self.export(project)
+            self.assertEqual(self.make(project, PYTHON="bin/py")[0], 0)
+            self.assertEqual(self.make(project, "clean", CDPATH=project.at("other"))[0], 0)
+            self.assertTrue(os.path.exists(project.at("other/miniflow_output/make/f/a.done")))
+            self.assertFalse(os.path.exists(project.at("miniflow_output/make/f")))
 
     @needs("make")
     def test_engine_and_make_end_alike_over_random_flows(self):
@@ -3888,17 +3916,23 @@ class T22Airflow(unittest.TestCase):
 
     def test_a_schedule_carries_over_and_what_does_not_is_named(self):
         daily = {"cron": "@daily", "timezone": "Europe/Berlin", "catchup": "all", "overlap": "allow"}
+        caught = "schedule[0].catchup: all is not known there; it is none"
         for schedule, airflow, argo, losses in (
                 (daily, ["schedule=CronTriggerTimetable('0 0 * * *', timezone='Europe/Berlin')", "catchup=True"],
-                 {"schedules": ["0 0 * * *"], "timezone": "Europe/Berlin", "concurrencyPolicy": "Allow"}, ([], [])),
+                 {"schedules": ["0 0 * * *"], "timezone": "Europe/Berlin", "concurrencyPolicy": "Allow"},
+                 ([], [caught])),
                 ("5 4 * * 1-5", ["schedule=CronTriggerTimetable('5 4 * * 1-5', timezone='UTC')", "catchup=False",
                                  "max_active_runs=1"],
-                 {"schedules": ["5 4 * * 1-5"], "timezone": "UTC", "concurrencyPolicy": "Forbid"}, ([], [])),
-                ({"every_s": 90}, ["schedule=timedelta(seconds=90)", "catchup=False", "max_active_runs=1"], None,
-                 ([], ["schedule[0]: left out; there is one, by cron, and the first counts"])),
+                 {"schedules": ["5 4 * * 1-5"], "timezone": "UTC", "concurrencyPolicy": "Forbid"},
+                 (["schedule[0].overlap: skip is not known there; it is queue"], [])),
+                ({"every_s": 90, "overlap": "queue", "catchup": "latest", "jitter_s": 1},
+                 ["schedule=timedelta(seconds=90)", "catchup=False", "max_active_runs=1"], None,
+                 (["schedule[0].jitter_s: left out; runs start at the time itself",
+                   "schedule[0].catchup: latest is not known there; it is none"],
+                  ["schedule[0]: left out; there is one, by cron, and the first counts"])),
                 ([daily, {"at": "2030-01-01T00:00Z"}], [], {}, (["schedule[1]: left out; there is one, by cron or "
-                 "every_s, and the first counts"], ["schedule[1]: left out; there is one, by cron, and the first "
-                                                   "counts"]))):
+                 "every_s, and the first counts"], [caught, "schedule[1]: left out; there is one, by cron, and "
+                                                   "the first counts"]))):
             problems = []
             flow = mf.read_flow(flow_json(task("a"), schedule=schedule), problems)
             self.assertEqual(problems + mf.check_flow(flow), [])
@@ -10607,6 +10641,18 @@ class T46Bundle(unittest.TestCase):
             self.assertEqual(code, 0, err)
             self.assertIn("task new was added", err)
             self.assertEqual(json.loads(project.read("e/seen.json"))[0], 5)
+
+    def test_a_newer_bundle_resumes_flows_within_flows_by_what_it_holds_of_them(self):
+        flows = {"f": flow_json(task("s", flow="g")), "g": flow_json(task("s", flow="h"), name="g"),
+                 "h": flow_json(task("a", command="false"), name="h")}
+        with Project(flows) as project:
+            self.bundle(project)
+            os.mkdir(project.at("e"))
+            self.assertEqual(self.go(project, "run", "--run-id", "r", cwd="e")[0], 1)
+            project.write("flows/h.json", json.dumps(flow_json(task("a", command="true"), name="h")))
+            self.bundle(project)
+            code, _, err = self.go(project, "resume", "r", cwd="e")
+            self.assertEqual(code, 0, err)
 
     def test_several_starts_at_once_and_one_that_is_killed_do_no_harm(self):
         kill = ("import os, runpy, signal, sys\n"
