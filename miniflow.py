@@ -7962,6 +7962,8 @@ class _MakeTask(_BashTask):
     def reference(self, ref: Ref) -> str:
         """Return a word for what a template refers to; what is not known yet is looked up before."""
         root, path = ref.path[0], ref.path[1:]
+        if root in EACH_ROOTS:
+            return "''"                        # of a task that is refused anyway
         name = str(path[0])
         if root == "params" and name not in self.opened:
             return bash_quote(to_text(lookup(ref, self.values)))

@@ -3289,10 +3289,10 @@ class T20Bash(unittest.TestCase):
             compare(*running.popleft())
 
     def test_script_and_scheduler_do_the_same_in_the_same_order_with_one_slot(self):
-        self.agree(range(70), 1, fail_fast=lambda chance: chance.random() < 0.3)
+        self.agree(range(120), 1, fail_fast=lambda chance: chance.random() < 0.3)
 
     def test_script_and_scheduler_end_alike_with_four_slots(self):
-        self.agree(range(1000, 1050), 4)
+        self.agree(range(1000, 1080), 4)
 
     def test_engine_and_script_hand_on_the_same_outputs(self):
         """Every task's end, its attempts, what it sees, and the exit code."""
@@ -3556,6 +3556,16 @@ class T21Make(unittest.TestCase):
     def state(self, project):
         return {name: os.stat(os.path.join(place, name)).st_mtime_ns
                 for place, _, names in os.walk(project.path) for name in names}
+
+    def test_what_the_tour_has_beyond_make_and_bash_is_refused_by_name(self):
+        problems = []
+        plan = mf.make_plan(mf.read_flow(mf._TOUR_FLOW, problems))
+        for to, most in ((mf.to_make, 12), (mf.to_bash, 8)):
+            with self.assertRaises(mf.UsageError) as caught:
+                to(plan, {"days": 2, "url": ""}, "/t")
+            self.assertTrue(all(line.startswith(("task ", "timeout_s",
+            "pools")) for line in str(caught.exception).split("\n")))
+            self.assertGreaterEqual(len(str(caught.exception).split("\n")), most - 4)
 
     @needs("make")
     def test_output_that_the_engine_refuses_fails_the_task_of_the_makefile_too(self):
