@@ -5905,6 +5905,77 @@ class Exported(NamedTuple):
     is_program: bool = False                   # it can be executed
 
 
+#: Python for what exporters write: reads what a task has written to $MINIFLOW_OUTPUT as parse_output() does.
+#: There is no single quote in it, as it stands between two in a bash script.
+OUTPUT_READER = r'''
+def members(pairs):
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("duplicate keys")
+    return dict(pairs)
+
+
+def constant(word):
+    raise ValueError(word + " is not JSON")
+
+
+def decimal(text, kind=float):
+    if len(text) > 308 or float(text) in (float("inf"), -float("inf")):
+        raise ValueError("a number is too large")
+    return kind(text)
+
+
+def check(value, depth=0):
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ValueError("a NUL character, or half of a surrogate pair")
+    if isinstance(value, (dict, list)):
+        if depth >= 64:
+            raise ValueError("nested deeper than 64 levels")
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            check(part, depth + 1)
+
+
+def parse(text):
+    try:
+        value = json.loads(text, object_pairs_hook=members, parse_constant=constant, parse_float=decimal,
+                           parse_int=lambda text: decimal(text, int))
+    except RecursionError:
+        raise ValueError("nested deeper than 64 levels") from None
+    check(value)
+    return value
+
+
+def read_lines(text):
+    lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
+    while at < len(lines):
+        line, at = lines[at], at + 1
+        name, equals, value = line.partition("=")
+        head, heredoc, mark = line.partition("<<")
+        if heredoc and len(head) < len(name):
+            if mark not in lines[at:]:
+                raise ValueError("line %d opens what no line closes" % at)
+            end = lines.index(mark, at)
+            name, value, at = head, "\n".join(lines[at:end]), end + 1
+        elif not line:
+            continue
+        elif not equals:
+            raise ValueError("line %d is neither a JSON object nor name=value" % at)
+        if not name:
+            raise ValueError("line %d has no name" % at)
+        found[name] = value
+    return found
+
+
+def read_output(path):
+    with open(path, "rb") as file:
+        content = file.read(2**24 + 1)
+    if len(content) > 2**24:
+        raise ValueError("more than %d bytes; write a file and hand on its path" % 2**24)
+    is_json = content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+    return (parse if is_json else read_lines)(content.decode("utf-8-sig"))
+
+'''
+
+
 #: Language -> what takes a plan, its params and the tasks directory, and returns it in that language; raises
 #: UsageError with all that can't be said in it.
 EXPORTERS: Dict[str, Callable[[Plan, Mapping[str, Any], str], Exported]] = {}
@@ -6588,34 +6659,7 @@ def save(name, value):
         json.dump(value, file)
     os.replace(new, io + "/" + name)
 
-def members(pairs):
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("duplicate keys")
-    return dict(pairs)
-
-def constant(word):
-    raise ValueError(word + " is not JSON")
-
-def decimal(text, kind=float):
-    if len(text) > 308 or float(text) in (float("inf"), -float("inf")):
-        raise ValueError("a number is too large")
-    return kind(text)
-
-def check(value, depth=0):
-    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise ValueError("a NUL character, or half of a surrogate pair")
-    if isinstance(value, (dict, list)):
-        if depth >= 64:
-            raise ValueError("nested deeper than 64 levels")
-        for part in [*value, *value.values()] if isinstance(value, dict) else value:
-            check(part, depth + 1)
-
-def parse(text):
-    value = json.loads(text, object_pairs_hook=members, parse_constant=constant, parse_float=decimal,
-                       parse_int=lambda text: decimal(text, int))
-    check(value)
-    return value
-
+''' + OUTPUT_READER + r'''
 def text_of(value):
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
@@ -6643,7 +6687,7 @@ def convert(name, text, param):
     if param["kind"] != "string":
         try:
             value = parse(text.strip())
-        except (ValueError, RecursionError):
+        except ValueError:
             value = None
         if not is_a(param["kind"], value):
             raise ValueError("--param %s: expected %s, got %s" % (name, param["form"], json.dumps(text)))
@@ -6680,35 +6724,10 @@ def set_params(declared, given):
     save("context.json", {"params": params, "tasks": {}, "ctx": params})
     print_words("MINIFLOW_PARAM_%s=%s" % (variable(name), text_of(value)) for name, value in params.items())
 
-def read_lines(text):
-    lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
-    while at < len(lines):
-        line, at = lines[at], at + 1
-        name, equals, value = line.partition("=")
-        head, heredoc, mark = line.partition("<<")
-        if heredoc and len(head) < len(name):
-            if mark not in lines[at:]:
-                raise ValueError("line %d opens what no line closes" % at)
-            end = lines.index(mark, at)
-            name, value, at = head, "\n".join(lines[at:end]), end + 1
-        elif not line:
-            continue
-        elif not equals:
-            raise ValueError("line %d is neither a JSON object nor name=value" % at)
-        if not name:
-            raise ValueError("line %d has no name" % at)
-        found[name] = value
-    return found
-
 def take(task, number, path):
     try:
-        with open(path, "rb") as file:
-            content = file.read(2**24 + 1)
-        if len(content) > 2**24:
-            raise ValueError("more than %d bytes; write a file and hand on its path" % 2**24)
-        is_json = content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
-        found = (parse if is_json else read_lines)(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError, OSError) as exc:
+        found = read_output(path)
+    except (ValueError, OSError) as exc:
         sys.exit("output: " + str(exc))
     if found:
         save(number + ".json", [task, found])
@@ -7653,55 +7672,10 @@ def load(path):
             return json.load(file)
     except FileNotFoundError:
         return {}
-def strict(pairs):
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("duplicate keys")
-    return dict(pairs)
-def constant(name):
-    raise ValueError(name + " is not JSON")
-def number_of(text, kind=float):
-    if len(text) > 308 or float(text) in (float("inf"), -float("inf")):
-        raise ValueError("a number is too large")
-    return kind(text)
-def check(value, depth=0):
-    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise ValueError("a NUL character, or half of a surrogate pair")
-    if isinstance(value, (dict, list)):
-        if depth >= 64:
-            raise ValueError("nested deeper than 64 levels")
-        for part in [*value, *value.values()] if isinstance(value, dict) else value:
-            check(part, depth + 1)
-def take(text):
-    if len(text) > 2**24:
-        raise ValueError("more than %d bytes; write a file and hand on its path" % 2**24)
-    if text.lstrip().startswith("{"):
-        try:
-            found = json.loads(text, object_pairs_hook=strict, parse_constant=constant, parse_float=number_of,
-                               parse_int=lambda text: number_of(text, int))
-        except RecursionError:
-            raise ValueError("nested deeper than 64 levels") from None
-        check(found)
-        return found
-    lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
-    while at < len(lines):
-        line, at = lines[at], at + 1
-        name, equals, value = line.partition("=")
-        head, heredoc, mark = line.partition("<<")
-        if heredoc and len(head) < len(name):
-            if mark not in lines[at:]:
-                raise ValueError("a line opens what no line " + mark + " closes")
-            end = lines.index(mark, at)
-            name, value, at = head, "\n".join(lines[at:end]), end + 1
-        elif not line:
-            continue
-        if not name or not (equals or heredoc):
-            raise ValueError("neither a JSON object nor name=value: " + line)
-        found[name] = value
-    return found
+''' + OUTPUT_READER + r'''
 if verb == "take":
     try:
-        with open(io + "/" + number + ".out", encoding="utf-8-sig", newline="") as file:
-            found = take(file.read(2**24 + 1))
+        found = read_output(io + "/" + number + ".out")
     except (ValueError, OSError) as exc:
         sys.exit("output: " + str(exc))
     if found:
@@ -8221,41 +8195,7 @@ def option(name, value):
         return ["-" + name if len(name) == 1 else "--" + name]
     return ["-" + name, to_text(value)] if len(name) == 1 else ["--%s=%s" % (name, to_text(value))]
 
-
-def no_twice(pairs):
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("duplicate keys")
-    return dict(pairs)
-
-
-def no_constant(name):
-    raise ValueError(name + " is not JSON")
-
-
-def read_output(path):
-    """Return what a task has written to $MINIFLOW_OUTPUT: a JSON object, or name=value lines."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        text = file.read()
-    if text.lstrip().startswith("{"):
-        return json.loads(text, object_pairs_hook=no_twice, parse_constant=no_constant)
-    lines, found, at = text.replace("\r\n", "\n").split("\n"), {}, 0
-    while at < len(lines):
-        line, at = lines[at], at + 1
-        name, equals, value = line.partition("=")
-        head, heredoc, mark = line.partition("<<")
-        if heredoc and len(head) < len(name):
-            end = lines.index(mark, at)
-            name, value, at = head, "\n".join(lines[at:end]), end + 1
-        elif not line:
-            continue
-        if not name or not (equals or heredoc):
-            raise ValueError("neither a JSON object nor name=value: " + line)
-        found[name] = value
-    return found
-
-
+''' + OUTPUT_READER + r'''
 class MiniFlowTask(BaseOperator):
     """Runs one task; its output is its XCom."""
 
@@ -8349,6 +8289,8 @@ class MiniFlowTask(BaseOperator):
                 self.fail("exit %d" % code, code)
             try:
                 return read_output(env["MINIFLOW_OUTPUT"]) or None
+            except FileNotFoundError:
+                return None
             except (ValueError, OSError) as exc:
                 self.fail("bad output: %s" % exc, None)
 

@@ -3130,6 +3130,32 @@ class T19Graphs(unittest.TestCase):
         self.assertEqual([mf.looks_of(running, live)["a"].status for live in (True, False)], ["running", "interrupted"])
 
 
+def outputs_that_are_refused():
+    """Return tasks whose output the engine does not take, and one, good, that hands something on."""
+    said = {"nul": "{\\\"a\\\": \\\"x\\\\u0000y\\\"}", "deep": '{\\"a\\": ' + "[" * 70 + "]" * 70 + "}",
+            "long": '{\\"a\\": ' + "9" * 400 + "}", "open": "n<<END", "good": "a=1"}
+    return [*(task(name, command=f'printf %s "{text}" >"$MINIFLOW_OUTPUT"') for name, text in said.items()),
+            task("large", command="head -c 17000000 /dev/zero | tr '\\0' x >$MINIFLOW_OUTPUT")]
+
+
+def flow_with_instances_and_handlers(seed, size, least):
+    """Return the tasks of a random flow as commands that end as told, some many times, and handlers."""
+    shell = "shift $((MINIFLOW_ATTEMPT - 1)); exit $1"
+    chance = random.Random(seed)
+    flow, script = random_flow(chance, size, conditions=False)
+    tasks = []
+    for t in mf.flow_to_json(flow)["tasks"]:
+        codes = [script[t["id"]][k][1] for k in range(1, 5)]
+        t.update(backoff_s=0, jitter=0, command=shell, args=codes)
+        for name in ("timeout_s", "pool"):
+            t.pop(name, None)
+        if chance.random() < 0.2:
+            t.update(foreach=[1, 2][:chance.randint(least, 2)])
+        tasks.append(t)
+    return tasks, {name: {"command": shell, "args": [chance.choice([0, 1])]} for name in mf.HANDLERS
+                   if chance.random() < 0.5}
+
+
 class T20Bash(unittest.TestCase):
 
     def script(self, project, name="f", *args):
@@ -3569,10 +3595,7 @@ class T21Make(unittest.TestCase):
 
     @needs("make")
     def test_output_that_the_engine_refuses_fails_the_task_of_the_makefile_too(self):
-        said = {"nul": "{\\\"a\\\": \\\"x\\\\u0000y\\\"}", "deep": '{\\"a\\": ' + "[" * 70 + "]" * 70 + "}",
-                "long": '{\\"a\\": ' + "9" * 400 + "}", "open": "n<<END", "good": "a=1"}
-        with one(*[task(name, command=f'printf %s "{text}" >"$MINIFLOW_OUTPUT"') for name, text in said.items()],
-                 task("large", command="head -c 17000000 /dev/zero | tr '\\0' x >$MINIFLOW_OUTPUT")) as project:
+        with one(*outputs_that_are_refused()) as project:
             self.export(project)
             run = project.run()
             _, table, _ = self.make(project, "-j2")
@@ -3924,6 +3947,14 @@ class T22Airflow(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr.decode("utf-8", "replace"))
         return json.loads(done.stdout)
 
+    def test_output_that_the_engine_refuses_fails_the_task_in_airflow_too(self):
+        with one(*outputs_that_are_refused()) as project:
+            run = project.run()
+            self.dag(project)
+            _, found = self.run_dag(project)
+            self.assertEqual({name: found[name][0] for name in run.tasks},
+                             {name: task_run.status for name, task_run in run.tasks.items()})
+
     def test_a_schedule_carries_over_and_what_does_not_is_named(self):
         daily = {"cron": "@daily", "timezone": "Europe/Berlin", "catchup": "all", "overlap": "allow"}
         caught = "schedule[0].catchup: all is not known there; it is none"
@@ -3991,21 +4022,8 @@ class T22Airflow(unittest.TestCase):
         self.assertEqual(names - calls, {"tasks", "timezone"})
 
     def test_every_task_of_a_random_flow_ends_as_with_miniflow_and_red_is_red(self):
-        shell = "shift $((MINIFLOW_ATTEMPT - 1)); exit $1"
         for seed in range(8):
-            chance = random.Random(seed)
-            flow, script = random_flow(chance, 7, conditions=False)
-            tasks = []
-            for t in mf.flow_to_json(flow)["tasks"]:
-                codes = [script[t["id"]][k][1] for k in range(1, 5)]
-                t.update(backoff_s=0, jitter=0, command=shell, args=codes)
-                for name in ("timeout_s", "pool"):
-                    t.pop(name, None)
-                if chance.random() < 0.2:
-                    t.update(foreach=[1, 2][:chance.randint(0, 2)])
-                tasks.append(t)
-            handlers = {name: {"command": shell, "args": [chance.choice([0, 1])]} for name in mf.HANDLERS
-                        if chance.random() < 0.5}
+            tasks, handlers = flow_with_instances_and_handlers(seed, 7, 0)
             with self.subTest(seed=seed), one(*tasks, **handlers) as project:
                 run = project.run()
                 self.dag(project)
@@ -4179,21 +4197,8 @@ class T23Argo(unittest.TestCase):
 
     def test_every_task_of_a_random_flow_ends_as_with_miniflow_and_red_is_red(self):
         """Where Argo says Omitted, MiniFlow says why: skipped or upstream_failed."""
-        shell = "shift $((MINIFLOW_ATTEMPT - 1)); exit $1"
         for seed in range(12):
-            chance = random.Random(seed)
-            flow, script = random_flow(chance, 9, conditions=False)
-            tasks = []
-            for t in mf.flow_to_json(flow)["tasks"]:
-                codes = [script[t["id"]][k][1] for k in range(1, 5)]
-                t.update(backoff_s=0, jitter=0, command=shell, args=codes)
-                for name in ("timeout_s", "pool"):
-                    t.pop(name, None)
-                if chance.random() < 0.2:
-                    t.update(foreach=[1, 2][:chance.randint(1, 2)])
-                tasks.append(t)
-            handlers = {name: {"command": shell, "args": [chance.choice([0, 1])]} for name in mf.HANDLERS
-                        if chance.random() < 0.5}
+            tasks, handlers = flow_with_instances_and_handlers(seed, 9, 1)
             with self.subTest(seed=seed), one(*tasks, **handlers) as project:
                 run = project.run()
                 found = ArgoWorld(self.manifest(project), project.path)
