@@ -15471,6 +15471,7 @@ class MiniFlow:
 START_S = 30.0                                 # how long an engine may take until its run is there
 HELD_S = 60.0                                  # how long another daemon's turn is waited for
 LOOK_S = 10.0                                  # how often to see if a flow has changed, or the clock
+AGAIN_S = 60.0                                 # how soon to try once more to read a flow that is broken
 _LEDGERS_FORMAT = 1
 
 
@@ -15526,7 +15527,8 @@ class Scheduler:
                  load: Optional[Callable[[str, str], Flow]] = None) -> None:
         self._mini, self._store, self._clock, self._note = mini, mini.store, clock, note
         self._load = load or (lambda path, flow: load_flow(path, flow, mini.tasks_dir).flow)
-        self._known: Dict[str, Tuple[Any, Optional[Tuple[Schedule, ...]]]] = {} # while a file is the same
+        self._known: Dict[str, Tuple[Any, Tuple[Schedule, ...]]] = {}  # by path, while the file is the same
+        self._broken: Dict[str, Tuple[Any, float]] = {}        # by path, and until when
         self._told: Dict[str, str] = {}
         self._engines: List[Any] = []          # children of ours, which have to be waited for
 
@@ -15595,17 +15597,21 @@ class Scheduler:
             found = os.stat(path)
             stamp = found.st_mtime_ns, found.st_size, found.st_ino
             if path not in self._known or self._known[path][0] != stamp:
+                broken, until = self._broken.get(path, (None, 0.0))
+                if broken == stamp and time.monotonic() < until:
+                    return None
+                self._known.pop(path, None)
                 has_some = b"schedule" in read_file(path, MAX_BYTES + 1)
-                self._known[path] = stamp, None   # also if it can't be read, and then not tried each time
                 self._known[path] = stamp, self._load(path, flow).schedule if has_some else ()
-            if self._known[path][1] is not None:
-                self._told.pop(path, None)
+            self._told.pop(path, None)
             return self._known[path][1]
         except (MiniFlowError, OSError) as exc:
             what = exc.problems[0] if isinstance(exc, FlowError) else str(exc)
             if self._told.get(path) != what:
                 self._note(f"flow {safe(flow)} can't be scheduled: {safe(what)}")
             self._told[path] = what
+            if not isinstance(exc, OSError):   # it may have taken its time, and what it lacks may come to be
+                self._broken[path] = stamp, time.monotonic() + AGAIN_S
             return None
 
     def _live(self) -> Set[str]:

@@ -10362,6 +10362,30 @@ class T41Daemon(unittest.TestCase):
                 return found if found["status"] != "running" else None
         return wait_for(state, f"the end of {run_id}")
 
+    def test_a_broken_flow_is_read_again_when_it_changes_or_after_a_while(self):
+        with Project({"f": flow_json(task("a", script="late.py"), schedule={"every_s": 1})}) as project:
+            mini = mf.MiniFlow(project.at("flows"), project.at("tasks"), project.at("miniflow_output"))
+            notes, read, path = [], [], project.at("flows/f.json")
+
+            def load(path, flow):
+                read.append(flow)
+                return mf.load_flow(path, flow, project.at("tasks")).flow
+
+            scheduler = mf.Scheduler(mini, note=notes.append, load=load)
+            for _ in range(3):
+                self.assertIsNone(scheduler._schedules("f", path))
+            self.assertEqual((len(read), len(notes)), (1, 1))
+            project.write("tasks/late.py", "")
+            saved, mf.AGAIN_S = mf.AGAIN_S, 0.0
+            self.addCleanup(setattr, mf, "AGAIN_S", saved)
+            project.write("flows/f.json", project.read("flows/f.json") + "\n")
+            self.assertEqual(scheduler._schedules("f", path)[0].every_s, 1)
+            os.unlink(project.at("tasks/late.py"))
+            project.write("flows/f.json", project.read("flows/f.json") + "\n")
+            self.assertIsNone(scheduler._schedules("f", path))
+            project.write("tasks/late.py", "")
+            self.assertIsNotNone(scheduler._schedules("f", path), "the file is the same, and time has passed")
+
     def test_ten_ticks_at_once_start_one_run_for_a_time_that_is_due(self):
         due = int(time.time()) + 3
         with one(self.RAN, params={"n": 1}, schedule={"at": mf.scheduled_text(due), "params": {"n": 2}}) as project:
