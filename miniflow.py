@@ -17534,7 +17534,8 @@ class Web:
         """Read and check a flow; one in Python is imported by another process."""
         if path.endswith(".py"):
             return import_elsewhere(self.mini, path)
-        return load_flow(path, name, self.mini.tasks_dir).flow
+        with self._lock:                       # for load_flow() hides secrets, too
+            return load_flow(path, name, self.mini.tasks_dir).flow
 
     def run_id(self, asked: Asked) -> str:
         """Return the id of the run that a path names; raise Refused or NotFound."""
