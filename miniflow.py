@@ -149,17 +149,56 @@ else:
     datetime, heapq, json, re, signal, zlib = map(
         _Later, ("datetime", "heapq", "json", "re", "signal", "zlib"))
 
+    class _Record(tuple):
+        """What all tuples with named fields have in common."""
+
+        __slots__ = ()
+
+        @classmethod
+        def _make(cls, values):
+            return cls(*values)
+
+        def _replace(self, **changes):
+            made = tuple.__new__(type(self), map(changes.pop, self._fields, self))
+            if changes:
+                raise TypeError(f"{type(self).__name__} has no field {next(iter(changes))}")
+            return made
+
+        __replace__ = _replace
+
+        def _asdict(self):
+            return dict(zip(self._fields, self))
+
+        def __repr__(self):
+            fields = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields, self))
+            return f"{type(self).__name__}({fields})"
+
+        def __getnewargs__(self):
+            return tuple(self)
+
     class _FromFields(type):
-        """Makes of a class statement with annotations what typing.NamedTuple makes of it."""
+        """Makes of a class statement with annotations what typing.NamedTuple makes of it.
+
+        collections.namedtuple compiles a constructor for each class, which took a quarter of a start.  Here
+        all that have as many fields share the code of one, in which only the names differ.
+        """
+
+        getters = namedtuple("Getters", [f"field{n}" for n in range(30)])
+        codes = {}
 
         def __new__(cls, name, bases, body):
-            fields = body.pop("__annotations__")
-            defaults = [body.pop(field) for field in fields if field in body]
-            made = namedtuple(name, fields, defaults=defaults)
-            made.__annotations__ = made.__new__.__annotations__ = fields
-            for key, value in body.items():
-                setattr(made, key, value)
-            return made
+            annotations = body["__annotations__"]
+            fields = tuple(annotations)
+            defaults = {field: body[field] for field in fields if field in body}
+            if len(fields) not in cls.codes:
+                values = "".join(f"_{n}, " for n in range(len(fields)))
+                cls.codes[len(fields)] = eval(f"lambda _cls, {values}: _new(_cls, ({values}))").__code__
+            code = cls.codes[len(fields)].replace(co_name="__new__", co_varnames=("_cls", *fields))
+            new = type(cls.__new__)(code, {"_new": tuple.__new__}, None, tuple(defaults.values()))
+            new.__annotations__, new.__qualname__ = annotations, f"{name}.__new__"
+            body.update(zip(fields, map(vars(cls.getters).get, cls.getters._fields)), __new__=new,
+                        __slots__=(), _fields=fields, _field_defaults=defaults, __match_args__=fields)
+            return type(name, (_Record,), body)
 
     NamedTuple = type.__new__(_FromFields, "NamedTuple", (), {})
 
@@ -579,6 +618,7 @@ def add_handlers(tasks: Sequence[Task], handlers: Mapping[str, Task]) -> Tuple[T
 MAX_DEPTH = 64
 MAX_DIGITS = 308
 MAX_BYTES = 32 * 2**20
+BYTE_ORDER_MARK = "\ufeff"                    # which some editors write before a text
 MAX_PROBLEMS = 100
 
 if TYPE_CHECKING:
@@ -837,7 +877,7 @@ class Document(NamedTuple):
 def _decode(content: bytes, where: str) -> str:
     """Return UTF-8 as text, less a byte order mark; raise FlowError with the place of a byte that is none."""
     try:
-        return content.decode("utf-8-sig")
+        return content.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as exc:
         line = content.count(b"\n", 0, exc.start) + 1
         column = exc.start - content.rfind(b"\n", 0, exc.start)
@@ -3351,6 +3391,7 @@ EVENTS: Dict[str, Type[Any]] = {
     "run_finished": RunFinished,
 }
 EVENT_WORDS = {kind: word for word, kind in EVENTS.items()}
+_USUAL = {kind: [kind._field_defaults.get(name, EVENTS) for name in kind._fields] for kind in EVENT_WORDS}
 
 
 class Lineage:
@@ -4174,6 +4215,8 @@ AT_ONCE = 500
 def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
     """Return a Start for the first `free` tasks by key: those that are ready, and retries that are due."""
     queues, late = run.queues, {}              # type: Queues, Dict[Tuple[str, ...], List[Tuple[float, str]]]
+    if free is not None and free <= 0 and not queues.some_wait:
+        return []
     for at, name, attempt in _ascending(run.retries):
         if at > now:
             break
@@ -4303,8 +4346,9 @@ def drive(run: Run, world: Any, record: Callable[[List[Event], int], None], slot
             observe(event)
         events = [event for action in actions if type(action) in perform
                   for event in perform[type(action)](run, action)]
-        if run.outcome is None:                 # after a deed, look what came meanwhile; else wait
-            events += yield world.now() if actions else next_wake(run, slots)
+        if run.outcome is None:                 # wait, unless there may be more to do by now
+            more = events or len(actions) == AT_ONCE or any(type(action) is not Start for action in actions)
+            events += yield world.now() if more else next_wake(run, slots)
 
 
 # ============================================================================
@@ -4493,6 +4537,7 @@ def _format_second(second: int) -> str:
     return (_epoch() + datetime.timedelta(seconds=second)).isoformat()[:19]
 
 
+@_remembering                                  # an event, an attempt and its task have the same
 def format_time(at: Optional[float]) -> Optional[str]:
     """Return seconds since 1970 as 2026-11-21T22:14:00.123456Z; None stays None."""
     if at is None:
@@ -4588,8 +4633,11 @@ _HEAD = ("id", "flow", "status", "reason", "started", "finished", "duration_s", 
 
 @_remembering
 def _encoder(separators: Optional[Tuple[str, str]]) -> Callable[[Any], str]:
-    """Return what turns a value into JSON; json.dumps would make it anew each time."""
-    return json.JSONEncoder(separators=separators).encode
+    """Return what turns a value into JSON; json.dumps would make it anew each time.
+
+    Nothing here holds itself: what comes from outside was read as JSON or copied by json_copy().
+    """
+    return json.JSONEncoder(check_circular=False, separators=separators).encode
 
 
 def _encode(value: Any) -> str:
@@ -4697,10 +4745,9 @@ def decode_record(line: bytes) -> Optional[Dict[str, Any]]:
 def event_to_json(event: Event) -> Dict[str, Any]:
     """Return `event` as an object: its word, its time, and what is not at its default."""
     kind: Any = type(event)
-    usual = kind._field_defaults
     members: Dict[str, Any] = {"event": EVENT_WORDS[kind]}
-    for name, value in zip(kind._fields, event):
-        if name not in usual or value is not usual[name] and value != usual[name]:
+    for name, value, usual in zip(kind._fields, event, _USUAL[kind]):
+        if value is not usual and value != usual:
             members[name] = value
     members["at"] = format_time(event.at)
     return members
@@ -5330,7 +5377,7 @@ def parse_output(content: bytes) -> Dict[str, Any]:
         except FlowError as exc:
             raise ValueError(str(exc)) from None
     try:
-        lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        lines = content.decode().removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as exc:
         raise ValueError(f"output: byte 0x{content[exc.start]:02x} at {exc.start} is not UTF-8") from None
     output: Dict[str, Any] = {}
@@ -10239,9 +10286,12 @@ def _known_path(name: str, env: Mapping[str, str]) -> str:
     return path
 
 
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0
+
+
 def _boot_ticks() -> int:
     """Return the time since the system was started as /proc/PID/stat tells it (Linux)."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S)
 
 
 def _posix_spawn(argv: Sequence[str], env: Mapping[str, str], files: Tuple[int, int, int],
@@ -13917,6 +13967,12 @@ def unfinished_secret(file: IO[bytes], end: int) -> int:
     return max(sizes, default=0)
 
 
+@_remembering
+def _time_of_day(second: int) -> str:
+    """Return seconds since 1970 as a clock on the wall shows them."""
+    return time.strftime("%H:%M:%S", time.localtime(second))
+
+
 class Lines(Watcher):
     """Tells of a run on stderr, a line a change."""
 
@@ -13964,8 +14020,7 @@ class Lines(Watcher):
 
     def line(self, word: str, task: str, rest: str = "") -> None:
         """Show that something has happened to a task."""
-        stamp = time.strftime("%H:%M:%S")
-        self.tell(f"{stamp}  {self.paint(word, f'{word:<9}')}  {task}{safe(rest)}")
+        self.tell(f"{_time_of_day(int(time.time()))}  {self.paint(word, f'{word:<9}')}  {task}{safe(rest)}")
 
     def started(self, event: AttemptStarted) -> None:
         """An attempt has started."""

@@ -9,16 +9,19 @@ import atexit
 import bisect
 import collections
 import contextlib
+import copy
 import datetime
 import errno
 import functools
 import glob
 import http.client
 import http.server
+import inspect
 import io
 import itertools
 import json
 import os
+import pickle
 import py_compile
 import random
 import re
@@ -428,6 +431,34 @@ class T01Errors(unittest.TestCase):
 
 
 class T02Model(unittest.TestCase):
+
+    def test_tuples_with_named_fields_are_what_the_standard_library_would_make(self):
+        classes = [kind for kind in vars(mf).values() if isinstance(kind, type) and hasattr(kind, "_fields")]
+        self.assertGreater(len(classes), 50)
+        for kind in classes:
+            defaults = kind._field_defaults
+            like = collections.namedtuple(kind.__name__, kind._fields, defaults=list(defaults.values()))
+            values = list(range(len(kind._fields)))
+            with self.subTest(kind.__name__):
+                self.assertEqual(like._field_defaults, defaults)
+                for each in (like, kind):
+                    told = inspect.signature(each).parameters
+                    self.assertEqual({name: part.default for name, part in told.items()},
+                                     {name: defaults.get(name, inspect.Parameter.empty) for name in kind._fields})
+                this, other = (each(*values[:1], **dict(zip(kind._fields[1:], values[1:]))) for each in (kind, like))
+                self.assertEqual((this, hash(this), this._asdict()), (other, hash(other), other._asdict()))
+                self.assertEqual([getattr(this, name) for name in kind._fields], values)
+                self.assertEqual(this._replace(**{kind._fields[-1]: "new"}), (*values[:-1], "new"))
+                self.assertIs(type(kind._make(values)), kind)
+                self.assertFalse(hasattr(this, "__dict__"))
+                if "__repr__" not in vars(kind):
+                    self.assertEqual(repr(this), repr(other))
+                for again in (copy.copy(this), copy.deepcopy(this), pickle.loads(pickle.dumps(this))):
+                    self.assertEqual((type(again), again), (kind, this))
+                for wrong in (lambda: this._replace(unknown=1), lambda: kind(*values, 1), lambda: kind(unknown=1)):
+                    self.assertRaises(TypeError, wrong)
+                with self.assertRaises(AttributeError):
+                    setattr(this, kind._fields[0], 1)
 
     def test_stored_words_are_never_renamed(self):
         self.assertEqual(mf.TASK_STATES, ("pending", "running", "retrying", "success", "cached", "skipped",
@@ -1739,6 +1770,18 @@ class T11Scheduler(unittest.TestCase):
     def test_slots_limit_the_attempts_at_once(self):
         _, world, _ = simulate(make(task("a"), task("b"), task("c")), {"a": {1: (3, 0)}}, slots=2)
         self.assertEqual(world.log, ["0 start a", "0 start b", "1 start c"])
+
+    def test_a_start_that_nothing_came_of_yet_is_waited_for_and_takes_no_turn_of_its_own(self):
+        class Counting(SimWorld):
+            turns = 0
+
+            def wait(self, run, until):
+                self.turns += 1
+                return super().wait(run, until)
+
+        for slots, turns in ((1, 20), (None, 20)):
+            _, world, _ = simulate(make(*[task(f"t{n}") for n in range(20)]), slots=slots, world=Counting())
+            self.assertEqual(world.turns, turns)
 
     def test_a_failed_task_is_retried_with_backoff_and_holds_no_slot_meanwhile(self):
         flow = make(task("a", max_retries=3, backoff_s=10), task("b"))
