@@ -4982,16 +4982,20 @@ def attempt_cookie(token: str, task_id: str, attempt: int) -> str:
     return f"{token}/{task_id}/{attempt}"
 
 
-def _own_env(run: Run, task: Task, setting: Setting) -> Dict[str, str]:
-    """Return the variables that MiniFlow itself gives an attempt."""
+def run_env(run: Run, setting: Setting) -> Dict[str, str]:
+    """Return the variables that MiniFlow itself gives all attempts of a run."""
     env = {"MINIFLOW_PARAM_" + param_variable(name): to_text(value) for name, value in run.params.items()}
+    env.update(MINIFLOW_RUN_ID=run.id, MINIFLOW_FLOW=run.flow, TMP_DIR=setting.tmp_dir)
+    return env
+
+
+def _attempt_env(run: Run, task: Task, setting: Setting) -> Dict[str, str]:
+    """Return the variables that MiniFlow itself gives this attempt alone."""
     attempt, outer = run.tasks[task.id].attempt, setting.environ.get("MINIFLOW_COOKIE")
     cookie = attempt_cookie(setting.token, task.id, attempt)
-    env["MINIFLOW_COOKIE"] = f"{outer}:{cookie}" if outer else cookie    # so that an outer run finds ours too
-    env.update(MINIFLOW_RUN_ID=run.id, MINIFLOW_FLOW=run.flow, MINIFLOW_TASK=task.id,
-               MINIFLOW_ATTEMPT=str(attempt), MINIFLOW_CONTEXT=setting.context,
-               MINIFLOW_OUTPUT=setting.output, GITHUB_OUTPUT=setting.output, TMP_DIR=setting.tmp_dir)
-    return env
+    return {"MINIFLOW_COOKIE": f"{outer}:{cookie}" if outer else cookie,    # an outer run finds ours, too
+            "MINIFLOW_TASK": task.id, "MINIFLOW_ATTEMPT": str(attempt), "MINIFLOW_CONTEXT": setting.context,
+            "MINIFLOW_OUTPUT": setting.output, "GITHUB_OUTPUT": setting.output}
 
 
 #: What the process of a function executes: it loads this file under its name here, and goes on there.
@@ -5352,7 +5356,8 @@ def invoke(run: Run, task_id: str, setting: Setting) -> Invocation:
     stdin = (_asked(action, values) if isinstance(action, (Http, WaitFor)) else
              json.dumps(asked) if isinstance(action, SubFlow) else
              None if action.stdin is None else to_text(render(action.stdin, values)))
-    env = {**values.env, **_own_env(run, task, setting)}
+    env = {**setting.environ, **run_env(run, setting), **flow_env, **task_env,
+           **_attempt_env(run, task, setting)}
     return Invocation(tuple(head + args), env, cwd, stdin, can_fork)
 
 
@@ -10634,6 +10639,11 @@ class Watchdog:
 # invisible to a script.  Where there is more to an end (threads, other streams, compiled code of others that
 # may wait for it) it is left to Python.
 #
+# Most of what a child costs are pages of memory: each that it is the first to write to is copied, at three
+# microseconds, and to let go of an object is to write to it.  So a child frees as little as can be of what the
+# template has, buffers are not large enough to be mapped by themselves, the variables that all scripts of a
+# run have are the template's own, and what the engine can find out, which no child is a copy of, it finds out.
+#
 # One frame of this program lies below the script's own.  Its file is named so that `warnings` and `logging`
 # take it for a part of the import system, which they skip.
 #
@@ -10647,13 +10657,14 @@ class Watchdog:
 # Tried and rejected: ending by os._exit (loses what is not flushed); a fork of the engine (has its modules,
 # its open files and maybe threads); JSON for requests (half a millisecond in a young child); reading the
 # script and compiling it in the template (a script that runs long would have to be read again to see a
-# change); a child forked before it is asked for (no faster: two scripts at a time leave no core idle for it).
+# change); a child forked before it is asked for (no faster: two scripts at a time leave no core idle for it);
+# filling up the free memory of the template so that what is new lies together, and LD_BIND_NOW (no faster).
 
 FORK_PAYS_FROM = 6                             # scripts; for fewer a template costs more than it saves
 PRELOAD_PAYS_FROM = 3                          # the same where modules are to be imported once
 ANSWER_S = 20.0                                # how long a template may take to start, or to answer
 _LAST_WORDS_S = 2.0                            # how long one that closed its socket may take to end
-_REQUEST_BYTES = 100_000                       # longer ones are not sent
+_REQUEST_BYTES = 60_000                        # longer ones are not sent; memory for 128 KiB costs a mapping
 _COOKIE_ROOM = 400
 _ARGUMENTS_ROOM = 8000
 
@@ -10676,7 +10687,9 @@ unseen = {"_ctypes", "readline", "_tkinter", "_curses"}       # of the library, 
 hiding = {}                                   # directory of scripts: its mtime, and what is_hidden said of it
 TEMPLATE = [b"(template of miniflow)"]
 code = None                                   # what the script ends with, once that is a plain number
-ours, our_module = globals(), sys.modules["__main__"]         # a circle: once frozen, it is never freed
+ours, our_module = globals(), sys.modules["__main__"]         # a circle: once frozen, it is never freed,
+our_code = sys._getframe().f_code             # nor is what it holds
+running, poll = {}, select.poll()             # pidfd of a child: the number of its request, and its pid
 
 
 def memory_of(name):
@@ -10778,6 +10791,7 @@ def let_go():
     added = [modules.popitem() for _ in range(len(modules) - count)]
     added.append(("__main__", modules.pop("__main__")))
     limbo.extend([modules.popitem() for _ in range(count - 1)])
+    limbo.extend([sys.path, sys.path_hooks, sys.meta_path])   # of which Python lets go first
     modules.update(left)
     modules.update(reversed(added))
     _imp.__miniflow_end__ = End()             # one of the first modules, and so of the last to be tidied up
@@ -10785,7 +10799,6 @@ def let_go():
 
 def serve():
     """Fork when asked to, tell of it and of the ends; return in each child what is asked of it."""
-    running, poll = {}, select.poll()
     poll.register(channel, select.POLLIN)
     channel.send(b"ready")
     while True:
@@ -10796,12 +10809,11 @@ def serve():
                 os.close(fd)
                 channel.send(b"%d %d" % (number, os.waitpid(pid, 0)[1]))
                 continue
-            request, files, flags, _ = socket.recv_fds(channel, 2**18, 3)
+            request, files, flags, _ = socket.recv_fds(channel, 2**16, 3)
             if not request:
                 os._exit(0)
-            number, count, *words = request.split(b"\0")
-            number, count = int(number), int(count)
-            place = os.fsdecode(os.path.dirname(os.path.realpath(words[1])))
+            number, place, words = request.split(b"\0", 2)
+            number, place = int(number), os.fsdecode(place)
             try:
                 hidden = is_hidden(place)
             except OSError:
@@ -10809,6 +10821,7 @@ def serve():
             try:
                 if flags & socket.MSG_CTRUNC: # no more room for open files
                     raise OSError(errno.EMFILE, "")
+                before = boot_ticks()
                 pid = os.fork()
             except OSError as exc:
                 pid = None
@@ -10816,7 +10829,7 @@ def serve():
             if pid == 0:
                 for fd in running:
                     os.close(fd)
-                return number, words[:count], words[count:], files, place, hidden
+                return number, before, words, files, place, hidden
             for fd in files:
                 os.close(fd)
             if not pid:
@@ -10826,8 +10839,21 @@ def serve():
             poll.register(fd, select.POLLIN)
 
 
-def become(number, argv, environ, files):
-    """Turn into the process of a script, in all but its code, and tell of it."""
+def boot_ticks():
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * ticks_per_s)
+
+
+def start_ticks():
+    """Return when this process was started, as field 22 of its /proc/PID/stat says."""
+    stat = os.open("/proc/self/stat", os.O_RDONLY)
+    ticks = os.read(stat, 4096).rpartition(b")")[2].split()[19]
+    os.close(stat)
+    return int(ticks)
+
+
+def become(number, before, words, files):
+    """Turn into the process of a script, in all but its code, and tell of it; return its arguments."""
+    ticks = before if before == boot_ticks() else start_ticks()
     os.setsid()
     for n, fd in enumerate((files[0], files[1], files[1])):
         os.dup2(fd, n)
@@ -10835,30 +10861,29 @@ def become(number, argv, environ, files):
         os.fchdir(files[2])
     for fd in files:
         os.close(fd)
-    for part in environ:
+    count, *words = words.split(b"\0")
+    argv = words[:int(count)]
+    for part in words[int(count):]:
         name, _, value = part.partition(b"=")
         os.environb[name] = value
         if name == b"TZ":
             time.tzset()
     show(argv, os.environb[b"MINIFLOW_COOKIE"])
-    stat = os.open("/proc/self/stat", os.O_RDONLY)
-    ticks = os.read(stat, 4096).rpartition(b")")[2].split()[19]
-    os.close(stat)
     try:
-        channel.send(b"%d %d %s" % (number, os.getpid(), ticks))
+        channel.send(b"%d %d %d" % (number, os.getpid(), ticks))
     except OSError:
         os._exit(0)                           # the engine is gone
     channel.close()
+    return argv
 
 
 def load(argv, place):
     """Return a script's code and its namespace; raise whatever shows that it is not a plain one."""
     file = os.open(argv[0], os.O_RDONLY)
-    text = b"".join(iter(lambda: os.read(file, 2**20), b""))
+    text = b"".join(iter(lambda: os.read(file, 2**16), b""))
     os.close(file)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        program = compile(text, argv[0], "exec", dont_inherit=True)
+    program = compile(text, argv[0], "exec", dont_inherit=True)
+    usual_warnings.__exit__(None, None, None)
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, place)
     main = type(sys)("__main__")
@@ -10920,6 +10945,7 @@ def plain(exc):
     return exc.code or 0 if exc.code is None or type(exc.code) is int and 0 <= exc.code < 256 else None
 
 
+ticks_per_s = os.sysconf("SC_CLK_TCK")
 places = memory_of(b"MINIFLOW_COOKIE")
 own_cookie = os.environb[b"MINIFLOW_COOKIE"]
 if b":" not in own_cookie.rstrip(b":"):       # no run around ours has given us one: a script gets it last
@@ -10954,10 +10980,13 @@ left = {name: module for name, module in modules.items() if name not in kept and
 for_python = any(needs_the_end(*item) for item in modules.items())
 atexit.register(let_go)                       # before any of a script's, so that it comes last
 compile("import os\nprint('')\n", "", "exec") # the first one takes a millisecond
+usual_warnings = warnings.catch_warnings()
+usual_warnings.__enter__()
+warnings.simplefilter("error")                # until the script is compiled
 gc.collect()
 gc.freeze()
-number, argv, environ, files, place, hidden = serve()
-become(number, argv, environ, files)
+number, before, words, files, place, hidden = serve()
+argv = become(number, before, words, files)
 sys.argv[:] = map(os.fsdecode, argv[1:])
 if hasattr(sys, "orig_argv"):
     sys.orig_argv = list(map(os.fsdecode, argv))
@@ -11031,7 +11060,7 @@ class Forked:
 class Template:
     """The engine's side of a template interpreter.  Raises OSError if there can't be one."""
 
-    def __init__(self, python: str, flow: Flow, setting: Setting, place: str) -> None:
+    def __init__(self, python: str, run: Run, setting: Setting, place: str) -> None:
         import socket
         self.python, self.is_ready, self.is_dead = python, False, False
         self._forked: Dict[int, Forked] = {}   # those whose end has not been told of
@@ -11041,10 +11070,10 @@ class Template:
         self._program = self._said + ".importlib_bootstrap.py"
         outer = setting.environ.get("MINIFLOW_COOKIE")
         cookie = f"{outer}:{setting.token}/" if outer else f"{setting.token}/"
-        env = {**setting.environ, "MINIFLOW_COOKIE": cookie.ljust(len(cookie) + _COOKIE_ROOM, ":")}
+        self._environ = {**setting.environ, **run_env(run, setting)}   # which a script's process has already
+        env = {**self._environ, "MINIFLOW_COOKIE": cookie.ljust(len(cookie) + _COOKIE_ROOM, ":")}
         self._cookie_room, self._start_dir = len(os.fsencode(env["MINIFLOW_COOKIE"])), setting.start_dir
         python_path = setting.environ.get("PYTHONPATH")
-        self._environ = setting.environ        # which a script's process has already
         self._is_same_anywhere = not python_path or all(map(os.path.isabs, python_path.split(os.pathsep)))
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         files: List[int] = []
@@ -11057,7 +11086,7 @@ class Template:
             files.append(program)
             os.write(program, (_BOOTSTRAP % TEMPLATE_PROGRAM).encode())
             argv = [python, self._program, str(theirs.fileno()), setting.tasks_dir, "-" * _ARGUMENTS_ROOM,
-                    *flow.preload]
+                    *run.plan.flow.preload]
             self.process = spawn(argv, env, setting.start_dir, (files[0], files[1], files[2]),
                                  [theirs.fileno()])
         except BaseException:
@@ -11076,7 +11105,8 @@ class Template:
                 or len(os.fsencode(invocation.env["MINIFLOW_COOKIE"])) > self._cookie_room
                 or not self._is_same_anywhere and invocation.cwd != self._start_dir):
             return None
-        request = [b"%d" % len(invocation.argv), *map(os.fsencode, words)]
+        place = os.path.dirname(os.path.realpath(invocation.argv[1]))  # here, as no child has to pay for it
+        request = list(map(os.fsencode, [place, str(len(invocation.argv)), *words]))
         if sum(map(len, request)) + len(request) > _REQUEST_BYTES:
             return None
         fds: List[int] = []
@@ -11237,7 +11267,7 @@ class Templates:
         for python, count in counts.items():
             if self.can_be and count >= pays_from and is_binary(python, self._setting.environ):
                 try:
-                    template = Template(python, run.plan.flow, self._setting, self._place)
+                    template = Template(python, run, self._setting, self._place)
                 except (OSError, ValueError):
                     continue                   # a script that is started with it tells what is wrong
                 self._by_python[python] = template

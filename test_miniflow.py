@@ -455,8 +455,9 @@ class T02Model(unittest.TestCase):
                     self.assertEqual(repr(this), repr(other))
                 for again in (copy.copy(this), copy.deepcopy(this), pickle.loads(pickle.dumps(this))):
                     self.assertEqual((type(again), again), (kind, this))
-                for wrong in (lambda: this._replace(unknown=1), lambda: kind(*values, 1), lambda: kind(unknown=1)):
-                    self.assertRaises(TypeError, wrong)
+                self.assertRaises(TypeError, this._replace, unknown=1)
+                self.assertRaises(TypeError, kind, *values, 1)
+                self.assertRaises(TypeError, kind, unknown=1)
                 with self.assertRaises(AttributeError):
                     setattr(this, kind._fields[0], 1)
 
@@ -5779,6 +5780,18 @@ ENDS = {
         class Code(int): pass
         raise SystemExit(Code(4))
         """, 4),
+    **{f"gone_with_{place}": row(f"""
+        import sys
+        class Finder:
+            def __call__(self, path): raise ImportError
+            def find_spec(self, *args): return None
+            def __str__(self): return "/nowhere"
+            def __del__(self): print("gone", self.name, flush=True)
+        finder = Finder()
+        finder.name = "finder"
+        sys.{place}.append(finder)
+        del finder
+        """, 0) for place in ("meta_path", "path_hooks", "path", "argv")},
     "exit_of_site": row("exit(6)", 6),
     "quit_of_site": row("quit('bye')", 1),
     "exit_within_finally": row("""
@@ -6374,11 +6387,9 @@ class T30TemplateInterpreter(unittest.TestCase):
 
     def by_hand(self, project, name, row):
         """Run a script as a user would: its exit code and its output."""
-        env = {**self.ENV, **row["env"], "MINIFLOW_PARAM_WAY": "hand", "MINIFLOW_COOKIE": f"token/{name}/1"}
-        for variable, value in (("RUN_ID", "hand"), ("FLOW", "f"), ("TASK", name), ("ATTEMPT", "1"),
-                                ("CONTEXT", "none"), ("OUTPUT", "none")):
-            env["MINIFLOW_" + variable] = value
-        env.update(GITHUB_OUTPUT="none", TMP_DIR=project.path)
+        env = {**self.ENV, "MINIFLOW_PARAM_WAY": "hand", "MINIFLOW_RUN_ID": "hand", "MINIFLOW_FLOW": "f",
+               "TMP_DIR": project.path, **row["env"], "MINIFLOW_COOKIE": f"token/{name}/1", "MINIFLOW_TASK": name,
+               "MINIFLOW_ATTEMPT": "1", "MINIFLOW_CONTEXT": "none", "MINIFLOW_OUTPUT": "none", "GITHUB_OUTPUT": "none"}
         script = project.at("tasks", self.path_of(name, row))
         def append(path, flags):
             return os.open(path, flags | os.O_NOFOLLOW, 0o600)
@@ -6556,7 +6567,7 @@ class T30TemplateInterpreter(unittest.TestCase):
             self.assertEqual(self.forked(project), [False] * 6)
 
     def test_arguments_that_are_too_long_for_a_request_arrive(self):
-        lengths = [10, 9_000, 90_000, 100_000, 131_000, 50]
+        lengths = [10, 9_000, 50_000, 100_000, 131_000, 50]
         with one(*[task(f"t{n}", script="s.py", args=["x" * length, "é"]) for n, length in enumerate(lengths)],
                  scripts={"s.py": "import sys; print(len(sys.argv[1]), sys.argv[2])"}) as project:
             self.run_cli(project)
