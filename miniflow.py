@@ -10640,9 +10640,9 @@ class Watchdog:
 # may wait for it) it is left to Python.
 #
 # Most of what a child costs are pages of memory: each that it is the first to write to is copied, at three
-# microseconds, and to let go of an object is to write to it.  So a child frees as little as can be of what the
-# template has, buffers are not large enough to be mapped by themselves, the variables that all scripts of a
-# run have are the template's own, and what the engine can find out, which no child is a copy of, it finds out.
+# microseconds, and to let go of an object is to write to it.  So a child frees as little as can be of what
+# the template has, buffers are not large enough to be mapped by themselves, the variables that all scripts
+# of a run have are the template's own, and the engine, which no child is a copy of, finds out what it can.
 #
 # One frame of this program lies below the script's own.  Its file is named so that `warnings` and `logging`
 # take it for a part of the import system, which they skip.
