@@ -14805,6 +14805,11 @@ def _action_text(task: Task) -> str:
                          json.dumps(action.command, ensure_ascii=False))
 
 
+def _latest_attempts(task_run: TaskRun) -> List[Tuple[int, Attempt]]:
+    """Return the attempts of a task that are shown, with their numbers."""
+    return list(enumerate(task_run.attempts, 1))[-REPORT_ATTEMPTS:]
+
+
 _NUMBERS = ("attempts", "duration", "start")    # columns of the table of tasks
 
 
@@ -14867,9 +14872,9 @@ class Report:
     def _bar(self, name: str, begin: float, whole: float) -> str:
         """Return a line of the Gantt chart: a rectangle an attempt, in thousandths of the whole."""
         parts, before = [], None               # type: List[str], Optional[float]
-        for n, attempt in enumerate(self.run.tasks[name].attempts[-REPORT_ATTEMPTS:], 1):
+        for n, attempt in _latest_attempts(self.run.tasks[name]):
             ends = attempt.finished if attempt.finished is not None else self.now or self.run.finished
-            left = (attempt.started - begin) / whole * 1000
+            left = min(998.0, (attempt.started - begin) / whole * 1000)
             wide = max(2.0, ((ends or attempt.started) - attempt.started) / whole * 1000)
             if before is not None and left > before:
                 parts.append(f'<path class="wait" d="M{before:.1f} 8H{left:.1f}"/>')
@@ -14891,8 +14896,9 @@ class Report:
         if not names:
             return _soft("No attempt has begun.")
         begin = min(run.tasks[name].attempts[0].started for name in names)
-        ends = [end for name in names for end in [run.tasks[name].finished or self.now] if end is not None]
-        whole = max(1e-3, max(ends, default=begin) - begin)
+        end = max(at for name in names for attempt in run.tasks[name].attempts
+                  for at in (attempt.started, attempt.finished or self.now) if at is not None)
+        whole = max(1e-3, end - begin)
         ticks = "".join(_element("span", format_span(whole * n / 4) if n else "0") for n in range(5))
         rows = "".join(self._bar(name, begin, whole) for name in names)
         more = _soft(f"{left_out} tasks that took less time are left out.") if left_out else ""
@@ -14931,13 +14937,12 @@ class Report:
 
     def _attempts(self, task_run: TaskRun) -> str:
         """Return the attempts of a task with their reasons, and the last lines of the latest one's log."""
-        numbered = list(enumerate(task_run.attempts, 1))[-REPORT_ATTEMPTS:]
         rows = "".join(
             f'<tr><td class=number>{n}</td><td class="state {self.end_of(task_run, attempt)}">'
             f'{self.end_of(task_run, attempt)}</td>'
             f"<td class=number>{format_span(span(attempt.started, attempt.finished))}</td>"
             f"<td class=long>{html_text(_bounded_text(one_line(attempt.reason or '')))}</td></tr>"
-            for n, attempt in numbered)
+            for n, attempt in _latest_attempts(task_run))
         parts = [f"<div class=scroll><table><tbody>{rows}</tbody></table></div>" if rows else ""]
         last = task_run.attempts[-1] if task_run.attempts else None
         if last and last.log:

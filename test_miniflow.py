@@ -9488,6 +9488,24 @@ class T39Report(unittest.TestCase):
         parser.close()
         return tags, " ".join(" ".join(texts).split())
 
+    def test_the_bars_of_many_attempts_have_their_numbers(self):
+        page = self.report(make(task("a", max_retries=24)), {"a": {n: (1, 1) for n in range(1, 25)}})
+        numbers = re.findall(r"<title>a, attempt ([0-9]+): \w+", page)
+        self.assertEqual(list(map(int, numbers)), list(range(26 - mf.REPORT_ATTEMPTS, 26)))
+
+    def test_the_time_axis_of_an_interrupted_run_reaches_to_the_last_that_is_known(self):
+        def interrupt(run):
+            for at, name in ((10.0, "a"), (50.0, "b")):
+                task_run = run.tasks[name]
+                task_run.status, task_run.finished, attempt = "running", None, task_run.attempts[-1]
+                attempt.status, attempt.started, attempt.finished = "running", at, None
+            run.outcome = run.finished = None
+
+        page = self.report(make(task("a"), task("b")), change=interrupt)
+        ticks = re.search("<div class=ticks>(.*?)</div>", page)[1]
+        self.assertEqual(re.findall("<span>(.*?)</span>", ticks), ["0", "10.0 s", "20.0 s", "30.0 s", "40.0 s"])
+        self.assertEqual(re.findall(r'<rect class="interrupted" x="([0-9.]+)"', page), ["0.0", "998.0"])
+
     def test_a_report_tells_all_about_a_run(self):
         flow = make(task("fetch", description="gets it", max_retries=1), task("load", "fetch"), task("after", "load"),
                     task("each", foreach=["x", "y"]), description="nightly", version="7", params={"day": "monday"})
