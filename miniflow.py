@@ -979,15 +979,19 @@ def check_schema(schema: Schema, value: Any, path: Path, problems: List[Problem]
     """Append to `problems` whatever about `value`, at `path`, is not as `schema` says."""
     if not accepts(schema, value):
         problems.append(Problem(path, f"expected {describe_schema(schema)}, got {shown(value)}"))
-        return
+    elif isinstance(value, (list, dict)):
+        _check_inside(schema, value, path, problems)
+
+
+def _check_inside(schema: Schema, value: Any, path: Path, problems: List[Problem]) -> None:
+    """Append to `problems` whatever is wrong within a list or an object that `schema` accepts itself."""
     for branch in schema.get("anyOf", ()):
         if accepts(branch, value):
-            check_schema(branch, value, path, problems)
+            _check_inside(branch, value, path, problems)
             return
-    if isinstance(value, list) and "items" in schema:
-        for n, item in enumerate(value):
+    if isinstance(value, list):
+        for n, item in enumerate(value) if "items" in schema else ():
             check_schema(schema["items"], item, path + (n,), problems)
-    if not isinstance(value, dict):
         return
     known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
     for name, member in value.items():
