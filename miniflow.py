@@ -979,16 +979,11 @@ def check_schema(schema: Schema, value: Any, path: Path, problems: List[Problem]
     """Append to `problems` whatever about `value`, at `path`, is not as `schema` says."""
     if not accepts(schema, value):
         problems.append(Problem(path, f"expected {describe_schema(schema)}, got {shown(value)}"))
-    elif isinstance(value, (list, dict)):
-        _check_inside(schema, value, path, problems)
-
-
-def _check_inside(schema: Schema, value: Any, path: Path, problems: List[Problem]) -> None:
-    """Append to `problems` whatever is wrong within a list or an object that `schema` accepts itself."""
-    for branch in schema.get("anyOf", ()):
-        if accepts(branch, value):
-            _check_inside(branch, value, path, problems)
-            return
+        return
+    if not isinstance(value, (list, dict)):
+        return
+    while "anyOf" in schema:
+        schema = next(branch for branch in schema["anyOf"] if accepts(branch, value))
     if isinstance(value, list):
         for n, item in enumerate(value) if "items" in schema else ():
             check_schema(schema["items"], item, path + (n,), problems)
