@@ -1156,15 +1156,19 @@ def render(text: Any, values: Values) -> Any:
 # -- expressions --
 
 def _remembering(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return `answer` with a memory of what it was asked last; functools is not there at a start."""
+    """Return `answer` with a memory of what it was asked last, by whichever thread.
+
+    functools, which has such a thing, is not there at a start.
+    """
     answers: Dict[Any, Any] = {}
 
     def remember(question: Any) -> Any:
-        if question not in answers:
+        known = answers.get(question, answers)
+        if known is answers:
             if len(answers) > 100:
                 answers.clear()
-            answers[question] = answer(question)
-        return answers[question]
+            known = answers[question] = answer(question)
+        return known
     return remember
 
 
@@ -10795,7 +10799,7 @@ def let_go():
     added = [modules.popitem() for _ in range(len(modules) - count)]
     added.append(("__main__", modules.pop("__main__")))
     limbo.extend([modules.popitem() for _ in range(count - 1)])
-    limbo.extend([sys.path, sys.path_hooks, sys.meta_path])   # of which Python lets go first
+    limbo.extend([getattr(sys, name, None) for name in ("path", "path_hooks", "meta_path")])
     modules.update(left)
     modules.update(reversed(added))
     _imp.__miniflow_end__ = End()             # one of the first modules, and so of the last to be tidied up

@@ -2450,6 +2450,28 @@ class T13State(unittest.TestCase):
         run, _, journal = simulate(flow, script)
         return run, journal
 
+    def test_what_is_remembered_is_right_though_another_thread_makes_it_forgotten(self):
+        """A question in whose midst so many others are asked that it is forgotten."""
+        remember = mf._remembering(str)
+
+        class Question:
+            looks, others_at = 0, 0
+
+            def __hash__(self):
+                self.looks += 1
+                if self.looks == self.others_at:
+                    list(map(remember, range(300)))
+                return 7
+
+            def __str__(self):
+                return "answer"
+
+        for look in range(1, 5):
+            question = Question()
+            remember(question)
+            question.looks, question.others_at = 0, look
+            self.assertEqual(remember(question), "answer")
+
     def test_times_survive_the_way_to_text_and_back(self):
         chance = random.Random(3)
         for _ in range(2000):
@@ -5792,6 +5814,7 @@ ENDS = {
         sys.{place}.append(finder)
         del finder
         """, 0) for place in ("meta_path", "path_hooks", "path", "argv")},
+    "without_a_path": row("import sys; del sys.path, sys.path_hooks, sys.meta_path", 0),
     "exit_of_site": row("exit(6)", 6),
     "quit_of_site": row("quit('bye')", 1),
     "exit_within_finally": row("""
