@@ -10340,9 +10340,10 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], cwd: str, files: Tuple[in
             if os.getcwd() == cwd:
                 return _posix_spawn(argv, env, files, keep, inherited)
         except (OSError, NotImplementedError) as exc:
-            if getattr(exc, "errno", None) not in (errno.ENOENT, errno.EBADF, None):
+            if getattr(exc, "errno", None) not in (errno.ENOENT, errno.ENOEXEC, errno.EBADF, None):
                 raise
-            # Popen tells better which file it is, or can do it; EBADF: a file that ulimit -n forbids by now
+            # Popen tells better which file it is, or can do it: it looks on where one is no program
+            # (ENOEXEC); EBADF: a file that ulimit -n forbids by now
     import subprocess
     process = subprocess.Popen(
         argv, stdin=files[0], stdout=files[1], stderr=files[2], env=env, cwd=cwd, close_fds=True,
@@ -10799,7 +10800,6 @@ def let_go():
     added = [modules.popitem() for _ in range(len(modules) - count)]
     added.append(("__main__", modules.pop("__main__")))
     limbo.extend([modules.popitem() for _ in range(count - 1)])
-    limbo.extend([getattr(sys, name, None) for name in ("path", "path_hooks", "meta_path")])
     modules.update(left)
     modules.update(reversed(added))
     _imp.__miniflow_end__ = End()             # one of the first modules, and so of the last to be tidied up
@@ -10981,6 +10981,7 @@ if len(os.listdir("/proc/self/task")) > 1 or sys.gettrace() or sys.getprofile():
 streams = [sys.stdout, sys.stderr]
 modules, count, last = sys.modules, len(sys.modules), next(reversed(sys.modules))
 limbo = [sys.path_importer_cache]
+finders = [*sys.path_hooks, *sys.meta_path]   # held here, they are not freed when Python lets go of those lists
 kept = {name: module for name, module in modules.items()
         if isinstance(module, type(sys)) and name not in ("sys", "builtins", "_imp", "__main__")
         and (of_library(file_of(module)) or not file_of(module))}

@@ -5412,6 +5412,18 @@ class T28Spawn(unittest.TestCase):
         self.assertEqual(*[(code, masks.sub(b"none", out)) for code, out in seen])
         return seen[0]
 
+    def test_a_file_that_is_no_program_does_not_keep_one_further_on_from_being_found(self):
+        with one(task("a", command=["prog"]), task("b", command=["prog"], cwd=".")) as project:
+            for folder, text in (("first", "garbage"), ("second", "#!/bin/sh\necho found\n")):
+                os.mkdir(project.at(folder))
+                project.write(f"{folder}/prog", text)
+                os.chmod(project.at(folder, "prog"), 0o755)
+            flow = flow_json(*[task(name, command=["prog"], **({"cwd": "."} if name == "b" else {}))
+                               for name in ("a", "b")], env={"PATH": f"{project.at('first')}:{project.at('second')}"})
+            project.write("flows/f.json", json.dumps(flow))
+            self.assertEqual(project.main("run", "f", "--run-id", "r")[0], 0)
+            self.assertEqual([project.log("r", name) for name in "ab"], [b"found\n"] * 2)
+
     def test_an_exit_code_is_that_of_the_program_or_of_its_signal(self):
         for command, code in (("exit 0", 0), ("exit 7", 7), ("kill -9 $$", -9), ("kill -TERM $$", -15)):
             self.assertEqual(self.both("sh", "-c", command), (code, b""))
@@ -5814,6 +5826,21 @@ ENDS = {
         sys.{place}.append(finder)
         del finder
         """, 0) for place in ("meta_path", "path_hooks", "path", "argv")},
+    **{f"{place}_outlives_no_library": row(f"""
+        import builtins, json, os, sys, weakref
+        class Finder:
+            def __init__(self, name): self.name, self.json = name, json
+            def __call__(self, path): raise ImportError
+            def find_spec(self, *args): return None
+            def __del__(self): print(self.name, os.path.join("a", "b"), json.dumps([1]), sys.meta_path is None)
+        class Plain:
+            def __call__(self, path): raise ImportError
+            def find_spec(self, *args): return None
+        one, two, builtins.b = Finder("finder"), Plain(), Finder("builtin")
+        watch = weakref.ref(two, lambda ref: print("weak gone", flush=True))
+        sys.{place} += [one, two]
+        del one, two
+        """, None) for place in ("meta_path", "path_hooks")},
     "without_a_path": row("import sys; del sys.path, sys.path_hooks, sys.meta_path", 0),
     "exit_of_site": row("exit(6)", 6),
     "quit_of_site": row("quit('bye')", 1),
