@@ -10981,7 +10981,7 @@ if len(os.listdir("/proc/self/task")) > 1 or sys.gettrace() or sys.getprofile():
 streams = [sys.stdout, sys.stderr]
 modules, count, last = sys.modules, len(sys.modules), next(reversed(sys.modules))
 limbo = [sys.path_importer_cache]
-finders = [*sys.path_hooks, *sys.meta_path]   # held here, they are not freed when Python lets go of those lists
+finders = [*sys.path_hooks, *sys.meta_path]   # held, so that they are not freed with those lists
 kept = {name: module for name, module in modules.items()
         if isinstance(module, type(sys)) and name not in ("sys", "builtins", "_imp", "__main__")
         and (of_library(file_of(module)) or not file_of(module))}
