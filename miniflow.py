@@ -985,7 +985,7 @@ def check_schema(schema: Schema, value: Any, path: Path, problems: List[Problem]
     while "anyOf" in schema:
         schema = next(branch for branch in schema["anyOf"] if accepts(branch, value))
     if isinstance(value, list):
-        for n, item in enumerate(value) if "items" in schema else ():
+        for n, item in enumerate(value if "items" in schema else ()):
             check_schema(schema["items"], item, path + (n,), problems)
         return
     known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
@@ -3394,6 +3394,7 @@ EVENTS: Dict[str, Type[Any]] = {
     "run_finished": RunFinished,
 }
 EVENT_WORDS = {kind: word for word, kind in EVENTS.items()}
+#: The defaults of each kind's fields; EVENTS, which no field holds, stands for none.
 _USUAL = {kind: [kind._field_defaults.get(name, EVENTS) for name in kind._fields] for kind in EVENT_WORDS}
 
 
@@ -4218,8 +4219,6 @@ AT_ONCE = 500
 def _starts(run: Run, now: float, free: Optional[int]) -> List[Due]:
     """Return a Start for the first `free` tasks by key: those that are ready, and retries that are due."""
     queues, late = run.queues, {}              # type: Queues, Dict[Tuple[str, ...], List[Tuple[float, str]]]
-    if free is not None and free <= 0 and not queues.some_wait:
-        return []
     for at, name, attempt in _ascending(run.retries):
         if at > now:
             break

@@ -5413,14 +5413,13 @@ class T28Spawn(unittest.TestCase):
         return seen[0]
 
     def test_a_file_that_is_no_program_does_not_keep_one_further_on_from_being_found(self):
-        with one(task("a", command=["prog"]), task("b", command=["prog"], cwd=".")) as project:
+        with Project() as project:
             for folder, text in (("first", "garbage"), ("second", "#!/bin/sh\necho found\n")):
-                os.mkdir(project.at(folder))
                 project.write(f"{folder}/prog", text)
                 os.chmod(project.at(folder, "prog"), 0o755)
-            flow = flow_json(*[task(name, command=["prog"], **({"cwd": "."} if name == "b" else {}))
-                               for name in ("a", "b")], env={"PATH": f"{project.at('first')}:{project.at('second')}"})
-            project.write("flows/f.json", json.dumps(flow))
+            path = f"{project.at('first')}:{project.at('second')}"
+            project.write("flows/f.json", json.dumps(flow_json(
+                task("a", command=["prog"]), task("b", command=["prog"], cwd=project.at("first")), env={"PATH": path})))
             self.assertEqual(project.main("run", "f", "--run-id", "r")[0], 0)
             self.assertEqual([project.log("r", name) for name in "ab"], [b"found\n"] * 2)
 

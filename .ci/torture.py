@@ -40,7 +40,7 @@ GIVEN_UP = 20                           # violations after which killing at rand
 PATIENCE_S = 60                         # what takes longer hangs
 KILL_AFTER_S = (0.02, 0.4)              # since an engine that has been loaded began
 RANDOM_KILLS, LEFT_KILLS, NEW_RACES, RESUMED_RACES, RACERS = 200, 40, 50, 20, 6
-LEFT_S = 6.0                                   # on a machine that has other things to do as well
+LEFT_S = 6.0                            # on a machine that has other things to do as well
 MAX_RSS_MB = 60
 KILL, KILLED = "signal=KILL", -signal.SIGKILL      # what strace does, and what comes of it
 
