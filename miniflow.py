@@ -12798,14 +12798,15 @@ class Cluster(Processes):
 # can't hold stays here in memory and is handed on as the object that it is.  An async call that does not heed
 # its cancellation within grace_s, and a thread at once, as nothing can stop it, are given up by name.
 #
-# The way to a thread and back is four or five switches between threads, which cost more than all the rest of
-# a short call.  So where all functions are plain, whoever ends a call takes the next turn of the run itself,
-# and goes on with the first call that becomes of it; a thread that finds another one at it leaves its end
-# there and rests.  The loop is woken for the clock, for signals and for the end.  Waking it only when it
-# sleeps, and all turns on it, was no faster.  A timer that is set stays set as long as it is soon enough: a
-# new one for each wait was a tenth of the time.
+# A switch between threads costs more than a short call and its turn of the run.  So where all functions are
+# plain, whoever ends a call takes the next turn itself, and goes on with what becomes of it; a thread that
+# finds another one at it leaves its end there.  While calls are short, one thread makes them all, as many for
+# a turn as may run at once.  The loop is woken for the clock, for signals and for the end.  A timer that is
+# set stays set as long as it is soon enough: a new one for each wait was a tenth of the time.
 
 TRACEBACK_CHARS = 8000                         # what is kept of a traceback: its end
+_SHORT_S = 0.0002                              # a call is short: to wake a thread for another takes as long
+_LOOKOUT_S = 0.01                              # a call that waits for so long gets another thread
 
 
 def describe_error(exc: BaseException) -> str:
@@ -12984,61 +12985,171 @@ class FunctionProcesses(Processes):
         super()._unwatch(child)
 
 
-class Threads:
-    """Threads that call functions; an idle one is used again.  They are daemons, as none can be ended."""
-
-    def __init__(self) -> None:
-        import queue
-        self._jobs: Any = queue.SimpleQueue()
-        self._idle = self._all = 0
-        self.is_ours = False                   # one of the threads is submitting, and could do the next job
-        self._next: Optional[Callable[[], Any]] = None
-
-    def submit(self, job: Callable[[], Any]) -> None:
-        """Call `job` in a thread, and then what it returns; rested() has to follow when it has ended."""
-        import threading
-        if self._idle and self.is_ours and self._next is None:
-            self._idle -= 1
-            self._next = job
-            return
-        if self._idle:
-            self._idle -= 1
-        else:
-            self._all += 1
-            threading.Thread(target=self._work, name=f"miniflow-{self._all}", daemon=True).start()
-        self._jobs.put(job)
-
-    def _work(self) -> None:
-        for job in iter(self._jobs.get, None):
-            while job:
-                job = job()
-
-    def rested(self) -> None:
-        """A job has ended, and its thread is idle."""
-        self._idle += 1
-
-    def take_next(self) -> Optional[Callable[[], Any]]:
-        """Return the job that was kept for the thread that submitted it."""
-        job, self._next = self._next, None
-        return job
-
-    def close(self) -> None:
-        """Let the threads end, those that are busy when they are not any more."""
-        for _ in range(self._all):
-            self._jobs.put(None)
-
-
 class Call:
     """A running call of a function."""
 
-    __slots__ = ("task", "ctx", "future", "value", "error", "is_over")
+    __slots__ = ("task", "function", "ctx", "is_short", "future", "value", "error", "is_over")
 
-    def __init__(self, task: str, ctx: ContextDict) -> None:
-        self.task, self.ctx = task, ctx
+    def __init__(self, task: str, function: Callable[..., Any], ctx: ContextDict) -> None:
+        self.task, self.function, self.ctx = task, function, ctx
+        self.is_short = False                  # as expected, and as it was once it is over
         self.future: Any = None                # of an async function
         self.value: Any = None
         self.error: Optional[BaseException] = None
         self.is_over = False
+
+
+def _code_id(call: Call) -> int:
+    """Return what tells the code of a function from that of others, as long as it is there."""
+    return id(getattr(call.function, "__code__", call.function))
+
+
+def _peek(calls: Deque[Call], index: int = 0) -> Optional[Call]:
+    """Return the first call of a queue, or the last (-1), if there is one; others may be taking them."""
+    try:
+        return calls[index]
+    except IndexError:
+        return None
+
+
+class Threads:
+    """Threads that make calls, one after another; they are daemons, as none can be ended.
+
+    A thread that has made calls goes on with the run, once for several short ones.  Of what it submits then
+    it keeps what is short, and one call that is not.  As a short call may be long this time, another thread
+    is on the lookout for what waits behind it.
+    """
+
+    _WORK, _HELP, _LOOK_OUT, _END = "work", "help", "look out", "end"
+
+    def __init__(self, ended: Deque[Call], go_on: Callable[[], bool], hurry: Callable[[], None]) -> None:
+        import queue
+        import threading
+        self._ended, self._go_on, self._hurry = ended, go_on, hurry
+        self._short: Set[int] = set()          # the functions, by id of their code, whose last call was short
+        self._waiting: Deque[Call] = deque()   # for any thread
+        self._kept: Deque[Call] = deque()      # for those that go on with the run
+        self._orders: Any = queue.SimpleQueue()                     # what idle threads are to do
+        self._lock = threading.Lock()          # for what follows
+        self._idle = self._all = self._news = 0
+        self._has_lookout = False
+        self.goes_on = False                   # one of the threads submits, and will make calls afterwards
+
+    def submit(self, call: Call) -> None:
+        """Let a thread make a call."""
+        call.is_short = _code_id(call) in self._short
+        last = _peek(self._kept, -1) if self.goes_on else None
+        if not self.goes_on or last and not call.is_short and not last.is_short:
+            self._waiting.append(call)
+            self._tell(self._WORK)
+            return
+        if last and not last.is_short:
+            self._kept.insert(-1, call)
+        else:
+            self._kept.append(call)
+        if last:
+            with self._lock:
+                self._news += 1
+                is_told, self._has_lookout = self._has_lookout, True
+            if not is_told:
+                self._tell(self._LOOK_OUT)
+
+    def withdraw(self, call: Call) -> bool:
+        """Take a call back; return False if a thread has begun with it."""
+        for calls in (self._kept, self._waiting):
+            try:
+                calls.remove(call)
+                return True
+            except ValueError:
+                pass
+        return False
+
+    def _tell(self, order: str) -> None:
+        """Give an order to an idle thread, or to a new one."""
+        with self._lock:
+            is_idle = self._idle > 0
+            if is_idle:
+                self._idle -= 1
+            else:
+                self._all += 1
+        self._orders.put(order)
+        if not is_idle:
+            import threading
+            threading.Thread(target=self._obey, name=f"miniflow-{self._all}", daemon=True).start()
+
+    def _obey(self) -> None:
+        """Do as idle threads are told."""
+        order = self._orders.get()
+        while order != self._END:
+            if order == self._LOOK_OUT:
+                with self._lock:
+                    self._idle += 1
+                order = self._look_out()
+                continue
+            self._work(order == self._HELP)
+            with self._lock:
+                self._idle += 1
+            order = self._orders.get()
+
+    def _work(self, goes_on: bool) -> None:
+        """Make the calls that wait, and go on with the run; `goes_on`: also those that are kept."""
+        holds = False
+        while True:
+            calls = self._kept if goes_on and self._kept else self._waiting
+            try:
+                call = calls.popleft()
+            except IndexError:
+                if not holds:
+                    return
+                holds = False
+            else:
+                self._make(call)
+                following = _peek(self._kept if goes_on and self._kept else self._waiting)
+                holds = call.is_short and following is not None and following.is_short
+            if not holds:
+                goes_on = self._go_on()
+
+    def _make(self, call: Call) -> None:
+        """Call a plain function."""
+        began = time.monotonic()
+        try:
+            call.value = call.function(call.ctx)
+        except BaseException as exc:
+            call.error = exc
+        call.is_short = time.monotonic() - began < _SHORT_S
+        (self._short.add if call.is_short else self._short.discard)(_code_id(call))
+        call.is_over = True
+        self._ended.append(call)
+
+    def _look_out(self) -> str:
+        """Return the next order; meanwhile see that nothing waits for long, while calls are kept."""
+        import queue
+        while True:
+            news, first, ended = self._news, _peek(self._kept), _peek(self._ended)
+            try:
+                order = str(self._orders.get(timeout=_LOOKOUT_S))
+            except queue.Empty:
+                order = ""
+                if first is not None and first is _peek(self._kept):
+                    for _ in range(len(self._kept)):
+                        self._tell(self._HELP)
+                if ended is not None and ended is _peek(self._ended):
+                    self._hurry()
+            if order == self._END:
+                return order
+            with self._lock:
+                wanted = self._has_lookout = bool(news != self._news or self._kept or self._ended)
+            if order and wanted:
+                self._tell(self._LOOK_OUT)
+            if order or not wanted:
+                return order or str(self._orders.get())
+
+    def close(self) -> None:
+        """Make no more calls; the threads end, those that are busy when they are not any more."""
+        self._waiting.clear()
+        self._kept.clear()
+        for _ in range(self._all):
+            self._orders.put(self._END)
 
 
 class Strays:
@@ -13167,9 +13278,9 @@ class Functions:
         self._functions, self._place, self.now = functions, place, clock.now
         self.ask = lambda run, action: [admit(run, action.task, clock.now(), os.environ)]
         self._make_processes, self._processes = processes, None     # type: Any, Optional[FunctionProcesses]
-        self._threads = Threads()
         self._calls: Dict[str, Call] = {}
         self._ended: Deque[Call] = deque()     # any thread adds to it
+        self._threads = Threads(self._ended, self._go_on, self._rouse_from_thread)
         self._wake: Any = None
         self._wakes_at = 0.0                   # when the loop will take a turn if nothing happens
         self._requests: List[Event] = []       # to cancel the run
@@ -13204,18 +13315,18 @@ class Functions:
         ctx = ContextDict(self.context(run, name), scope.writers)
         for key in scope.unsaved:
             ctx[key] = self.kept[run.plan.order[scope.writers[key]]][key]
-        call = self._calls[name] = Call(name, ctx)
+        call = self._calls[name] = Call(name, self._functions[name], ctx)
         if kind == "async":
             call.future = self._loop.create_task(self._call_async(call))
             call.future.add_done_callback(lambda future: self._done(call))
         else:
-            self._threads.submit(lambda: self._call_in_thread(call))
+            self._threads.submit(call)
         return []
 
     async def _call_async(self, call: Call) -> None:
         """Await an async function; nothing that it raises may reach the loop, which some of it would stop."""
         try:
-            call.value = await self._functions[call.task](call.ctx)
+            call.value = await call.function(call.ctx)
         except BaseException as exc:
             call.error = exc
 
@@ -13224,43 +13335,31 @@ class Functions:
         if call.future.cancelled():
             import asyncio
             call.error = asyncio.CancelledError()
-        self._end(call)
-        self._rouse()
-
-    def _end(self, call: Call) -> None:
-        """Let the next turn take in that a call has ended."""
         call.is_over = True
         self._ended.append(call)
+        self._rouse()
 
-    def _call_in_thread(self, call: Call) -> Optional[Callable[[], Any]]:
-        """Call a plain function, in a thread; return the call that the thread should go on with."""
-        try:
-            call.value = self._functions[call.task](call.ctx)
-        except BaseException as exc:
-            call.error = exc
-        self._end(call)
-        if self._all_plain:
-            return self._go_on()
-        self._rouse_from_thread()
-        return None
-
-    def _go_on(self) -> Optional[Callable[[], Any]]:
-        """Take the turns that ended calls bring about, in a thread, unless somebody else is at it."""
-        turns, following = self._turns, None   # type: Turns, Optional[Callable[[], Any]]
-        while self._ended and not turns.is_over and turns.lock.acquire(blocking=False):
+    def _go_on(self) -> bool:
+        """Take the turns that ended calls bring about, in a thread; return False if another one is at it."""
+        turns: Turns = self._turns
+        if not self._all_plain:
+            self._rouse_from_thread()
+            return False
+        while self._ended and not turns.is_over:
+            if not turns.lock.acquire(blocking=False):
+                return not self._threads.goes_on
             try:
-                self._threads.is_ours = following is None
+                self._threads.goes_on = True
                 turns.take()
                 while turns.until is not None and turns.until <= self.now() and not turns.is_over:
                     turns.take()
-                following = following or self._threads.take_next()
                 is_late = turns.is_over or turns.until is not None and turns.until < self._wakes_at
             finally:
-                self._threads.is_ours = False
+                self._threads.goes_on = False
                 turns.lock.release()
             if is_late:
                 self._rouse_from_thread()
-        return following
+        return not self._threads.goes_on
 
     def _rouse_from_thread(self) -> None:
         """Wake the loop."""
@@ -13285,9 +13384,11 @@ class Functions:
             call.future.cancel()
             return []
         del self._calls[action.task]
+        end = attempt_end(run, action.task, self.now(), 1, action.reason, dict)
+        if call.future is None and self._threads.withdraw(call):
+            return [end]
         strays.add(self._place, run, call)
         what = "it goes on although it was cancelled" if call.future else "nothing can stop its thread"
-        end = attempt_end(run, action.task, self.now(), 1, action.reason, dict)
         return [end._replace(reason=f"{end.reason}; given up: {what}", final=True,
                              inputs=inputs_read(run, action.task, call.ctx.read))]
 
@@ -13313,8 +13414,6 @@ class Functions:
         events, now = [], self.now()           # type: List[Event], float
         while self._ended:
             call = self._ended.popleft()
-            if call.future is None:
-                self._threads.rested()
             if self._calls.get(call.task) is call:                  # else it was given up
                 events.append(self._judge(run, call, now))
         while self._requests:

@@ -8764,6 +8764,119 @@ class T34Functions(unittest.TestCase):
         run_workflow(*tasks)
         self.assertGreater(takers[False], 5 * takers[True], takers)
 
+    def short_until(self, then):
+        """Return a workflow in which 20 calls of a function were short when two more are submitted at once.
+
+        `then` makes those, of which the first is for the thread that has submitted both.
+        """
+        self.have_cpus(2)
+        calls = itertools.count()
+
+        def work(ctx):
+            number = next(calls) - 20
+            return then(number) if number >= 0 else None
+
+        before = [mf.task(name=f"before{n}")(work) for n in range(20)]
+        first, second = (mf.task(name=name)(work) for name in ("first", "second"))
+        below = mf.task(name="below")(lambda ctx: then("below"))
+        for one, other in zip(before, [*before[1:], [first, second]]):
+            one >> other
+        first >> below
+        return mf.Workflow([*before, first, second, below])
+
+    def have_cpus(self, count):
+        """Let so many plain functions run at once."""
+        self.addCleanup(setattr, mf, "usable_cpus", mf.usable_cpus)
+        mf.usable_cpus = lambda: count
+
+    def counted(self, owner, name):
+        """Return a list that grows with each call of a method."""
+        calls, method = [], getattr(owner, name)
+        self.addCleanup(setattr, owner, name, method)
+        setattr(owner, name, lambda *args: (calls.append(1), method(*args))[1])
+        return calls
+
+    def test_calls_that_are_short_are_made_by_one_thread_and_share_turns(self):
+        turns, orders, made = self.counted(mf.Turns, "take"), self.counted(mf.Threads, "_tell"), []
+        self.have_cpus(8)
+        run_workflow(*[mf.task(name=f"t{n}")(lambda ctx, n=n: made.append(n)) for n in range(400)])
+        self.assertEqual(len(made), 400)
+        self.assertLess(len(turns), 200)
+        self.assertLess(len(orders), 100)
+
+    def test_a_call_that_was_short_until_now_keeps_no_other_waiting(self):
+        gate, passed = threading.Barrier(2), []                     # nobody passes before both are here
+
+        def then(who):
+            if who != "below":
+                passed.append(gate.wait(10))
+
+        self.short_until(then).run_sync()
+        self.assertEqual(sorted(passed), [0, 1])
+
+    def test_the_end_of_a_short_call_is_taken_in_though_the_next_one_is_long(self):
+        gate, passed = threading.Event(), []
+
+        def then(who):
+            if who == "below":
+                gate.set()
+            elif who == 1:
+                passed.append(gate.wait(10))
+
+        self.addCleanup(setattr, mf.Alarm, "set", mf.Alarm.set)
+        mf.Alarm.set = lambda self, seconds: None                   # what the clock wakes comes in time by luck
+        self.short_until(then).run_sync()
+        self.assertEqual(passed, [True])
+
+    def test_a_call_that_no_thread_has_begun_with_is_never_made_once_the_run_is_cancelled(self):
+        self.addCleanup(setattr, mf, "_LOOKOUT_S", mf._LOOKOUT_S)
+        mf._LOOKOUT_S = 60
+        gate, began, store = threading.Event(), [], mf.MemoryStateStore()
+
+        async def main():
+            running = asyncio.ensure_future(self.short_until(
+                lambda who: began.append(who) or gate.wait(60) and None).run("r", store))
+            while not began:
+                await asyncio.sleep(0.01)
+            running.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await running
+        asyncio.run(main())
+        gate.set()
+        wait_for(lambda: all(thread.name[:9] != "miniflow-" for thread in threading.enumerate()),
+                 "the end of the threads")
+        self.assertEqual(began, [0])
+        tasks = store.get_run("r")["tasks"]
+        self.assertEqual({name: tasks[name]["reason"] for name in ("first", "second")}, {
+            "first": "cancelled; given up: nothing can stop its thread", "second": "cancelled"})
+
+    def test_a_call_that_no_thread_has_begun_with_is_never_made_once_the_engine_has_failed(self):
+        self.addCleanup(setattr, mf, "_LOOKOUT_S", mf._LOOKOUT_S)
+        mf._LOOKOUT_S = 60
+        gate, began, append = threading.Event(), [], mf.MemoryJournal.append
+
+        def fail_once_begun(*args):
+            append(*args)
+            if began:
+                raise mf.StateError("no more")
+
+        self.addCleanup(setattr, mf.MemoryJournal, "append", append)
+        mf.MemoryJournal.append = fail_once_begun
+
+        async def main():
+            running = asyncio.ensure_future(self.short_until(
+                lambda who: began.append(who) or gate.wait(60) and None).run("r", mf.MemoryStateStore()))
+            while not began:
+                await asyncio.sleep(0.01)
+            running.cancel()
+            with self.assertRaises(mf.StateError):
+                await running
+        asyncio.run(main())
+        gate.set()
+        wait_for(lambda: all(thread.name[:9] != "miniflow-" for thread in threading.enumerate()),
+                 "the end of the threads")
+        self.assertEqual(began, [0])
+
     def test_the_loop_keeps_time_for_what_a_thread_has_started(self):
         gate, began = threading.Event(), time.monotonic()
         self.addCleanup(gate.set)
