@@ -3081,9 +3081,9 @@ def task(function: Optional[Callable[..., Any]] = None, *, name: Optional[str] =
     def make(function: Callable[..., Any]) -> FunctionTask:
         if not callable(function):
             raise TypeError(f"@task: expected a function, got {function!r}")
-        if options.get("description") is None:
-            options["description"] = (function.__doc__ or "").strip().partition("\n")[0]
         given = {field: value for field, value in options.items() if value is not None}
+        if "description" not in given:
+            given["description"] = (function.__doc__ or "").strip().partition("\n")[0]
         return _make_function_task(function, name, retry_on, process, given)
 
     unknown = sorted(options.keys() - _TASK_OPTIONS)

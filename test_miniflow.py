@@ -1512,6 +1512,16 @@ class T08PythonFrontEnd(unittest.TestCase):
             self.assertEqual(made.task, mf.Task("add", mf.Function(f"{__name__}:{add.__qualname__}", "thread"),
                                                 description="Adds up."))
 
+    def test_options_that_several_functions_share_leave_each_its_own_description(self):
+        def documented(ctx):
+            """Does this."""
+
+        def bare(ctx):
+            pass
+
+        retrying = mf.task(max_retries=1)
+        self.assertEqual([retrying(function).task.description for function in (documented, bare)], ["Does this.", ""])
+
     def test_every_option_of_a_task_reaches_the_model(self):
         options = {"name": "n", "max_retries": 2, "backoff_s": 1, "max_backoff_s": 5, "jitter": 0.5, "timeout_s": 3,
                    "grace_s": 1, "tags": ("x", "y"), "description": "d", "trigger_rule": "all_done",
