@@ -73,6 +73,9 @@ sys.path.insert(0, sys.argv[1])
 import miniflow
 os.close(int(sys.argv[2]))
 sys.stdin.read()
+if sys.argv[3] == "scheduled":
+    del sys.argv[2:4]
+    sys.exit(miniflow.run_scheduled())
 sys.exit(miniflow.main(sys.argv[3:]))
 """
 
@@ -179,9 +182,9 @@ class Ended(NamedTuple):
         return f"exit {self.code}: {self.stderr[-600:].strip()}"
 
 
-def run_args(durability="normal"):
-    """Return the arguments that run or go on with run r."""
-    return ("run", "f", "--run-id", "r", "-j", "2", "--output", "json", "--durability", durability)
+def run_args(durability="normal", run_id="r"):
+    """Return the arguments that run a run or go on with it."""
+    return ("run", "f", "--run-id", run_id, "-j", "2", "--output", "json", "--durability", durability)
 
 
 def living(place, tasks_only=False):
@@ -215,23 +218,23 @@ def kill_all(place):
 
 
 class Project:
-    """A directory with one flow, f, and its run r, and what is known of the tasks that engines told of."""
+    """A directory with one flow, f, and one run of it, and what is known of the tasks that engines told of."""
 
-    def __init__(self, lab, tasks, script=ACT, path=None):
-        self.lab, self.tasks = lab, tasks
+    def __init__(self, lab, tasks, script=ACT, path=None, run_id="r", **fields):
+        self.lab, self.tasks, self.run_id, self.fields = lab, tasks, run_id, fields
         self.acknowledged = {}          # task -> the attempt whose success was told of
         self.path = path or lab.place()
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("MINIFLOW_")}
         self.env["TORTURED"] = self.path + "/"
         os.makedirs(self.at("flows"))
-        self.write("flows/f.json", json.dumps({"name": "f", "tasks": tasks}))
+        self.write("flows/f.json", json.dumps({"name": "f", "tasks": tasks, **fields}))
         self.write("act.sh", script)
         self.write("tasks/act.py", ACT_SCRIPT)
         self.write("told", "")
 
     def copy(self):
         """Return another project in the same state; no process may be left of this one."""
-        other = Project(self.lab, self.tasks)
+        other = Project(self.lab, self.tasks, run_id=self.run_id, **self.fields)
         shutil.copytree(self.path, other.path, dirs_exist_ok=True)
         other.acknowledged.update(self.acknowledged)
         return other
@@ -260,8 +263,8 @@ class Project:
         return [line.split() for line in self.read("told").splitlines()]
 
     def start(self, *args, name="", gate=None):
-        """Start an engine, by default on run r, its output into files; with a `gate` it waits there."""
-        command = self.lab.engine(*(args or run_args()), gate=gate)
+        """Start an engine, by default on the run, its output into files; with a `gate` it waits there."""
+        command = self.lab.engine(*(args or run_args(run_id=self.run_id)), gate=gate)
         with open(self.at("out" + name), "wb") as out, open(self.at("err" + name), "wb") as err:
             return subprocess.Popen(command, cwd=self.path, env=self.env, stdout=out, stderr=err,
                                     stdin=subprocess.DEVNULL if gate is None else subprocess.PIPE,
@@ -321,7 +324,7 @@ class Project:
     def finish(self, replay):
         """Bring the run to its success, with `replay` by way of an engine that is killed when all is written."""
         if replay:
-            ended, _ = self.traced(at_call([self.at("miniflow_output/runs/r.jsonl")], "unlink", KILL))
+            ended, _ = self.traced(at_call([self.record(".jsonl")], "unlink", KILL))
             if ended.code == KILLED:
                 self.check_replay()
         for _ in range(8):
@@ -334,24 +337,28 @@ class Project:
 
     # -- the oracle --
 
+    def record(self, end):
+        """Return the path of a file of the run's record."""
+        return self.at(f"miniflow_output/runs/{self.run_id}{end}")
+
     def state(self):
         """Return what RUN.json says."""
-        return json.loads(self.read("miniflow_output/runs/r.json"))
+        return json.loads(self.read(self.record(".json")))
 
     def journal(self):
         """Return what the journal says, nothing if there is none yet."""
         with contextlib.suppress(FileNotFoundError):
-            return self.read("miniflow_output/runs/r.jsonl")
+            return self.read(self.record(".jsonl"))
         return ""
 
     def check_replay(self):
         """See that the journal alone and RUN.json alone say the same, once all is written."""
         found = []
-        for gone in ("r.json", "r.jsonl"):
+        for gone in (self.run_id + ".json", self.run_id + ".jsonl"):
             copy = self.at(f"without-{gone}")
             shutil.copytree(self.at("miniflow_output/runs"), os.path.join(copy, "runs"))
             os.unlink(os.path.join(copy, "runs", gone))
-            loaded = self.lab.miniflow.Store(copy).load("r")
+            loaded = self.lab.miniflow.Store(copy).load(self.run_id)
             found.append({"seq": loaded.seq, **self.lab.miniflow.run_to_json(loaded.run)})
             shutil.rmtree(copy)
         differ = [name for name, value in found[0].items() if found[1][name] != value]
@@ -392,14 +399,15 @@ class Project:
 
     def record_problems(self):
         """Return what is wrong with the record of the run, which should be that of a success."""
-        loaded, state = self.lab.miniflow.Store(self.at("miniflow_output")).load("r"), self.state()
+        loaded, state = self.lab.miniflow.Store(self.at("miniflow_output")).load(self.run_id), self.state()
         if (loaded.status, state["status"]) != ("success", "success"):
             return [f"the run is {state['status']}"]
         problems, ends = [], {(task, int(number)) for word, task, number in self.told() if word == "end"}
         for name, task in state["tasks"].items():
             logs = [attempt["log"] for attempt in task["attempts"]]
             ways = [attempt["status"] for attempt in task["attempts"]]
-            if logs != [f"logs/r/{name}.{n}.log" for n in range(1, len(ways) + 1)] or task["attempt"] != len(ways):
+            wanted = [f"logs/{self.run_id}/{name}.{n}.log" for n in range(1, len(ways) + 1)]
+            if logs != wanted or task["attempt"] != len(ways):
                 problems.append(f"{name}: the attempts have gaps: {task['attempt']} {logs}")
             if ways.count("success") != 1 or ways[-1] != "success" or task["status"] != "success":
                 problems.append(f"{name} is {task['status']}, its attempts {ways}")
@@ -413,9 +421,10 @@ class Project:
     def leftovers(self, tidy):
         """Return which files are left that should not be."""
         names = [name for name in os.listdir(self.at("miniflow_output/runs"))
-                 if name != "r.json" and (name.endswith(".tmp") or not name.startswith("r.jsonl.bad-"))]
-        if tidy and os.path.exists(self.at("miniflow_output/tmp/r")):
-            names.append("tmp/r")
+                 if name != f"{self.run_id}.json" and (
+                     name.endswith(".tmp") or not name.startswith(f"{self.run_id}.jsonl.bad-"))]
+        names += [name for name in (f"tmp/{self.run_id}", "schedule.lock", "schedule.json.tmp")
+                  if tidy and os.path.exists(self.at(f"miniflow_output/{name}"))]
         return [f"left over: {name}" for name in names]
 
 
@@ -514,7 +523,7 @@ class Scene(NamedTuple):
 def interrupted(lab, durability):
     """Return a project whose engine was killed when about half was done, the last line of its journal torn."""
     project = Project(lab, SMALL)
-    journal = project.at("miniflow_output/runs/r.jsonl")
+    journal = project.record(".jsonl")
     ended, _ = project.traced(at_call([journal], "write", KILL, 6), *run_args(durability))
     require(ended.code == KILLED, f"the engine was not killed: {ended}")
     check_gone(project.path, 5.0)
@@ -576,6 +585,85 @@ def check_syscalls(lab, report):
              for call, when in scenes[1].calls_on(".bad-") for fault in (KILL, "error=EIO")]
     in_parallel(lambda job: job[0](*job[1:]), jobs, CPUS)
     return "{kills} kills and {errors} errors"
+
+
+# ---- schedule
+
+DUE_S = 3                               # from when a schedule is first seen until its one time
+SCHEDULED = "scheduled"                 # what GATED takes for the engine that a tick starts
+FOLDERS = ("-f", "flows", "-t", "tasks", "-o", "miniflow_output")
+
+
+def check_schedule(lab, report):
+    """Kill ticks, and the engines that they start, at every call by which they change state."""
+    at = int(time.time()) + DUE_S
+    owed = Project(lab, SMALL, run_id=time.strftime("f-%Y%m%dT%H%M%SZ", time.gmtime(at)),
+                   schedule={"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))})
+    require(owed.run("tick").code == 0 and not owed.told(), "the schedule was not seen, or began too early")
+    time.sleep(max(0.0, at + 0.1 - time.time()))
+    run_id = owed.run_id
+    tick = Victim("ticks", ("tick",), ["runs", "logs", "schedule.lock", "schedule.json", "schedule.json.tmp",
+                                       f"logs/{run_id}", f"logs/{run_id}/engine.log"])
+    start = Victim("ticks when they start an engine", ("tick",), [])
+    engine = Victim("engines", (SCHEDULED, str(at), *FOLDERS, "run", "flows/f.json", "--run-id", run_id), [
+        f"runs/{run_id}{end}" for end in (".lock", ".json", ".json.tmp", ".jsonl", ".jsonl.tmp")], True)
+    jobs = [(sweep_schedule, report, owed, victim, call) for victim in (tick, start, engine)
+            for call in victim.calls(owed)]
+    in_parallel(lambda job: job[0](*job[1:]), jobs, CPUS)
+    return "kills of {ticks} ticks, of {ticks when they start an engine} at the start of an engine, of {engines} engines"
+
+
+class Victim(NamedTuple):
+    """What is killed when it has to do with the schedule: its arguments, and the paths that are looked at, if any."""
+
+    name: str
+    args: tuple
+    paths: list
+    is_engine: bool = False
+
+    def trace(self, project):
+        """Return the options by which strace looks at it."""
+        paths = [os.path.join(project.path, "miniflow_output", name) for name in self.paths]
+        return on_paths(paths) or ["-e", "trace=%process"]
+
+    def calls(self, owed):
+        """Return the names of the calls that it makes, and see that all is well when it is left alone."""
+        project = owed.copy()
+        ended, log = project.traced(self.trace(project), *self.args)
+        require(ended.code == 0, str(ended))
+        wait_until_run(project)
+        project.run("tick")
+        project.check()
+        project.remove()
+        return sorted(set(re.findall(r"^(\w+)\(", log, re.M)) - VOLATILE - {"exit_group"})
+
+
+def sweep_schedule(report, owed, victim, call):
+    """Kill at each call of one kind, each in a project of its own; see that what is owed begins once, and ends."""
+    for when in itertools.count(1):
+        project = owed.copy()
+        with report.watch(project, f"{victim.name}: {KILL} at {call} {when}"):
+            ended, _ = project.traced([*victim.trace(project), "-e", f"trace={call}",
+                                       "-e", f"inject={call}:{KILL}:when={when}"], *victim.args)
+            hit = ended.code == KILLED
+            report.count(victim.name, hit)
+            require(hit or ended.code == 0, str(ended))
+            ended = project.run("tick")
+            require(ended.code == 0, f"the next tick: {ended}")
+            wait_until_run(project)
+            if victim.is_engine:        # whose run was begun or not, and tidied up or not
+                project.finish(replay=False)
+            before = project.told()
+            require(project.run("tick").code == 0 and project.told() == before, "what was done is done again")
+            project.check()
+        if not hit:
+            return
+
+
+def wait_until_run(project):
+    """Wait until no process of a project is left, of which the last one is the engine of a run."""
+    check_gone(project.path, PATIENCE_S)
+    require(any(map(os.path.exists, map(project.record, (".json", ".jsonl")))), "what was due has not begun")
 
 
 # ---- random
@@ -825,6 +913,7 @@ class Check(NamedTuple):
 
 CHECKS = {
     "syscalls": Check("kills and errors at every syscall", check_syscalls, ("strace", "flock")),
+    "schedule": Check("kills of ticks and what they start", check_schedule, ("strace", "flock")),
     "random": Check("kills at random times", check_random, ("flock",)),
     "left": Check("nothing left of killed engines", check_left, ("setsid",)),
     "racers": Check(f"{RACERS} racers for one run", check_racers, ("flock",)),
