@@ -12806,6 +12806,7 @@ class Cluster(Processes):
 
 TRACEBACK_CHARS = 8000                         # what is kept of a traceback: its end
 _SHORT_S = 0.0002                              # a call is short: to wake a thread for another takes as long
+_SURE = 20                                     # so many short calls make up for one that is not
 _LOOKOUT_S = 0.01                              # a call that waits for so long gets another thread
 
 
@@ -12988,10 +12989,12 @@ class FunctionProcesses(Processes):
 class Call:
     """A running call of a function."""
 
-    __slots__ = ("task", "function", "ctx", "is_short", "future", "value", "error", "is_over")
+    __slots__ = ("task", "function", "ctx", "can_wait", "code", "is_short", "future", "value", "error",
+                 "is_over")
 
-    def __init__(self, task: str, function: Callable[..., Any], ctx: ContextDict) -> None:
-        self.task, self.function, self.ctx = task, function, ctx
+    def __init__(self, task: str, function: Callable[..., Any], ctx: ContextDict, can_wait: bool) -> None:
+        self.task, self.function, self.ctx, self.can_wait = task, function, ctx, can_wait
+        self.code = 0                          # that of the function, see _code_id()
         self.is_short = False                  # as expected, and as it was once it is over
         self.future: Any = None                # of an async function
         self.value: Any = None
@@ -12999,15 +13002,23 @@ class Call:
         self.is_over = False
 
 
-def _code_id(call: Call) -> int:
-    """Return what tells the code of a function from that of others, as long as it is there."""
-    return id(getattr(call.function, "__code__", call.function))
-
-
-def _peek(calls: Deque[Call], index: int = 0) -> Optional[Call]:
-    """Return the first call of a queue, or the last (-1), if there is one; others may be taking them."""
+def _code_id(function: Any) -> int:
+    """Return what tells the code of a function, be it wrapped by others, from that of other functions."""
     try:
-        return calls[index]
+        for _ in range(10):
+            inner = getattr(function, "__wrapped__", None) or getattr(function, "func", None)
+            if inner is None:
+                break
+            function = inner
+        return id(function.__code__)
+    except Exception:                          # an odd one, or one that is not written in Python
+        return id(function)
+
+
+def _peek(calls: Deque[Call]) -> Optional[Call]:
+    """Return the first call of a queue, if there is one; others may be taking them."""
+    try:
+        return calls[0]
     except IndexError:
         return None
 
@@ -13015,9 +13026,9 @@ def _peek(calls: Deque[Call], index: int = 0) -> Optional[Call]:
 class Threads:
     """Threads that make calls, one after another; they are daemons, as none can be ended.
 
-    A thread that has made calls goes on with the run, once for several short ones.  Of what it submits then
-    it keeps what is short, and one call that is not.  As a short call may be long this time, another thread
-    is on the lookout for what waits behind it.
+    A thread that has made calls goes on with the run.  What it submits then it keeps for itself, if it is one
+    call, or several whose functions have been short until now; and once it has made those it goes on again.
+    As one of them may be long this time, another thread is on the lookout for what waits.
     """
 
     _WORK, _HELP, _LOOK_OUT, _END = "work", "help", "look out", "end"
@@ -13026,28 +13037,26 @@ class Threads:
         import queue
         import threading
         self._ended, self._go_on, self._hurry = ended, go_on, hurry
-        self._short: Set[int] = set()          # the functions, by id of their code, whose last call was short
-        self._waiting: Deque[Call] = deque()   # for any thread
-        self._kept: Deque[Call] = deque()      # for those that go on with the run
+        self._short: Dict[int, int] = {}       # for each code, its short calls less _SURE times its long ones
+        self._waiting: Deque[Call] = deque()   # for any thread that is told to work
+        self._kept: Deque[Call] = deque()      # for those that go on with the run, or help
         self._orders: Any = queue.SimpleQueue()                     # what idle threads are to do
         self._lock = threading.Lock()          # for what follows
         self._idle = self._all = self._news = 0
-        self._has_lookout = False
+        self._has_lookout = self._is_closed = False
         self.goes_on = False                   # one of the threads submits, and will make calls afterwards
 
     def submit(self, call: Call) -> None:
         """Let a thread make a call."""
-        call.is_short = _code_id(call) in self._short
-        last = _peek(self._kept, -1) if self.goes_on else None
-        if not self.goes_on or last and not call.is_short and not last.is_short:
+        call.code = _code_id(call.function)
+        call.is_short = call.can_wait and self._short.get(call.code, 0) > 0
+        first = _peek(self._kept)
+        if not self.goes_on or first and not (first.is_short and call.is_short):
             self._waiting.append(call)
             self._tell(self._WORK)
             return
-        if last and not last.is_short:
-            self._kept.insert(-1, call)
-        else:
-            self._kept.append(call)
-        if last:
+        self._kept.append(call)
+        if first:
             with self._lock:
                 self._news += 1
                 is_told, self._has_lookout = self._has_lookout, True
@@ -13065,8 +13074,10 @@ class Threads:
         return False
 
     def _tell(self, order: str) -> None:
-        """Give an order to an idle thread, or to a new one."""
+        """Give an order to an idle thread, or to a new one; raise RuntimeError if none can be started."""
         with self._lock:
+            if self._is_closed:
+                return
             is_idle = self._idle > 0
             if is_idle:
                 self._idle -= 1
@@ -13093,7 +13104,7 @@ class Threads:
 
     def _work(self, goes_on: bool) -> None:
         """Make the calls that wait, and go on with the run; `goes_on`: also those that are kept."""
-        holds = False
+        holds = False                          # what has ended is taken in together with the next call
         while True:
             calls = self._kept if goes_on and self._kept else self._waiting
             try:
@@ -13104,48 +13115,63 @@ class Threads:
                 holds = False
             else:
                 self._make(call)
-                following = _peek(self._kept if goes_on and self._kept else self._waiting)
-                holds = call.is_short and following is not None and following.is_short
+                with self._lock:               # a lookout does not leave while there is something to take in
+                    holds = self._has_lookout and call.is_short and goes_on and bool(self._kept)
             if not holds:
                 goes_on = self._go_on()
 
     def _make(self, call: Call) -> None:
         """Call a plain function."""
-        began = time.monotonic()
+        began, was_short = time.monotonic(), call.is_short
         try:
             call.value = call.function(call.ctx)
         except BaseException as exc:
             call.error = exc
         call.is_short = time.monotonic() - began < _SHORT_S
-        (self._short.add if call.is_short else self._short.discard)(_code_id(call))
+        rating = self._short.get(call.code, 0)
+        self._short[call.code] = min(rating + 1, _SURE) if call.is_short else rating - _SURE
         call.is_over = True
         self._ended.append(call)
+        if was_short and not call.is_short:
+            self._try_tell(self._HELP, len(self._kept) - 1)
+
+    def _try_tell(self, order: str, count: int = 1) -> bool:
+        """Give an order to so many threads; return False if no more can be started."""
+        try:
+            for _ in range(count):
+                self._tell(order)
+        except RuntimeError:
+            return False
+        return True
 
     def _look_out(self) -> str:
         """Return the next order; meanwhile see that nothing waits for long, while calls are kept."""
         import queue
+        helped: Optional[Call] = None
         while True:
             news, first, ended = self._news, _peek(self._kept), _peek(self._ended)
             try:
                 order = str(self._orders.get(timeout=_LOOKOUT_S))
             except queue.Empty:
                 order = ""
-                if first is not None and first is _peek(self._kept):
-                    for _ in range(len(self._kept)):
-                        self._tell(self._HELP)
+                if first is not None and first is _peek(self._kept) and first is not helped:
+                    self._try_tell(self._HELP, len(self._kept))
+                    helped = first
                 if ended is not None and ended is _peek(self._ended):
                     self._hurry()
-            if order == self._END:
-                return order
             with self._lock:
-                wanted = self._has_lookout = bool(news != self._news or self._kept or self._ended)
-            if order and wanted:
-                self._tell(self._LOOK_OUT)
-            if order or not wanted:
+                if self._is_closed:
+                    return self._END
+                is_wanted = self._has_lookout = bool(news != self._news or self._kept or self._ended)
+            if order and is_wanted:
+                self._has_lookout = self._try_tell(self._LOOK_OUT)
+            if order or not is_wanted:
                 return order or str(self._orders.get())
 
     def close(self) -> None:
         """Make no more calls; the threads end, those that are busy when they are not any more."""
+        with self._lock:
+            self._is_closed = True
         self._waiting.clear()
         self._kept.clear()
         for _ in range(self._all):
@@ -13315,7 +13341,8 @@ class Functions:
         ctx = ContextDict(self.context(run, name), scope.writers)
         for key in scope.unsaved:
             ctx[key] = self.kept[run.plan.order[scope.writers[key]]][key]
-        call = self._calls[name] = Call(name, self._functions[name], ctx)
+        can_wait = (run.defs[name].timeout_s or 1) >= 1
+        call = self._calls[name] = Call(name, self._functions[name], ctx, can_wait)
         if kind == "async":
             call.future = self._loop.create_task(self._call_async(call))
             call.future.add_done_callback(lambda future: self._done(call))
@@ -13359,7 +13386,7 @@ class Functions:
                 turns.lock.release()
             if is_late:
                 self._rouse_from_thread()
-        return not self._threads.goes_on
+        return not turns.is_over and not self._threads.goes_on
 
     def _rouse_from_thread(self) -> None:
         """Wake the loop."""

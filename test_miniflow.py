@@ -8774,12 +8774,13 @@ class T34Functions(unittest.TestCase):
         run_workflow(*tasks)
         self.assertGreater(takers[False], 5 * takers[True], takers)
 
-    def short_until(self, then):
-        """Return a workflow in which 20 calls of a function were short when two more are submitted at once.
+    def short_until(self, then, count=2, others=(), **options):
+        """Return a workflow in which 20 calls of a function were short when `count` more are submitted at once.
 
-        `then` makes those, of which the first is for the thread that has submitted both.
+        `then` makes those, of which the first is for the thread that has submitted them all; the last one has
+        options.
         """
-        self.have_cpus(2)
+        self.have_cpus(count)
         calls = itertools.count()
 
         def work(ctx):
@@ -8787,12 +8788,17 @@ class T34Functions(unittest.TestCase):
             return then(number) if number >= 0 else None
 
         before = [mf.task(name=f"before{n}")(work) for n in range(20)]
-        first, second = (mf.task(name=name)(work) for name in ("first", "second"))
+        after = [mf.task(name=f"after{n}", **(options if n == count - 1 else {}))(work) for n in range(count)]
         below = mf.task(name="below")(lambda ctx: then("below"))
-        for one, other in zip(before, [*before[1:], [first, second]]):
+        for one, other in zip(before, [*before[1:], after]):
             one >> other
-        first >> below
-        return mf.Workflow([*before, first, second, below])
+        after[0] >> below
+        return mf.Workflow([*before, *after, below, *others])
+
+    def without_a_lookout(self):
+        """Let nobody see that a call waits."""
+        self.addCleanup(setattr, mf, "_LOOKOUT_S", mf._LOOKOUT_S)
+        mf._LOOKOUT_S = 60
 
     def have_cpus(self, count):
         """Let so many plain functions run at once."""
@@ -8809,10 +8815,10 @@ class T34Functions(unittest.TestCase):
     def test_calls_that_are_short_are_made_by_one_thread_and_share_turns(self):
         turns, orders, made = self.counted(mf.Turns, "take"), self.counted(mf.Threads, "_tell"), []
         self.have_cpus(8)
-        run_workflow(*[mf.task(name=f"t{n}")(lambda ctx, n=n: made.append(n)) for n in range(400)])
-        self.assertEqual(len(made), 400)
-        self.assertLess(len(turns), 200)
-        self.assertLess(len(orders), 100)
+        run_workflow(*[mf.task(name=f"t{n}")(lambda ctx, n=n: made.append(n)) for n in range(2000)])
+        self.assertEqual(len(made), 2000)
+        self.assertLess(len(turns), 1000)      # an eighth of the tasks, once it is known that they are short
+        self.assertLess(len(orders), 500)
 
     def test_a_call_that_was_short_until_now_keeps_no_other_waiting(self):
         gate, passed = threading.Barrier(2), []                     # nobody passes before both are here
@@ -8824,23 +8830,97 @@ class T34Functions(unittest.TestCase):
         self.short_until(then).run_sync()
         self.assertEqual(sorted(passed), [0, 1])
 
-    def test_the_end_of_a_short_call_is_taken_in_though_the_next_one_is_long(self):
-        gate, passed = threading.Event(), []
+    def test_others_are_called_upon_when_a_call_was_not_short_after_all(self):
+        self.without_a_lookout()
+        gate, passed = threading.Barrier(3), []
 
         def then(who):
-            if who == "below":
-                gate.set()
-            elif who == 1:
+            if who == 0:
+                time.sleep(10 * mf._SHORT_S)
+            elif who != "below":
                 passed.append(gate.wait(10))
+
+        self.short_until(then, 4).run_sync()
+        self.assertEqual(sorted(passed), [0, 1, 2])
+
+    def test_the_end_of_a_short_call_is_taken_in_though_the_next_one_is_long(self):
+        async def nothing(ctx):
+            pass
 
         self.addCleanup(setattr, mf.Alarm, "set", mf.Alarm.set)
         mf.Alarm.set = lambda self, seconds: None                   # what the clock wakes comes in time by luck
-        self.short_until(then).run_sync()
+        for others in ((), (mf.task(nothing),)):
+            gate, passed = threading.Event(), []
+
+            def then(who, gate=gate, passed=passed):
+                if who == "below":
+                    gate.set()
+                elif who == 1:
+                    passed.append(gate.wait(10))
+
+            self.short_until(then, others=others).run_sync()
+            self.assertEqual(passed, [True])
+
+    def test_a_call_whose_time_is_short_waits_for_no_other(self):
+        self.without_a_lookout()
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.short_until(lambda who: gate.wait(10) and None if who == 0 else gate.set(), timeout_s=0.5).run_sync()
+
+    def test_functions_are_told_apart_by_their_code_also_within_others(self):
+        def logged(function):
+            @functools.wraps(function)
+            def call(*args):
+                return function(*args)
+            return call
+
+        class Odd:
+            def __getattr__(self, name):
+                raise LookupError(name)
+
+        def made(value):
+            return lambda ctx: value
+
+        code = mf._code_id
+        self.assertNotEqual(code(logged(max)), code(logged(min)))
+        self.assertEqual(code(logged(logged(made(1)))), code(made(2)))
+        self.assertEqual(code(functools.partial(made, 1)), code(made))
+        self.assertEqual(code(self.id), code(self.id))
+        odd = Odd()
+        self.assertEqual(code(odd), id(odd))
+
+    def pool(self, *functions, go_on=lambda: False):
+        """Return threads, a call for each function, and where they come to when they have ended."""
+        ended = collections.deque()
+        calls = [mf.Call(f"call{n}", lambda ctx, function=function: function() and None, mf.ContextDict({}, {}), True)
+                 for n, function in enumerate(functions)]
+        return mf.Threads(ended, go_on, lambda: None), calls, ended
+
+    def test_what_waits_for_any_thread_keeps_no_end_from_being_taken_in(self):
+        self.addCleanup(setattr, mf, "_SHORT_S", mf._SHORT_S)
+        mf._SHORT_S = 60                       # each call is
+        submitted, taken_in, passed = threading.Event(), threading.Event(), []
+        threads, calls, ended = self.pool(lambda: submitted.wait(10), lambda: passed.append(taken_in.wait(10)),
+                                          go_on=lambda: taken_in.set() or False)
+        threads.submit(calls[0])
+        threads._waiting.append(calls[1])      # as long as its own thread has not come
+        submitted.set()
+        wait_for(lambda: len(ended) == 2, "both calls")
+        threads.close()
         self.assertEqual(passed, [True])
 
+    def test_threads_that_were_told_to_end_are_told_nothing_more(self):
+        gate = threading.Event()
+        threads, calls, ended = self.pool(lambda: gate.wait(10))
+        threads.submit(calls[0])
+        threads.close()
+        threads._tell(threads._HELP)           # as a lookout might that is just about to
+        gate.set()
+        wait_for(lambda: all(thread.name[:9] != "miniflow-" for thread in threading.enumerate()),
+                 "the end of all threads")
+
     def test_a_call_that_no_thread_has_begun_with_is_never_made_once_the_run_is_cancelled(self):
-        self.addCleanup(setattr, mf, "_LOOKOUT_S", mf._LOOKOUT_S)
-        mf._LOOKOUT_S = 60
+        self.without_a_lookout()
         gate, began, store = threading.Event(), [], mf.MemoryStateStore()
 
         async def main():
@@ -8857,12 +8937,11 @@ class T34Functions(unittest.TestCase):
                  "the end of the threads")
         self.assertEqual(began, [0])
         tasks = store.get_run("r")["tasks"]
-        self.assertEqual({name: tasks[name]["reason"] for name in ("first", "second")}, {
-            "first": "cancelled; given up: nothing can stop its thread", "second": "cancelled"})
+        self.assertEqual({name: tasks[name]["reason"] for name in ("after0", "after1")}, {
+            "after0": "cancelled; given up: nothing can stop its thread", "after1": "cancelled"})
 
     def test_a_call_that_no_thread_has_begun_with_is_never_made_once_the_engine_has_failed(self):
-        self.addCleanup(setattr, mf, "_LOOKOUT_S", mf._LOOKOUT_S)
-        mf._LOOKOUT_S = 60
+        self.without_a_lookout()
         gate, began, append = threading.Event(), [], mf.MemoryJournal.append
 
         def fail_once_begun(*args):

@@ -604,13 +604,13 @@ def check_schedule(lab, report):
     run_id = owed.run_id
     tick = Victim("ticks", ("tick",), ["runs", "logs", "schedule.lock", "schedule.json", "schedule.json.tmp",
                                        f"logs/{run_id}", f"logs/{run_id}/engine.log"])
-    start = Victim("ticks when they start an engine", ("tick",), [])
+    start = Victim("ticks at a start", ("tick",), [])
     engine = Victim("engines", (SCHEDULED, str(at), *FOLDERS, "run", "flows/f.json", "--run-id", run_id), [
         f"runs/{run_id}{end}" for end in (".lock", ".json", ".json.tmp", ".jsonl", ".jsonl.tmp")], True)
     jobs = [(sweep_schedule, report, owed, victim, call) for victim in (tick, start, engine)
             for call in victim.calls(owed)]
     in_parallel(lambda job: job[0](*job[1:]), jobs, CPUS)
-    return "kills of {ticks} ticks, of {ticks when they start an engine} at the start of an engine, of {engines} engines"
+    return "kills of {ticks} ticks, of {ticks at a start} at the start of an engine, of {engines} engines"
 
 
 class Victim(NamedTuple):
