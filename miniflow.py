@@ -13171,7 +13171,9 @@ class Threads:
     def close(self) -> None:
         """Make no more calls; the threads end, those that are busy when they are not any more."""
         with self._lock:
-            self._is_closed = True
+            was_closed, self._is_closed = self._is_closed, True
+        if was_closed:
+            return
         self._waiting.clear()
         self._kept.clear()
         for _ in range(self._all):
@@ -13380,6 +13382,8 @@ class Functions:
                 turns.take()
                 while turns.until is not None and turns.until <= self.now() and not turns.is_over:
                     turns.take()
+                if turns.is_over:
+                    self._threads.close()
                 is_late = turns.is_over or turns.until is not None and turns.until < self._wakes_at
             finally:
                 self._threads.goes_on = False

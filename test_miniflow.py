@@ -8966,6 +8966,24 @@ class T34Functions(unittest.TestCase):
                  "the end of the threads")
         self.assertEqual(began, [0])
 
+    def test_when_the_engine_fails_what_waits_for_a_thread_is_not_called(self):
+        self.have_cpus(16)
+        append, turns, late, failed = mf.MemoryJournal.append, itertools.count(), [], []
+
+        def fail_once(*args):
+            if next(turns) == 20:
+                failed.append(True)
+                raise mf.StateError("no more")
+            append(*args)
+
+        self.addCleanup(setattr, mf.MemoryJournal, "append", append)
+        mf.MemoryJournal.append = fail_once
+        with self.assertRaises(mf.StateError):
+            run_workflow(*[mf.task(name=f"t{n}")(lambda ctx, n=n: late.extend(failed)) for n in range(300)])
+        wait_for(lambda: all(thread.name[:9] != "miniflow-" for thread in threading.enumerate()),
+                 "the end of the threads")
+        self.assertLess(len(late), 5)          # one may just be about to begin
+
     def test_the_loop_keeps_time_for_what_a_thread_has_started(self):
         gate, began = threading.Event(), time.monotonic()
         self.addCleanup(gate.set)
