@@ -13051,20 +13051,19 @@ class Threads:
         call.code = _code_id(call.function)
         call.is_short = call.can_wait and self._short.get(call.code, 0) > 0
         first = _peek(self._kept)
-        if not self.goes_on or first and not (first.is_short and call.is_short):
+        if not (self.goes_on and call.can_wait) or first and not (first.is_short and call.is_short):
             self._waiting.append(call)
             self._tell(self._WORK)
             return
         self._kept.append(call)
-        if first:
-            with self._lock:
-                self._news += 1
-                is_told, self._has_lookout = self._has_lookout, True
-            if not is_told:
-                self._tell(self._LOOK_OUT)
+        with self._lock:
+            self._news += 1
+            is_told, self._has_lookout = self._has_lookout, True
+        if not is_told and not self._try_tell(self._LOOK_OUT):
+            self._has_lookout = False
 
     def withdraw(self, call: Call) -> bool:
-        """Take a call back; return False if a thread has begun with it."""
+        """Take a call back; return False if a thread has taken it."""
         for calls in (self._kept, self._waiting):
             try:
                 calls.remove(call)
@@ -13078,15 +13077,17 @@ class Threads:
         with self._lock:
             if self._is_closed:
                 return
-            is_idle = self._idle > 0
-            if is_idle:
+            if self._idle > 0:
                 self._idle -= 1
             else:
-                self._all += 1
+                self._start_one()
         self._orders.put(order)
-        if not is_idle:
-            import threading
-            threading.Thread(target=self._obey, name=f"miniflow-{self._all}", daemon=True).start()
+
+    def _start_one(self) -> None:
+        """Start a thread, which waits for an order."""
+        import threading
+        threading.Thread(target=self._obey, name=f"miniflow-{self._all + 1}", daemon=True).start()
+        self._all += 1
 
     def _obey(self) -> None:
         """Do as idle threads are told."""
@@ -13107,16 +13108,18 @@ class Threads:
         holds = False                          # what has ended is taken in together with the next call
         while True:
             calls = self._kept if goes_on and self._kept else self._waiting
+            if holds and calls is self._waiting:                    # somebody helps
+                holds, goes_on = False, self._go_on()
+                continue
             try:
                 call = calls.popleft()
             except IndexError:
-                if not holds:
-                    return
-                holds = False
-            else:
-                self._make(call)
-                with self._lock:               # a lookout does not leave while there is something to take in
-                    holds = self._has_lookout and call.is_short and goes_on and bool(self._kept)
+                if holds:
+                    continue
+                return
+            self._make(call)
+            with self._lock:                   # a lookout does not leave while there is something to take in
+                holds = self._has_lookout and call.is_short and goes_on
             if not holds:
                 goes_on = self._go_on()
 
@@ -13154,28 +13157,25 @@ class Threads:
                 order = str(self._orders.get(timeout=_LOOKOUT_S))
             except queue.Empty:
                 order = ""
-                if first is not None and first is _peek(self._kept) and first is not helped:
-                    self._try_tell(self._HELP, len(self._kept))
+                if first is not None and first is _peek(self._kept) and first is not helped \
+                        and self._try_tell(self._HELP, len(self._kept)):
                     helped = first
                 if ended is not None and ended is _peek(self._ended):
                     self._hurry()
             with self._lock:
-                if self._is_closed:
-                    return self._END
                 is_wanted = self._has_lookout = bool(news != self._news or self._kept or self._ended)
-            if order and is_wanted:
-                self._has_lookout = self._try_tell(self._LOOK_OUT)
+            if order and is_wanted and not self._try_tell(self._LOOK_OUT):
+                self._has_lookout = False
+                self._hurry()                  # what is held by now nobody will see to
             if order or not is_wanted:
                 return order or str(self._orders.get())
 
     def close(self) -> None:
         """Make no more calls; the threads end, those that are busy when they are not any more."""
         with self._lock:
-            was_closed, self._is_closed = self._is_closed, True
-        if was_closed:
-            return
-        self._waiting.clear()
-        self._kept.clear()
+            self._is_closed = True
+        for call in [*self._waiting.copy(), *self._kept.copy()]:
+            call.is_over = self.withdraw(call) or call.is_over
         for _ in range(self._all):
             self._orders.put(self._END)
 
@@ -13194,7 +13194,7 @@ class Strays:
         """Raise RunLocked if a task that is to run was given up before and is running still."""
         for key, call in list(self._calls.items()):
             if call.is_over or call.future is not None and call.future.get_loop().is_closed():
-                del self._calls[key]           # an async call ends with its loop
+                self._calls.pop(key, None)     # an async call ends with its loop; others may be at it, too
         for name, task_run in run.tasks.items() if self._calls else ():
             if task_run.status not in SETTLED and (place, run.id, name) in self._calls:
                 raise RunLocked(f"run {run.id}: task {name} was given up and still runs in this program, "
@@ -13369,7 +13369,10 @@ class Functions:
         self._rouse()
 
     def _go_on(self) -> bool:
-        """Take the turns that ended calls bring about, in a thread; return False if another one is at it."""
+        """Take the turns that ended calls bring about, in a thread; tell whether it is to make what is kept.
+
+        If another thread is at it, that one will; on the loop nobody would.
+        """
         turns: Turns = self._turns
         if not self._all_plain:
             self._rouse_from_thread()
@@ -13379,11 +13382,9 @@ class Functions:
                 return not self._threads.goes_on
             try:
                 self._threads.goes_on = True
-                turns.take()
+                self._take_turn()
                 while turns.until is not None and turns.until <= self.now() and not turns.is_over:
-                    turns.take()
-                if turns.is_over:
-                    self._threads.close()
+                    self._take_turn()
                 is_late = turns.is_over or turns.until is not None and turns.until < self._wakes_at
             finally:
                 self._threads.goes_on = False
@@ -13391,6 +13392,12 @@ class Functions:
             if is_late:
                 self._rouse_from_thread()
         return not turns.is_over and not self._threads.goes_on
+
+    def _take_turn(self) -> None:
+        """Take a turn; no call is begun with after the last one."""
+        self._turns.take()
+        if self._turns.is_over:
+            self._threads.close()
 
     def _rouse_from_thread(self) -> None:
         """Wake the loop."""
@@ -13421,7 +13428,7 @@ class Functions:
         strays.add(self._place, run, call)
         what = "it goes on although it was cancelled" if call.future else "nothing can stop its thread"
         return [end._replace(reason=f"{end.reason}; given up: {what}", final=True,
-                             inputs=inputs_read(run, action.task, call.ctx.read))]
+                             inputs=inputs_read(run, action.task, call.ctx.read.copy()))]
 
     async def work(self, run: Run, steps: Iterator[Optional[float]], news: List[Event]) -> None:
         """Take the turns of a run to the last, each of which finds in `news` what has happened."""
@@ -13431,7 +13438,7 @@ class Functions:
         turns = self._turns = Turns(steps, news, lambda: self._happened(run))
         while not turns.is_over:
             with turns.lock:
-                turns.take()
+                self._take_turn()
             try:
                 await self._pause()
             except asyncio.CancelledError:
@@ -13466,11 +13473,11 @@ class Functions:
                 until = self.now() + self._processes.patience(turns.until)
             self._wakes_at, self._wake = until, self._loop.create_future()
         try:
-            if self._ended or self.signals.names or turns.is_over:
+            if turns.is_over:
                 return
             seconds = until - self.now()
-            if seconds <= 0:
-                await asyncio.sleep(0)
+            if self._ended or self.signals.names or seconds <= 0:
+                await asyncio.sleep(0)         # others have to have their turn on the loop as well
                 return
             if seconds < float("inf"):
                 self._alarm.set(seconds)
@@ -13520,18 +13527,20 @@ class Functions:
             ctx.update(self.kept.get(name, {}))
         return ctx
 
-    def close(self, failed: bool) -> None:
+    def close(self, run: Run, failed: bool) -> None:
         """Let go of threads and processes; what still runs is ended where that is possible."""
         if self._turns:
             self._turns.close()                # threads may run on whose calls were given up
+        self._threads.close()
         for call in self._calls.values():
             if call.future is not None:
                 call.future.cancel()
+            elif not call.is_over:             # the engine has failed
+                strays.add(self._place, run, call)
         self._alarm.cancel()
         for fd in self._watched:
             self._loop.remove_reader(fd)
         self.signals.close()
-        self._threads.close()
         if self._processes:
             self._processes.__exit__(RuntimeError if failed else None)
 
@@ -13741,7 +13750,7 @@ async def carry_out_on_loop(opened: Opened, store: Store, order: Order, watcher:
         for _ in range(2 if take_signals else 0):
             await asyncio.sleep(0)             # a signal of the last turn is heard, too
     finally:
-        world.close(failed)
+        world.close(run, failed)
         journal.close()
     if world.cancelled:
         raise asyncio.CancelledError()

@@ -8781,6 +8781,7 @@ class T34Functions(unittest.TestCase):
         options.
         """
         self.have_cpus(count)
+        self.let_be_short(0.02)
         calls = itertools.count()
 
         def work(ctx):
@@ -8794,6 +8795,11 @@ class T34Functions(unittest.TestCase):
             one >> other
         after[0] >> below
         return mf.Workflow([*before, *after, below, *others])
+
+    def let_be_short(self, seconds):
+        """Let calls of so many seconds be short: a machine may have other things to do."""
+        self.addCleanup(setattr, mf, "_SHORT_S", mf._SHORT_S)
+        mf._SHORT_S = seconds
 
     def without_a_lookout(self):
         """Let nobody see that a call waits."""
@@ -8827,7 +8833,7 @@ class T34Functions(unittest.TestCase):
             if who != "below":
                 passed.append(gate.wait(10))
 
-        self.short_until(then).run_sync()
+        self.short_until(then).run_sync(store=mf.MemoryStateStore())
         self.assertEqual(sorted(passed), [0, 1])
 
     def test_others_are_called_upon_when_a_call_was_not_short_after_all(self):
@@ -8840,7 +8846,7 @@ class T34Functions(unittest.TestCase):
             elif who != "below":
                 passed.append(gate.wait(10))
 
-        self.short_until(then, 4).run_sync()
+        self.short_until(then, 4).run_sync(store=mf.MemoryStateStore())
         self.assertEqual(sorted(passed), [0, 1, 2])
 
     def test_the_end_of_a_short_call_is_taken_in_though_the_next_one_is_long(self):
@@ -8858,14 +8864,15 @@ class T34Functions(unittest.TestCase):
                 elif who == 1:
                     passed.append(gate.wait(10))
 
-            self.short_until(then, others=others).run_sync()
+            self.short_until(then, others=others).run_sync(store=mf.MemoryStateStore())
             self.assertEqual(passed, [True])
 
     def test_a_call_whose_time_is_short_waits_for_no_other(self):
         self.without_a_lookout()
         gate = threading.Event()
         self.addCleanup(gate.set)
-        self.short_until(lambda who: gate.wait(10) and None if who == 0 else gate.set(), timeout_s=0.5).run_sync()
+        flow = self.short_until(lambda who: gate.wait(10) and None if who == 0 else gate.set(), timeout_s=0.5)
+        flow.run_sync(store=mf.MemoryStateStore())
 
     def test_functions_are_told_apart_by_their_code_also_within_others(self):
         def logged(function):
@@ -8894,20 +8901,125 @@ class T34Functions(unittest.TestCase):
         ended = collections.deque()
         calls = [mf.Call(f"call{n}", lambda ctx, function=function: function() and None, mf.ContextDict({}, {}), True)
                  for n, function in enumerate(functions)]
-        return mf.Threads(ended, go_on, lambda: None), calls, ended
+        threads = mf.Threads(ended, go_on, lambda: None)
+        self.addCleanup(threads.close)
+        return threads, calls, ended
+
+    def submit_from_a_turn(self, threads, *calls):
+        """Submit calls as a thread does that goes on with the run."""
+        threads.goes_on = True
+        for call in calls:
+            threads.submit(call)
+        threads.goes_on = False
 
     def test_what_waits_for_any_thread_keeps_no_end_from_being_taken_in(self):
-        self.addCleanup(setattr, mf, "_SHORT_S", mf._SHORT_S)
-        mf._SHORT_S = 60                       # each call is
+        self.let_be_short(60)
         submitted, taken_in, passed = threading.Event(), threading.Event(), []
         threads, calls, ended = self.pool(lambda: submitted.wait(10), lambda: passed.append(taken_in.wait(10)),
                                           go_on=lambda: taken_in.set() or False)
-        threads.submit(calls[0])
+        threads._has_lookout = True            # so that ends may be held
+        self.submit_from_a_turn(threads, calls[0])
+        threads._tell(threads._HELP)
         threads._waiting.append(calls[1])      # as long as its own thread has not come
         submitted.set()
         wait_for(lambda: len(ended) == 2, "both calls")
-        threads.close()
         self.assertEqual(passed, [True])
+
+    def test_a_call_that_a_thread_has_kept_is_made_though_that_thread_takes_turn_after_turn(self):
+        made, passed = threading.Event(), []
+
+        def go_on():
+            if not passed:
+                passed.append(None)
+                self.submit_from_a_turn(threads, calls[1])
+                passed[0] = made.wait(10)
+            return True
+
+        threads, calls, ended = self.pool(lambda: None, made.set, go_on=go_on)
+        threads.submit(calls[0])
+        wait_for(lambda: len(ended) == 2 and passed[0] is not None, "both calls")
+        self.assertEqual(passed, [True])
+
+    def test_a_thread_that_could_not_be_started_is_not_counted_upon(self):
+        gate, both, passed = threading.Event(), threading.Barrier(2), []
+        threads, calls, ended = self.pool(lambda: gate.wait(10), *[lambda: passed.append(both.wait(10))] * 2)
+        threads.submit(calls[0])
+        start = threading.Thread.start
+        self.addCleanup(setattr, threading.Thread, "start", start)
+
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        threading.Thread.start = refuse
+        self.assertFalse(threads._try_tell(threads._HELP))
+        threading.Thread.start = start
+        gate.set()
+        wait_for(lambda: threads._idle, "the first call")
+        for call in calls[1:]:
+            threads.submit(call)
+        wait_for(lambda: len(ended) == 3, "the two others")
+        self.assertEqual(sorted(passed), [0, 1])
+
+    def test_the_loop_is_free_for_others_though_calls_end_all_the_time(self):
+        append, order = mf.MemoryJournal.append, []
+
+        def slow(*args):
+            time.sleep(0.003)                  # while others end
+            append(*args)
+
+        self.addCleanup(setattr, mf.MemoryJournal, "append", append)
+        mf.MemoryJournal.append = slow
+        self.have_cpus(8)
+
+        async def early(ctx):
+            while len(order) < 20:
+                await asyncio.sleep(0)
+            order.append("early")
+
+        run_workflow(mf.task(early), *[mf.task(name=f"t{n}")(lambda ctx: order.append(time.sleep(0.001)))
+                                       for n in range(400)])
+        self.assertLess(order.index("early"), 200)
+
+    def test_a_call_that_outlives_a_failed_engine_is_not_run_beside(self):
+        gate, began, append, store = threading.Event(), [], mf.MemoryJournal.append, mf.MemoryStateStore()
+
+        def fail_once_begun(*args):
+            if began:
+                raise mf.StateError("no more")
+            append(*args)
+
+        self.addCleanup(setattr, mf.MemoryJournal, "append", append)
+        mf.MemoryJournal.append = fail_once_begun
+        long = mf.task(name="long")(lambda ctx: began.append(True) or gate.wait(10) and None)
+        short = mf.task(name="short")(lambda ctx: wait_for(lambda: began, "the long one") and None)
+        waits = mf.task(name="waits")(lambda ctx: None)
+        self.have_cpus(2)
+        with self.assertRaises(mf.StateError):
+            run_workflow(long, short, waits, store=store, run_id="r")
+        mf.MemoryJournal.append = append
+        with self.assertRaises(mf.RunLocked):
+            run_workflow(long, short, waits, store=store, run_id="r")
+        gate.set()
+        wait_for(lambda: not any(thread.name[:9] == "miniflow-" for thread in threading.enumerate()), "its end")
+        run_workflow(long, short, waits, store=store, run_id="r")
+        self.assertEqual(len(began), 2)
+
+    def test_what_was_given_up_and_has_ended_is_forgotten_by_two_at_once(self):
+        strays = mf.Strays()
+
+        class Ended:
+            future = None
+
+            @property
+            def is_over(self):
+                strays._calls.clear()          # by another thread
+                return True
+
+        run = mf.Run(mf.make_plan(make(task("a"))), "r")
+        strays.add("here", run, mf.Call("a", len, mf.ContextDict({}, {}), True))
+        strays._calls["here", "r", "a"] = Ended()
+        strays.check("here", run)
+        self.assertEqual(strays._calls, {})
 
     def test_threads_that_were_told_to_end_are_told_nothing_more(self):
         gate = threading.Event()
