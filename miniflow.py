@@ -13160,8 +13160,8 @@ class Threads:
                 if first is not None and first is _peek(self._kept) and first is not helped \
                         and self._try_tell(self._HELP, len(self._kept)):
                     helped = first
-                if ended is not None and ended is _peek(self._ended):
-                    self._hurry()
+                if ended is not None and ended is _peek(self._ended) and not self.goes_on:
+                    self._hurry()              # else the thread at it takes it in
             with self._lock:
                 is_wanted = self._has_lookout = bool(news != self._news or self._kept or self._ended)
             if order and is_wanted and not self._try_tell(self._LOOK_OUT):
