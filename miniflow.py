@@ -13093,15 +13093,11 @@ class Threads:
         """Do as idle threads are told."""
         order = self._orders.get()
         while order != self._END:
-            if order == self._LOOK_OUT:
-                with self._lock:
-                    self._idle += 1
-                order = self._look_out()
-                continue
-            self._work(order == self._HELP)
+            if order != self._LOOK_OUT:
+                self._work(order == self._HELP)
             with self._lock:
                 self._idle += 1
-            order = self._orders.get()
+            order = self._look_out() if order == self._LOOK_OUT else self._orders.get()
 
     def _work(self, goes_on: bool) -> None:
         """Make the calls that wait, and go on with the run; `goes_on`: also those that are kept."""

@@ -9031,22 +9031,28 @@ class T34Functions(unittest.TestCase):
         wait_for(lambda: all(thread.name[:9] != "miniflow-" for thread in threading.enumerate()),
                  "the end of all threads")
 
-    def test_a_call_that_no_thread_has_begun_with_is_never_made_once_the_run_is_cancelled(self):
-        self.without_a_lookout()
-        gate, began, store = threading.Event(), [], mf.MemoryStateStore()
+    def cancel_once_begun(self, gate, began, store, error):
+        """Cancel a run of two calls that wait at a gate as soon as one is there; let go of its threads then."""
+        flow = self.short_until(lambda who: began.append(who) or gate.wait(60) and None)
 
         async def main():
-            running = asyncio.ensure_future(self.short_until(
-                lambda who: began.append(who) or gate.wait(60) and None).run("r", store))
+            running = asyncio.ensure_future(flow.run("r", store))
             while not began:
                 await asyncio.sleep(0.01)
             running.cancel()
-            with self.assertRaises(asyncio.CancelledError):
+            with self.assertRaises(error):
                 await running
+
         asyncio.run(main())
         gate.set()
         wait_for(lambda: all(thread.name[:9] != "miniflow-" for thread in threading.enumerate()),
                  "the end of the threads")
+
+    def test_a_call_that_no_thread_has_begun_with_is_never_made_once_the_run_is_cancelled(self):
+        self.without_a_lookout()
+        gate, began, store = threading.Event(), [], mf.MemoryStateStore()
+
+        self.cancel_once_begun(gate, began, store, asyncio.CancelledError)
         self.assertEqual(began, [0])
         tasks = store.get_run("r")["tasks"]
         self.assertEqual({name: tasks[name]["reason"] for name in ("after0", "after1")}, {
@@ -9064,18 +9070,7 @@ class T34Functions(unittest.TestCase):
         self.addCleanup(setattr, mf.MemoryJournal, "append", append)
         mf.MemoryJournal.append = fail_once_begun
 
-        async def main():
-            running = asyncio.ensure_future(self.short_until(
-                lambda who: began.append(who) or gate.wait(60) and None).run("r", mf.MemoryStateStore()))
-            while not began:
-                await asyncio.sleep(0.01)
-            running.cancel()
-            with self.assertRaises(mf.StateError):
-                await running
-        asyncio.run(main())
-        gate.set()
-        wait_for(lambda: all(thread.name[:9] != "miniflow-" for thread in threading.enumerate()),
-                 "the end of the threads")
+        self.cancel_once_begun(gate, began, mf.MemoryStateStore(), mf.StateError)
         self.assertEqual(began, [0])
 
     def test_when_the_engine_fails_what_waits_for_a_thread_is_not_called(self):
